@@ -1,0 +1,1 @@
+"""From a program to a device: URIs, buffers, command rings, fences and errors."""

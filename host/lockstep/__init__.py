@@ -1,0 +1,1 @@
+"""Lockstep: one transformer, any silicon, the same bits."""

@@ -1,0 +1,1 @@
+"""The contract of Lockstep: configuration, instructions, registers, error codes and golden numerics."""

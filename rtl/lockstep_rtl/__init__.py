@@ -1,0 +1,1 @@
+"""The Lockstep core in Amaranth."""

@@ -1,0 +1,1 @@
+"""Devices without a board: the Verilated core, the fast core and the memory model."""
