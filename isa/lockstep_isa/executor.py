@@ -34,8 +34,19 @@ from .instructions import (
     ThirdMultiply,
 )
 from .program import Program, table_shift
+from .tables import TableFunction
 
 F32 = NDArray[np.float32]
+
+#: Function -> kind, first index and entries of its table.
+_TABLE_KINDS = {
+    Function.EXP2: ("exp2", 0, 32),
+    Function.RECIP: ("recip", 64, 65),
+    Function.RSQRT: ("rsqrt", 32, 97),
+    Function.RELU_MINUS: ("relu_minus", 0, TABLE_ENTRIES),
+    Function.ODD: ("odd", 0, TABLE_ENTRIES),
+    Function.SIGMOID: ("sigmoid", 0, TABLE_ENTRIES),
+}
 
 
 class GoldenCore:
@@ -111,6 +122,13 @@ class GoldenCore:
         for tile in range(i.tiles):
             self._pass(i, tile)
 
+    def _table(self, i: Instruction) -> TableFunction:
+        """The function table in the slot that the instruction names."""
+        kind, base, entries = _TABLE_KINDS[Function(i.function)]
+        first = i.table * TABLE_ENTRIES
+        c0, c1, c2 = self.table[first : first + entries].T.copy()
+        return TableFunction("slot", kind, table_shift(i), base, c0, c1, c2)
+
     def _columns(self, base: int, columns: int) -> F32:
         """Column operand: f32[columns, 1], one PARAMETER scalar per column."""
         words = -(-columns // self.config.rows)
@@ -151,10 +169,14 @@ class GoldenCore:
         exponent = np.zeros(x.shape, np.int32)
         if i.function == Function.SCORE:
             x = numerics.clamp_score(x)
-            exponent = numerics.exponent_part(x)
+            exponent = numerics.exp2_parts(x)[1]
+        elif i.function == Function.EXP2:
+            m, n = numerics.exp2_parts(numerics.clamp_score(x), self._table(i))
+            x = numerics.scale2(m, n.astype(np.int64) - lane0.view(np.int32)[None])
+        elif i.function == Function.RELU:
+            x = numerics.relu(x)
         elif i.function != Function.NONE:
-            table = self.table[i.table * TABLE_ENTRIES : (i.table + 1) * TABLE_ENTRIES]
-            x = numerics.function_stage(Function(i.function), x, table, table_shift(i), lane0.view(np.int32)[None])
+            x = numerics.evaluate(self._table(i), x)
 
         before = x
         if i.mul3 == ThirdMultiply.COLUMN2:
