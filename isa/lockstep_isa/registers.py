@@ -60,7 +60,7 @@ def _build() -> tuple[Register, ...]:
         ("ABI_VERSION", "r", "layout of this map and of the command ring"),
         ("ISA_VERSION", "r", "instruction table and numeric contract"),
         ("CONFIG_CRC", "r", "CRC-32 of the core's configuration"),
-        ("CONTROL", "w", "bit 0: soft reset"),
+        ("CONTROL", "w", "bit 0: soft reset, once the bus is quiet; bit 1: clear the counters"),
         ("STATUS", "r", "bit 0: busy, bit 1: stopped by an error"),
         ("FLAGS", "rw", "sticky numeric flags; write ones to clear"),
         ("ERROR_CODE", "r", "why the core stopped"),
