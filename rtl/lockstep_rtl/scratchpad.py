@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Shape, Signal
+from amaranth.hdl import Cat, ClockSignal, Instance, Module, Signal
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from .interfaces import ADDRESS_BITS, ReadPort, WritePort
@@ -49,37 +48,45 @@ class Scratchpad(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.memory = memory = Memory(shape=Shape(self.width), depth=self.depth, init=[])
-        write = memory.write_port(granularity=self.width // self.granules)
-        read = memory.read_port()
-        bits = len(write.addr)
+        bits = (self.depth - 1).bit_length()
+        address, write_data, write_enable = Signal(ADDRESS_BITS), Signal(self.width), Signal(self.granules)
+        read_address, read_data = Signal(ADDRESS_BITS), Signal(self.width)
+        m.submodules.memory = Instance(
+            "lockstep_ram",
+            p_WIDTH=self.width,
+            p_GRANULES=self.granules,
+            p_DEPTH=self.depth,
+            p_ADDRESS_BITS=bits,
+            i_clk=ClockSignal(),
+            i_write_enable=write_enable,
+            i_write_address=address[:bits],
+            i_write_data=write_data,
+            i_read_enable=self.read.enable | self.drain.enable,
+            i_read_address=read_address[:bits],
+            o_read_data=read_data,
+        )
 
-        address = Signal(ADDRESS_BITS)
         m.d.comb += [
             self.fill.ready.eq(~self.write.enable),
             address.eq(self.fill.payload.address),
-            write.data.eq(self.fill.payload.data),
-            write.en.eq(self.fill.valid.replicate(self.granules)),
+            write_data.eq(self.fill.payload.data),
+            write_enable.eq(self.fill.valid.replicate(self.granules)),
         ]
         with m.If(self.write.enable):
             m.d.comb += [
                 address.eq(self.write.address),
-                write.data.eq(self.write.data),
-                write.en.eq(self.write.mask),
+                write_data.eq(self.write.data),
+                write_enable.eq(self.write.mask),
             ]
-        m.d.comb += write.addr.eq(address)
 
-        read_address = Signal(ADDRESS_BITS)
         m.d.comb += [
             self.drain_ready.eq(~self.read.enable),
             read_address.eq(self.drain.address),
-            read.en.eq(self.read.enable | self.drain.enable),
-            self.read.data.eq(read.data),
-            self.drain.data.eq(read.data),
+            self.read.data.eq(read_data),
+            self.drain.data.eq(read_data),
         ]
         with m.If(self.read.enable):
             m.d.comb += read_address.eq(self.read.address)
-        m.d.comb += read.addr.eq(read_address)
 
         if bits < ADDRESS_BITS:
             write_beyond = address[bits:].any()
