@@ -9,7 +9,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
@@ -97,8 +98,9 @@ def build_cached(key_parts: Iterable[str | bytes], builder: Callable[[Path], Non
     return final
 
 
-def _locked(path: Path, progress: Progress) -> filelock.BaseFileLock:
-    """The held lock of one build."""
+@contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of one build."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -106,7 +108,10 @@ def _locked(path: Path, progress: Progress) -> filelock.BaseFileLock:
         if progress is not None:
             progress("waiting for another process that builds the same")
         lock.acquire()
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cpu_identity() -> str:
