@@ -22,9 +22,9 @@ Progress = Callable[[str], None] | None
 INCLUDE = Path(__file__).parent / "include"
 #: Separate roundings, no traps, wrapping integers; never -ffast-math, which would change results.
 FLAGS = (
-    "-std=c++17 -O3 -march=native -mprefer-vector-width=512 "
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math -fwrapv"
-).split()
+    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv"),
+)
 LAST_LINES = 20
 
 
@@ -126,7 +126,7 @@ def _cpu_identity() -> str:
 def compile_shared(
     sources: Sequence[Path],
     include_dirs: Sequence[Path] = (INCLUDE,),
-    flags: Sequence[str] = tuple(FLAGS),
+    flags: Sequence[str] = FLAGS,
     progress: Progress = None,
 ) -> Path:
     """The cached shared library of these C++ sources, built where it is not there yet."""
