@@ -30,6 +30,7 @@ class Core(wiring.Component):
     -----
     registers : In(Lite), the register map of ``lockstep_isa.registers``.
     memory_read : Out(ReadMaster with one ID bit), memory_write : Out(WriteMaster): device memory.
+    irq : Out(1), interrupt, high while there is nothing to do: every descriptor is complete, or an error stopped the core.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -37,6 +38,7 @@ class Core(wiring.Component):
         super().__init__(
             {
                 "registers": In(Lite(ADDRESS_BITS)),
+                "irq": Out(1),
                 "memory_read": Out(ReadMaster(config.bus_bytes, id_bits=1)),
                 "memory_write": Out(WriteMaster(config.bus_bytes)),
             }
@@ -59,6 +61,7 @@ class Core(wiring.Component):
             m.d.sync += flags.eq(flags & ~registers.write_data)
         with m.Else():
             m.d.sync += flags.eq(flags | machine.flags)
+        m.d.comb += self.irq.eq(~machine.busy | supervisor.error_code.any())
         m.d.comb += [
             supervisor.watchdog.eq(registers.WATCHDOG),
             supervisor.reset_request.eq(registers.written_CONTROL & registers.write_data[0]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import resources
 
 from amaranth.back import verilog
+from amaranth.hdl import Value
+from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
 from lockstep_isa.config import CoreConfig
 
@@ -18,8 +20,17 @@ def library_verilog() -> str:
 
 
 def component_verilog(component: wiring.Component, name: str) -> str:
-    """Verilog of one component as module ``name``, with the modules that it instantiates."""
-    return verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True) + library_verilog()
+    """Verilog of one component as module ``name``, with the modules that it instantiates.
+
+    Ports are called by their path with single underscores, ``memory_read_ar_valid``.
+    """
+    directions = {wiring.In: PortDirection.Input, wiring.Out: PortDirection.Output}
+    ports = {
+        "_".join(map(str, path)): (Value.cast(value), directions[member.flow])
+        for path, member, value in component.signature.flatten(component)
+    }
+    text = verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
+    return text + library_verilog()
 
 
 def core_verilog(config: CoreConfig) -> str:
