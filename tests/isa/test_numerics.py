@@ -76,6 +76,8 @@ def test_subnormal_operands_read_as_zeros_of_their_sign() -> None:
     assert_same_bits(numerics.flush(tiny), np.array([0.0, -0.0, 0.0, -0.0], F))
     assert_same_bits(numerics.add(tiny, F(-0.0)), np.array([0.0, -0.0, 0.0, -0.0], F))
     assert_same_bits(numerics.mul(tiny, F(1e30)), np.array([0.0, -0.0, 0.0, -0.0], F))
+    edge = np.array([0x007FFFFF, 0x807FFFFF, 0x00800000], np.uint32)
+    assert bits(numerics.flush(from_bits(edge))).tolist() == [0, 0x80000000, 0x00800000]
     difference = numerics.sub(F(1.25 * 2**-126), F(2**-126))
     assert_same_bits(difference, F(0))
 
