@@ -34,15 +34,16 @@ def _show(value: np.generic) -> str:
     return f"{value!r} (0x{int.from_bytes(value.tobytes(), 'little'):0{2 * value.itemsize}x})"
 
 
+_MAGNITUDES = [0, 1e-45, 1e-40, 1.1754942e-38, 2**-126, 1.5 * 2**-126, 2**-125, 0.5, 1, 1.5, 2, 2.5, 127, 127.5, 2**21]
+_MAGNITUDES += [2**22 - 0.5, 2**22, 2**23, 32000, 32001, 1e30, 2**127, 3.4028235e38, np.inf]
+
 #: Zeros, subnormals, the edges of the exponent range, halves, powers of two, infinities and NaNs of both signs.
 SPECIALS = np.concatenate(
     [
-        sign * np.array([0, 1e-45, 1e-40, 2**-126, 1.5 * 2**-126, 2**-125, 0.5, 1, 1.5, 2, 2.5, 127, 127.5], np.float32)
-        for sign in (np.float32(1), np.float32(-1))
+        np.array(_MAGNITUDES, np.float32),
+        -np.array(_MAGNITUDES, np.float32),
+        np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32),
     ]
-    + [np.array([2**21, 2**22 - 0.5, 2**22, 2**23, 32000, 32001, 1e30, 2**127, 3.4028235e38, np.inf], np.float32)]
-    + [-np.array([2**21, 2**22 - 0.5, 2**22, 2**23, 32000, 32001, 1e30, 2**127, 3.4028235e38, np.inf], np.float32)]
-    + [np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)]
 )
 
 

@@ -134,9 +134,7 @@ def pack_weights(w: I8) -> PackedWeights:
     return PackedWeights(padded, offsets, k)
 
 
-def linear(
-    q: I8, s: npt.ArrayLike, w: I8 | PackedWeights, sw: npt.ArrayLike, bias: npt.ArrayLike | None = None
-) -> F32:
+def linear(q: I8, s: npt.ArrayLike, w: I8 | PackedWeights, sw: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> F32:
     """y = (float(q @ w.T) * s) * sw + bias, as float32[M, N].
 
     q : int8[M, K].  s : float32[M].  w : int8[N, K], better packed.  sw, bias : float32[N].
