@@ -5,7 +5,14 @@ from amaranth.lib.memory import Memory
 
 
 def delayed(
-    m: Module, name: str, value: ValueLike, start: int, end: int, valid: ValueLike, time: ValueLike, enable: ValueLike = 1
+    m: Module,
+    name: str,
+    value: ValueLike,
+    start: int,
+    end: int,
+    valid: ValueLike,
+    time: ValueLike,
+    enable: ValueLike = 1,
 ) -> ValueLike:
     """``value`` of stage ``start`` as stage ``end`` sees it.
 

@@ -103,6 +103,7 @@ class FunctionStage(wiring.Component):
             self.zero.eq(valid[0] & recip & ~x.nonzero),
             self.nonfinite.eq(valid[0] & recip & x.special),
         ]
+        undo = Signal(signed(10))  # the power of two to put back
         u, word, force = Signal(32), Signal(32), Signal()
         next_u, next_word, next_force = Signal(32), Signal(32), Signal()
         m.d.comb += [next_u.eq(Mux(x.nan, 0, clamped)), next_word.eq(flushed), next_force.eq(x.nan)]
@@ -125,15 +126,16 @@ class FunctionStage(wiring.Component):
                 m.d.comb += [
                     next_u.eq(Cat(x.fraction, Const(127, 8))),
                     next_force.eq(~x.nonzero | x.special),
-                    next_word[:31].eq(Mux(next_force, 0, (127 - x.exponent)[:10])),
+                    undo.eq(127 - x.exponent),
+                    next_word[:31].eq(Mux(next_force, 0, undo.as_unsigned())),
                     next_word[31].eq(x.sign & ~x.special),
                 ]
             with m.Case(Function.RSQRT):
-                half = -((x.exponent - 127) >> 1)
                 m.d.comb += [
                     next_u.eq(Cat(x.fraction, 127 + ~x.exponent[0])),
                     next_force.eq(~x.nonzero | x.special | x.sign),
-                    next_word.eq(Mux(next_force, 0, half[:10])),
+                    undo.eq(-((x.exponent - 127) >> 1)),
+                    next_word.eq(Mux(next_force, 0, undo.as_unsigned())),
                 ]
             with m.Case(Function.SIGMOID):
                 m.d.comb += next_word[31].eq(flushed[31] & x.nonzero)
@@ -190,16 +192,15 @@ class FunctionStage(wiring.Component):
         m.d.comb += next_bypass.eq(1)
         with m.If(forced):
             m.d.comb += next_a.eq(waiting)
-        with m.Else():
-            with m.Switch(mode.function):
-                with m.Case(Function.RELU_MINUS):
-                    m.d.comb += [next_a.eq(waiting), next_bypass.eq(0)]
-                with m.Case(Function.SIGMOID):
-                    m.d.comb += [next_a.eq(Mux(waiting[31], ONE, table.y)), next_bypass.eq(~waiting[31])]
-                with m.Case(Function.ODD):
-                    m.d.comb += next_a.eq(Cat(table.y[:31], waiting[31]))
-                with m.Default():
-                    m.d.comb += next_a.eq(Cat(scaled[:31], scaled[31] | waiting[31]))
+        with m.Else(), m.Switch(mode.function):
+            with m.Case(Function.RELU_MINUS):
+                m.d.comb += [next_a.eq(waiting), next_bypass.eq(0)]
+            with m.Case(Function.SIGMOID):
+                m.d.comb += [next_a.eq(Mux(waiting[31], ONE, table.y)), next_bypass.eq(~waiting[31])]
+            with m.Case(Function.ODD):
+                m.d.comb += next_a.eq(Cat(table.y[:31], waiting[31]))
+            with m.Default():
+                m.d.comb += next_a.eq(Cat(scaled[:31], scaled[31] | waiting[31]))
         a, b, bypass = Signal(32), Signal(32), Signal()
         with m.If(valid[18]):
             m.d.sync += [a.eq(next_a), bypass.eq(next_bypass)]

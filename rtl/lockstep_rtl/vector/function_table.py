@@ -1,6 +1,6 @@
 """Table interpolation of one lane: address split, table memory, quadratic.
 
-    I = RNE(u * 2^k);  d = u - I * 2^-k;  y = c0 + d * (c1 + d * c2)
+I = RNE(u * 2^k);  d = u - I * 2^-k;  y = c0 + d * (c1 + d * c2)
 """
 
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, signed

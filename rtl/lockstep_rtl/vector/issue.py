@@ -219,10 +219,9 @@ class Issue(wiring.Component):
                                 m.d.sync += [needed.eq(column_needs), group.eq(group + 1)]
                             with m.Else():
                                 m.d.sync += late.eq(1)
-            with m.State("DRAIN"):
-                with m.If(self.drained):
-                    m.d.comb += self.done.eq(1)
-                    m.next = "ACCEPT"
+            with m.State("DRAIN"), m.If(self.drained):
+                m.d.comb += self.done.eq(1)
+                m.next = "ACCEPT"
 
         # Stage 0: reads.
         reads_y = Mux(shares, go & read_y, self.beat)

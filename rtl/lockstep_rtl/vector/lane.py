@@ -1,11 +1,12 @@
 """One fused lane: convert, add, scale twice, add, function, scale; row sum, row maximum, rounding to 8 bits."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import (
     FirstAdd,
     FirstMultiply,
+    Function,
     Maximum,
     SecondAdd,
     SecondMultiply,
@@ -202,7 +203,9 @@ class Lane(wiring.Component):
 
         # Stages 45 and 46.
         exponent_mode = mode.maximum == Maximum.EXPONENT
-        exponent = wait("exponent", function.n, scale_stage, RESULT, exponent_mode)
+        # Functions other than SCORE count as having the exponent 0.
+        n = Mux(mode.function.function == Function.SCORE, function.n, 0)
+        exponent = wait("exponent", n, scale_stage, RESULT, exponent_mode)
         m.submodules.maximum = maximum = RunningMaximum(self.subwords)
         m.d.comb += [
             self.result.eq(Mux(early, before, mul3.z)),

@@ -181,9 +181,8 @@ class SumControl(wiring.Component):
         ]
         with m.If(folding):
             m.d.sync += position.eq(position + 1)
-            with m.If(final):
-                with m.If(position == subwords - 1):
-                    m.d.sync += folding.eq(0)
+            with m.If(final), m.If(position == subwords - 1):
+                m.d.sync += folding.eq(0)
             with m.Elif(position == lengths[level]):
                 m.d.sync += [position.eq(0), first_level.eq(0), level.eq(level - 1)]
                 with m.If(level == 0):

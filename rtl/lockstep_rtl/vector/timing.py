@@ -13,7 +13,6 @@ from lockstep_isa.instructions import (
     FirstMultiply,
     Function,
     Instruction,
-    Maximum,
     SecondAdd,
     SecondMultiply,
     Source,
@@ -142,4 +141,4 @@ def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
         tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
     if i.destination == Destination.WEIGHT_TRANSPOSED:
         tail = max(tail, ROUNDED + config.rows + 2)
-    return 1 + rows + tail - 1
+    return 1 + rows + tail

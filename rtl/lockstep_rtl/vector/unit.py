@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import ConfigurationError
 from lockstep_isa.instructions import VECTOR, Destination, SecondAdd
 
-from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, WritePort, instruction_stream
+from ..interfaces import AccumulatorPort, ReadPort, WritePort, instruction_stream
 from .delay import delayed
 from .function_table import ENTRY_BITS
 from .issue import Issue
@@ -64,9 +64,7 @@ class VectorUnit(wiring.Component):
                 "parameter_write": Out(WritePort(32 * rows, rows)),
                 "activation_write": Out(WritePort(8 * rows, rows)),
                 "weight_write": Out(WritePort(8 * rows, rows)),
-                "table_write": In(
-                    wiring.Signature({"enable": Out(1), "address": Out(9), "data": Out(ENTRY_BITS)})
-                ),
+                "table_write": In(wiring.Signature({"enable": Out(1), "address": Out(9), "data": Out(ENTRY_BITS)})),
                 "flags": Out(2),
             }
         )
