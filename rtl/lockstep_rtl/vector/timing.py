@@ -124,6 +124,17 @@ def _row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     return now
 
 
+def vector_tail(config: CoreConfig, i: Instruction) -> int:
+    """Cycles from the last column to ``done``: the pipeline, and the last row sum or transposed group behind it."""
+    tail = DEPTH
+    if i.sum:
+        # The tree, the adder, the assembled word, its write.
+        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
+    if i.destination == Destination.WEIGHT_TRANSPOSED:
+        tail = max(tail, ROUNDED + config.rows + 2)
+    return tail
+
+
 def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
     """Cycles from the acceptance of a VECTOR instruction to ``done``, if its tiles are there when it wants them.
 
@@ -135,10 +146,4 @@ def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
     rows = _row_cycles(config, i, True)
     if i.tiles > 1:
         rows += (i.tiles - 1) * _row_cycles(config, i, False)
-    tail = DEPTH
-    if i.sum:
-        # The tree, the adder, the assembled word, its write.
-        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
-    if i.destination == Destination.WEIGHT_TRANSPOSED:
-        tail = max(tail, ROUNDED + config.rows + 2)
-    return 1 + rows + tail
+    return 1 + rows + vector_tail(config, i)
