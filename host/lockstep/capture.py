@@ -7,6 +7,7 @@ at the name of an architecture. Dead code (a pooler whose result is not asked fo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Mapping
@@ -75,15 +76,14 @@ def capture(module: torch.nn.Module, example: Mapping[str, torch.Tensor], max_to
     try:
         program = _export(module, example, dynamic)
     except Exception as error:
-        # A module may fix its length (learnt positions added whole); it is then captured for that length only.
-        lengths = {tensor.shape[1] for tensor in example.values() if _has_tokens(tensor)}
-        try:
-            program = _export(module, example, dict.fromkeys(example))
-        except Exception:
-            program = None
-        if program is None or len(lengths) != 1 or "Constraints violated" not in str(error):
+        # A module on features may fix its length (learnt positions added whole); it is then captured for that length only.
+        retry = None
+        if all(tensor.is_floating_point() for tensor in example.values()):
+            with contextlib.suppress(Exception):
+                retry = _export(module, example, dict.fromkeys(example))
+        if retry is None:
             raise CaptureError(_explain(module, error)) from None
-        fixed = True
+        program, fixed = retry, True
     if fixed:
         bound = next((tensor.shape[1] for tensor in example.values() if _has_tokens(tensor)), bound)
     return _captured(program, bound, fixed)

@@ -30,6 +30,9 @@ class Unrecognised(Exception):
 Reading = View | tuple[View, ...]
 Rule = Callable[["Recogniser", fx.Node, dict[str, Any]], Reading]
 
+#: Reasons that a fallback gives, those nearest to its result first.
+REASONS = 3
+
 #: Rules by the name of the PyTorch operation; ``lockstep.rules`` fills it.
 RULES: dict[str, Rule] = {}
 
@@ -242,8 +245,8 @@ class Recogniser:
             return None
         if ("fallback", node) not in self._made:
             fragment = self.fragment(node)
-            reasons = dict.fromkeys(self.reasons[item] for item in fragment.nodes if item in self.reasons)
-            reason = "; ".join(reasons) or "it moves data in a way that the contract has no operation for"
+            reasons = list(dict.fromkeys(self.reasons[item] for item in reversed(fragment.nodes) if item in self.reasons))
+            reason = "; ".join(reasons[:REASONS]) or "it moves data in a way that the contract has no operation for"
             name = ", ".join(fragment.operations)
             value = self.emit(Fallback, name, reason, fragment.reads, fragment.rows)
             self._made["fallback", node] = value

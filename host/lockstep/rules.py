@@ -17,6 +17,7 @@ from lockstep import layout
 from lockstep.fragment import View, extent, operation_name, same
 from lockstep.graph import Activation, Add, Attention, Dense, Gather, LayerNorm
 from lockstep.masks import why_not_trivial
+from lockstep.patterns import written_out_gelu
 from lockstep.recognise import Recogniser, Unrecognised, rule
 
 Arguments = dict[str, Any]
@@ -100,6 +101,15 @@ def activation(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     return state.view(state.emit(Activation, value, function), node)
 
 
+@rule("mul")
+def product(state: Recogniser, node: fx.Node, given: Arguments) -> View:
+    found = written_out_gelu(node)
+    value = None if found is None else state.rows(found[1])
+    if found is None or value is None:
+        raise Unrecognised("the contract has no operation for mul")
+    return state.view(state.emit(Activation, value, found[0]), node)
+
+
 @rule("add")
 def add(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     width = extent(node.meta["val"].shape[-1]) if node.meta["val"].ndim else None
@@ -107,6 +117,8 @@ def add(state: Recogniser, node: fx.Node, given: Arguments) -> View:
         raise Unrecognised("add scales an operand or has no features")
     values = []
     for operand in (given["self"], given["other"]):
+        if not isinstance(operand, fx.Node):
+            raise Unrecognised("the contract has no addition of a plain number")
         value = state.constant(operand, width) if operand in state.constants else state.rows(operand)
         if value is None or extent(operand.meta["val"].shape[-1]) != width:
             raise Unrecognised("an operand of add is no [tokens, features]")
