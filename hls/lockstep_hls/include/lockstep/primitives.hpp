@@ -1,0 +1,73 @@
+// The primitives of the numeric contract in plain C++17.
+//
+// Additions and multiplications are the language's own: the caller sets flush-to-zero (flush_to_zero.hpp; hardware has
+// it built in) and compiles with -ffp-contract=off and never with -ffast-math. Everything is free of branches, so
+// that loops over it vectorise.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace lockstep {
+
+constexpr std::uint32_t kSign = 0x80000000u;
+constexpr std::uint32_t kInfinity = 0x7F800000u;
+constexpr std::uint32_t kNaN = 0x7FC00000u;
+constexpr std::uint32_t kFraction = 0x007FFFFFu;
+constexpr std::uint32_t kOne = 0x3F800000u;
+constexpr std::int32_t kMaskedExponent = -(1 << 20);
+constexpr float kScoreLimit = 32000.0f;
+
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t b;
+  std::memcpy(&b, &x, sizeof b);
+  return b;
+}
+
+inline float float_of(std::uint32_t b) {
+  float x;
+  std::memcpy(&x, &b, sizeof x);
+  return x;
+}
+
+// m * 2^n on the exponent field: underflow gives a signed zero, overflow infinity; zero, infinity and NaN stay.
+inline float scale2(float m, std::int32_t n) {
+  const std::uint32_t b = bits_of(m);
+  const std::uint32_t sign = b & kSign;
+  const std::int32_t field = static_cast<std::int32_t>((b & kInfinity) >> 23);
+  const std::int32_t low = n < -512 ? -512 : n;
+  const std::int32_t scaled = field + (low > 512 ? 512 : low);
+  std::uint32_t result = (b & ~kInfinity) | (static_cast<std::uint32_t>(scaled) << 23);
+  result = scaled <= 0 ? sign : result;
+  result = scaled >= 255 ? sign | kInfinity : result;
+  result = field == 0 ? sign : result;
+  result = field == 255 ? b : result;
+  return float_of(result);
+}
+
+// RNE(x) where |x| < 2^22, elsewhere (and for NaN) 0.
+inline std::int32_t round_to_int(float x) {
+  const std::uint32_t low = bits_of(x + 12582912.0f) - bits_of(12582912.0f);  // 1.5 * 2^23
+  const bool inside = (bits_of(x) & ~kSign) < bits_of(4194304.0f);             // 2^22
+  return inside ? static_cast<std::int32_t>(low) : 0;
+}
+
+inline std::uint8_t round_to_int8bits(float x) { return static_cast<std::uint8_t>(round_to_int(x)); }
+
+// The magnitude of x as an integer that orders like it; subnormals count as 0, every NaN as the same greatest value.
+inline std::uint32_t magnitude_key(float x) {
+  std::uint32_t b = bits_of(x) & ~kSign;
+  b = b <= kFraction ? 0u : b;
+  return b > kInfinity ? kNaN : b;
+}
+
+// x held inside +-32000; NaN passes.
+inline float clamp_score(float z) {
+  const float low = z < -kScoreLimit ? -kScoreLimit : z;
+  return low > kScoreLimit ? kScoreLimit : low;
+}
+
+// max(x, +0): -0 gives +0, NaN passes.
+inline float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+
+}  // namespace lockstep
