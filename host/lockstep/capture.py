@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lockstep.errors import CaptureError
+from lockstep.fragment import ancestors
 
 #: Tokens of the example with which a model is traced; any number above one would do.
 EXAMPLE_TOKENS = 8
@@ -141,3 +142,9 @@ def _captured(program: ExportedProgram, bound: int, fixed: bool) -> Captured:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return Captured(program.graph, parameters, inputs, output, bound, fixed)
     raise CaptureError("the module returns no floating-point tensor, so there is nothing to compute")
+
+
+def used_parameters(captured: Captured) -> list[str]:
+    """Names of the parameters that the output depends on."""
+    needed = set(ancestors(captured.output, stop=lambda node: False))
+    return [name for node, (name, _) in captured.parameters.items() if node in needed]

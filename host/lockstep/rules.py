@@ -115,12 +115,15 @@ def add(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     width = extent(node.meta["val"].shape[-1]) if node.meta["val"].ndim else None
     if given["alpha"] != 1 or not isinstance(width, int):
         raise Unrecognised("add scales an operand or has no features")
+    operands = (given["self"], given["other"])
+    if not all(isinstance(operand, fx.Node) for operand in operands):
+        raise Unrecognised("the contract has no addition of a plain number")
+    if any(operand.meta["val"].ndim == 0 or extent(operand.meta["val"].shape[-1]) != width for operand in operands):
+        raise Unrecognised("add repeats an operand along the features")
     values = []
-    for operand in (given["self"], given["other"]):
-        if not isinstance(operand, fx.Node):
-            raise Unrecognised("the contract has no addition of a plain number")
+    for operand in operands:
         value = state.constant(operand, width) if operand in state.constants else state.rows(operand)
-        if value is None or extent(operand.meta["val"].shape[-1]) != width:
+        if value is None:
             raise Unrecognised("an operand of add is no [tokens, features]")
         values.append(value)
     return state.view(state.emit(Add, *values), node)
