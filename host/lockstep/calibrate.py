@@ -1,7 +1,7 @@
 """Fit a model's pre-scale: ``python -m lockstep.calibrate MODEL [--sentences FILE] [--output FILE]``.
 
-The samples are the sentences in ``data/calibration.txt`` unless a file with one text per line is given. The result does not depend on
-chance: the same sentences give the same file.
+The samples are the sentences in ``data/calibration.txt`` unless a file with one text per line is given. The result
+does not depend on chance: the same sentences give the same file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def sentences(path: Path | None = None) -> list[str]:
 def calibrate(name: str, texts: list[str], output: Path | None = None) -> tuple[Path, dict[str, float]]:
     """Fit the pre-scale of a model and write it; the path, and the migration strength at each point that has one.
 
-    Without ``output`` the file goes where ``load`` looks for it: next to the weights, or for a bundled model into the package.
+    Without ``output`` the file goes where ``load`` looks for it: next to the weights, or for a bundled model into the
+    package.
     """
     model = load(name, prescale=None)
     prescales, chosen = fit_prescales(model.float_graph, [{model.input_name: ids} for ids in model.tokenize(texts)])
@@ -39,7 +40,11 @@ def calibrate(name: str, texts: list[str], output: Path | None = None) -> tuple[
         data = Path(__file__).parent / "data"
         output = data / f"{name}_prescale.safetensors" if name in BUNDLED else model.folder / PRESCALE_FILE
     assert output is not None, "a model that is loaded by name has a folder"
-    save_file(prescales, output, metadata={"model": name, "alpha": ", ".join(f"{key}={value}" for key, value in chosen.items())})
+    save_file(
+        prescales,
+        output,
+        metadata={"model": name, "alpha": ", ".join(f"{key}={value}" for key, value in chosen.items())},
+    )
     return output, chosen
 
 

@@ -1,8 +1,10 @@
-"""Capturing: from a ``torch.nn.Module`` to a functional graph of PyTorch operations with the length of a sequence left open.
+"""Capturing: from a ``torch.nn.Module`` to a functional graph of PyTorch operations with the length of a sequence
+left open.
 
 The module is exported with ``torch.export`` for a batch of one and lowered with ``run_decompositions({})``, which
-keeps ``linear``, ``scaled_dot_product_attention``, ``layer_norm`` and ``gelu`` whole while removing in-place updates. Nothing here looks
-at the name of an architecture. Dead code (a pooler whose result is not asked for) is never looked at again.
+keeps ``linear``, ``scaled_dot_product_attention``, ``layer_norm`` and ``gelu`` whole while removing in-place updates.
+Nothing here looks at the name of an architecture. Dead code (a pooler whose result is not asked for) is never looked
+at again.
 """
 
 from __future__ import annotations
@@ -55,9 +57,10 @@ def capture(module: torch.nn.Module, example: Mapping[str, torch.Tensor], max_to
 
     Parameters
     ----------
-    module : any module that ``torch.export`` accepts; it is captured in evaluation mode and float32, and left as it was.
-    example : inputs for a batch of one: ``int64[1, tokens]``, ``float32[1, tokens, features]``, or any other shape, which is then
-        fixed. Contents do not matter, shapes do; use at least two tokens.
+    module : any module that ``torch.export`` accepts; it is captured in evaluation mode and float32, and left as it
+        was.
+    example : inputs for a batch of one: ``int64[1, tokens]``, ``float32[1, tokens, features]``, or any other shape,
+        which is then fixed. Contents do not matter, shapes do; use at least two tokens.
     max_tokens : longest sequence the graph shall serve, 512 if not said.
 
     Raises
@@ -65,7 +68,9 @@ def capture(module: torch.nn.Module, example: Mapping[str, torch.Tensor], max_to
     CaptureError
         if the module cannot be exported or returns no floating-point tensor.
     """
-    batches = {name: tuple(tensor.shape) for name, tensor in example.items() if tensor.ndim == 0 or tensor.shape[0] != 1}
+    batches = {
+        name: tuple(tensor.shape) for name, tensor in example.items() if tensor.ndim == 0 or tensor.shape[0] != 1
+    }
     if batches:
         name, shape = next(iter(batches.items()))
         raise CaptureError(f"example input {name!r} has shape {list(shape)}: the first size must be a batch of 1")
@@ -77,7 +82,8 @@ def capture(module: torch.nn.Module, example: Mapping[str, torch.Tensor], max_to
     try:
         program = _export(module, example, dynamic)
     except Exception as error:
-        # A module on features may fix its length (learnt positions added whole); it is then captured for that length only.
+        # A module on features may fix its length (learnt positions added whole); it is then captured for that length
+        # only.
         retry = None
         if all(tensor.is_floating_point() for tensor in example.values()):
             with contextlib.suppress(Exception):

@@ -1,7 +1,8 @@
 """Reading a model from where people have it: a Hugging Face folder, the local Hub cache, or a package.
 
-Nothing is ever downloaded and no file of a folder is ever executed. Files are checked before they are used, so that a broken
-download is reported with its name and sizes and not as a failure further on. transformers then maps names to modules.
+Nothing is ever downloaded and no file of a folder is ever executed. Files are checked before they are used, so that a
+broken download is reported with its name and sizes and not as a failure further on. transformers then maps names to
+modules.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Checkpoint:
     ----------
     module : the model in evaluation mode, float32.
     folder : where the files are.
-    missing : parameters that the files do not hold and that PyTorch therefore made up. They are harmless where the captured graph
-        does not use them (a pooler, say), and an error where it does: see ``require``.
+    missing : parameters that the files do not hold and that PyTorch therefore made up. They are harmless where the
+        captured graph does not use them (a pooler, say), and an error where it does: see ``require``.
     """
 
     module: torch.nn.Module
@@ -85,7 +86,8 @@ def find_folder(name: str) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _cached(name)
     raise ModelNotFoundError(
-        f"there is no folder {name}; give a Hugging Face folder, a Hub id that is in the local cache, or one of: {', '.join(BUNDLED)}"
+        f"there is no folder {name}; give a Hugging Face folder, a Hub id that is in the local cache, or one of: "
+        f"{', '.join(BUNDLED)}"
     )
 
 
@@ -96,7 +98,8 @@ def _cached(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except Exception:
         raise ModelNotFoundError(
-            f"there is no folder {name} and no model of that name in the local Hugging Face cache; nothing is downloaded here, so "
+            f"there is no folder {name} and no model of that name in the local Hugging Face cache; nothing is "
+            "downloaded here, so "
             f"fetch it first with: hf download {name}"
         ) from None
 
@@ -130,13 +133,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if "Unrecognized configuration class" in detail:
                 raise UnknownArchitectureError(
-                    f"{folder / 'config.json'} describes a {config.model_type!r} model, which has no base model in transformers"
+                    f"{folder / 'config.json'} describes a {config.model_type!r} model, which has no base model in "
+                    "transformers"
                 ) from None
             raise CheckpointError(f"the model in {folder} cannot be built from its config.json: {detail}") from None
     if report["mismatched_keys"]:
-        name, given, wanted = min((str(name), list(given), list(wanted)) for name, given, wanted in report["mismatched_keys"])
+        name, given, wanted = min(
+            (str(name), list(given), list(wanted)) for name, given, wanted in report["mismatched_keys"]
+        )
         raise TensorError(
-            f"the tensor {name!r} in {folder} has shape {given} but config.json asks for {wanted}; they belong to different models"
+            f"the tensor {name!r} in {folder} has shape {given} but config.json asks for {wanted}; they belong to "
+            "different models"
         )
     extra = sorted(set(report["unexpected_keys"]) - _declared(config))
     if extra:
@@ -173,7 +180,9 @@ def _configuration(folder: Path) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of ``folder``, shards in the order of their names; raises ``CheckpointError`` if some are missing."""
+    """The safetensors files of ``folder``, shards in the order of their names; raises ``CheckpointError`` if some are
+    missing.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
@@ -186,7 +195,8 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     if pickles:
         raise CheckpointError(
-            f"{folder} holds its weights as {pickles[0]} only; pickle files can run code and are refused, so convert them with "
+            f"{folder} holds its weights as {pickles[0]} only; pickle files can run code and are refused, so "
+            "convert them with "
             "transformers: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}; fetch the weights in safetensors format")
@@ -206,7 +216,9 @@ def _check_index(folder: Path, found: dict[str, Path]) -> None:
         return
     for name, file in _weight_map(index).items():
         if name not in found:
-            raise TensorError(f"{index} says that {file} holds the tensor {name!r}, but it does not; fetch {file} again")
+            raise TensorError(
+                f"{index} says that {file} holds the tensor {name!r}, but it does not; fetch {file} again"
+            )
 
 
 def check_file(path: Path) -> list[str]:
@@ -224,20 +236,27 @@ def check_file(path: Path) -> list[str]:
     expected = max((entry["data_offsets"][1] for entry in header.values()), default=0) + _data_start(path)
     if size != expected:
         state = "truncated" if size < expected else "corrupt"
-        raise CheckpointError(f"{path} is {state}: it has {size} bytes where its header needs {expected}; fetch the file again")
+        raise CheckpointError(
+            f"{path} is {state}: it has {size} bytes where its header needs {expected}; fetch the file again"
+        )
     for name, entry in header.items():
         if entry["dtype"] not in _FLOATS and entry["dtype"][0] not in "IUB":
-            raise TensorError(f"the tensor {name!r} in {path} has dtype {entry['dtype']}; only F32, F16 and BF16 weights can be read")
+            raise TensorError(
+                f"the tensor {name!r} in {path} has dtype {entry['dtype']}; only F32, F16 and BF16 weights can be read"
+            )
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
                 tensor = file.get_tensor(name)
                 if name.endswith("weight") and not tensor.is_floating_point():
                     raise TensorError(
-                        f"the tensor {name!r} in {path} has dtype {header[name]['dtype']}; only F32, F16 and BF16 weights can be read"
+                        f"the tensor {name!r} in {path} has dtype {header[name]['dtype']}; only F32, F16 and BF16 "
+                        "weights can be read"
                     )
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise TensorError(f"the tensor {name!r} in {path} holds NaN or infinite values; the checkpoint is damaged")
+                    raise TensorError(
+                        f"the tensor {name!r} in {path} holds NaN or infinite values; the checkpoint is damaged"
+                    )
     except SafetensorError as error:
         raise CheckpointError(f"{path} is corrupt ({error}); fetch the file again") from None
     return list(header)
@@ -251,7 +270,9 @@ def _data_start(path: Path) -> int:
 def _header(path: Path, size: int) -> dict[str, Any]:
     start = _data_start(path)
     if size < 8 or start > size:
-        raise CheckpointError(f"{path} is truncated: it has {size} bytes and its header alone needs {start}; fetch the file again")
+        raise CheckpointError(
+            f"{path} is truncated: it has {size} bytes and its header alone needs {start}; fetch the file again"
+        )
     with path.open("rb") as file:
         file.seek(8)
         try:

@@ -1,8 +1,8 @@
 """Running a graph on the host: the ``cpu`` device, and the float oracle that calibration and tests look at.
 
 ``run_reference`` executes the contract stage with a module of contract operations, such as the golden
-``lockstep_isa.operations`` or the C++ ``lockstep_hls.kernels``; both give the same bits. ``run_float`` executes the float stage with
-PyTorch and serves accuracy, never equality.
+``lockstep_isa.operations`` or the C++ ``lockstep_hls.kernels``; both give the same bits. ``run_float`` executes the
+float stage with PyTorch and serves accuracy, never equality.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def run_reference(graph: Graph, inputs: Mapping[str, Any], operations: Operation
     return _run(graph, inputs, compute)
 
 
-def run_float(graph: Graph, inputs: Mapping[str, Any], observe: Callable[[Node, list[Any]], None] | None = None) -> np.ndarray:
+def run_float(
+    graph: Graph, inputs: Mapping[str, Any], observe: Callable[[Node, list[Any]], None] | None = None
+) -> np.ndarray:
     """The output of a float-stage graph for one sequence in PyTorch's float32, ``float32[tokens, features]``.
 
     ``observe`` is called with every node and the arrays that it reads.
@@ -84,7 +86,9 @@ def run_float(graph: Graph, inputs: Mapping[str, Any], observe: Callable[[Node, 
 
 
 def check_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """``inputs`` as arrays of the right type and shape; raises ``InputError`` or ``SequenceLengthError`` where they do not fit."""
+    """``inputs`` as arrays of the right type and shape; raises ``InputError`` or ``SequenceLengthError`` where they
+    do not fit.
+    """
     expected = graph.inputs
     unknown = [name for name in inputs if name not in expected]
     if unknown:
@@ -112,7 +116,8 @@ def check_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, np.ndarra
             raise SequenceLengthError("the sequence is empty; give at least one token")
         if tokens > graph.max_tokens:
             raise SequenceLengthError(
-                f"the sequence has {tokens} tokens, but the model has positions for {graph.max_tokens}; shorten or split it"
+                f"the sequence has {tokens} tokens, but the model has positions for {graph.max_tokens}; shorten or "
+                "split it"
             )
     return arrays
 
@@ -145,7 +150,9 @@ def _shared(graph: Graph, node: Node, given: list[Any]) -> Any:
             table = graph.tensors[node.table]
             outside = given[0][(given[0] < 0) | (given[0] >= len(table))]
             if outside.size:
-                raise InputError(f"index {outside[0]} is not in the table {node.table!r}, which has {len(table)} entries")
+                raise InputError(
+                    f"index {outside[0]} is not in the table {node.table!r}, which has {len(table)} entries"
+                )
             return table[given[0]]
     raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
 

@@ -15,8 +15,9 @@ from torch import fx
 class Axis:
     """What one dimension of a PyTorch tensor means in the ``[tokens, features]`` array behind it.
 
-    ``kind`` is ``"token"``, ``"feature"`` or ``"one"`` (a size of one that means nothing). Moving ``stride`` features further in
-    the array is moving one further along a feature axis. ``size`` is an integer, or a symbolic expression for tokens.
+    ``kind`` is ``"token"``, ``"feature"`` or ``"one"`` (a size of one that means nothing). Moving ``stride`` features
+    further in the array is moving one further along a feature axis. ``size`` is an integer, or a symbolic expression
+    for tokens.
     """
 
     kind: str
@@ -29,7 +30,9 @@ ONE = Axis("one", 1)
 
 @dataclass(frozen=True)
 class View:
-    """A PyTorch tensor as a view of a graph value: an axis for each of its dimensions, and the first feature it shows."""
+    """A PyTorch tensor as a view of a graph value: an axis for each of its dimensions, and the first feature it
+    shows.
+    """
 
     value: int
     axes: tuple[Axis, ...]

@@ -147,7 +147,8 @@ class Dense(Node):
 class Quantise(Node):
     """Per-token int8: the value is the pair ``int8[tokens, K]``, ``float32[tokens]`` (section 5 of the contract).
 
-    ``prescale`` names a ``float32[K]`` that multiplies the row first; the weights that read this value are divided by it.
+    ``prescale`` names a ``float32[K]`` that multiplies the row first; the weights that read this value are divided by
+    it.
     """
 
     x: Value
@@ -162,8 +163,8 @@ class Quantise(Node):
 class Linear(Node):
     """``out = (q . weight.T) * s * scales + bias`` with an exact int32 sum.
 
-    ``quantised`` is the value of a ``Quantise``; weight: ``int8[N, K]``, scales: ``float32[N]``, bias: ``float32[N]`` or
-    none, all of them names in ``Graph.tensors``.
+    ``quantised`` is the value of a ``Quantise``; weight: ``int8[N, K]``, scales: ``float32[N]``, bias: ``float32[N]``
+    or none, all of them names in ``Graph.tensors``.
     """
 
     quantised: Value
@@ -181,7 +182,8 @@ class Attention(Node):
     """Bidirectional attention of every token to every token, head by head (section 6 of the contract).
 
     q, k, v and the result are ``float32[tokens, heads * head_dim]``; head ``h`` owns the features
-    ``h * head_dim : (h + 1) * head_dim``. They are quantised per token and head inside. ``tile`` keys are taken at a time.
+    ``h * head_dim : (h + 1) * head_dim``. They are quantised per token and head inside. ``tile`` keys are taken at a
+    time.
     """
 
     q: Value
@@ -242,13 +244,17 @@ class Graph:
         for node in self.nodes:
             unknown = [value for value in node.inputs if value not in known]
             if unknown:
-                raise ValueError(f"{type(node).__name__} {node.value} reads {unknown[0]}, which no earlier node defines")
+                raise ValueError(
+                    f"{type(node).__name__} {node.value} reads {unknown[0]}, which no earlier node defines"
+                )
             if node.value in known:
                 raise ValueError(f"value {node.value} is defined twice")
             known.add(node.value)
             missing = [name for name in tensor_names(node) if name not in self.tensors]
             if missing:
-                raise ValueError(f"{type(node).__name__} {node.value} uses tensor {missing[0]!r}, which the graph lacks")
+                raise ValueError(
+                    f"{type(node).__name__} {node.value} uses tensor {missing[0]!r}, which the graph lacks"
+                )
         if self.output not in known:
             raise ValueError(f"the output {self.output} is no value of the graph")
 

@@ -1,4 +1,6 @@
-"""Following views, transpositions and slices without moving data: each rule maps the axes of one tensor to those of another."""
+"""Following views, transpositions and slices without moving data: each rule maps the axes of one tensor to those of
+another.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,11 @@ def why_not_trivial(state: Recogniser, mask: fx.Node) -> str | None:
         return None if _hides_nothing(state.constants[mask]) else "a constant attention mask hides keys"
     fragment = state.fragment(mask)
     for node in fragment.nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor) and node not in state.constants and not _only_sized(node, fragment.nodes):
+        if (
+            isinstance(node.meta.get("val"), torch.Tensor)
+            and node not in state.constants
+            and not _only_sized(node, fragment.nodes)
+        ):
             return "the attention mask depends on more than the length of the sequence"
     for tokens in [state.max_tokens] if state.fixed else range(state.max_tokens, 0, -1):
         arrays = [_blank(state, value, tokens) for value in fragment.reads]

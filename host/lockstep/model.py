@@ -143,12 +143,13 @@ def load(
     example: Mapping[str, torch.Tensor] | None = None,
     max_tokens: int | None = None,
 ) -> Model:
-    """Load a model: a Hugging Face folder, a Hub id in the local cache, ``"minilm"``, or any ``torch.nn.Module`` that exports.
+    """Load a model: a Hugging Face folder, a Hub id in the local cache, ``"minilm"``, or any ``torch.nn.Module`` that
+    exports.
 
     Parameters
     ----------
-    prescale : ``"default"`` takes what comes with the model, if anything; none takes nothing; a path names a file made by
-        ``python -m lockstep.calibrate``.
+    prescale : ``"default"`` takes what comes with the model, if anything; none takes nothing; a path names a file
+        made by ``python -m lockstep.calibrate``.
     example : inputs with a batch of one with which a module is captured; not needed for models of transformers.
     max_tokens : longest sequence to serve; not needed for models of transformers.
 
@@ -183,7 +184,11 @@ def _prescales(prescale: str | Path | None, name: str, folder: Path) -> Prescale
 
 
 def _float_graph(
-    module: torch.nn.Module, example: Mapping[str, torch.Tensor] | None, max_tokens: int | None, source: str, check: Any = None
+    module: torch.nn.Module,
+    example: Mapping[str, torch.Tensor] | None,
+    max_tokens: int | None,
+    source: str,
+    check: Any = None,
 ) -> Graph:
     config = getattr(module, "config", None)
     if max_tokens is None:
@@ -202,5 +207,6 @@ def _example(module: torch.nn.Module, config: Any) -> dict[str, torch.Tensor]:
     if name == "pixel_values" and isinstance(size, int):
         return {name: torch.zeros((1, channels, size, size))}
     raise CaptureError(
-        f"{type(module).__name__} does not say what its inputs look like; give example={{name: tensor}} with a batch of one"
+        f"{type(module).__name__} does not say what its inputs look like; give example={{name: tensor}} with a "
+        "batch of one"
     )

@@ -14,20 +14,24 @@ from lockstep.fragment import operation_name
 def written_out_gelu(node: fx.Node) -> tuple[str, fx.Node] | None:
     """``(function, x)`` if the product ``node`` is a GELU of ``x``, else none.
 
-    ``gelu_erf`` is ``0.5 x (1 + erf(x / sqrt 2))``; ``gelu_tanh`` is ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``. Factors may
-    stand in any order and be grouped in any way.
+    ``gelu_erf`` is ``0.5 x (1 + erf(x / sqrt 2))``; ``gelu_tanh`` is ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715
+    x^3)))``. Factors may stand in any order and be grouped in any way.
     """
     factors, number = _product(node)
     for x, other in _pairs(factors):
         if not math.isclose(number, 0.5, rel_tol=1e-6) or not _adds_one(other):
             continue
-        inner = other.args[0]
+        inner: Any = other.args[0]
         argument, scale = _product(inner.args[0])
         if len(argument) != 1:
             continue
         if operation_name(inner) == "erf" and argument[0] is x and math.isclose(scale, math.sqrt(0.5), rel_tol=1e-6):
             return "gelu_erf", x
-        if operation_name(inner) == "tanh" and _is_cubic(argument[0], x) and math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=1e-6):
+        if (
+            operation_name(inner) == "tanh"
+            and _is_cubic(argument[0], x)
+            and math.isclose(scale, math.sqrt(2 / math.pi), rel_tol=1e-6)
+        ):
             return "gelu_tanh", x
     return None
 
@@ -58,11 +62,8 @@ def _pairs(factors: list[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _adds_one(node: fx.Node) -> bool:
-    return operation_name(node) == "add" and node.args[1] == 1 and operation_name(_first(node)) in ("erf", "tanh")
-
-
-def _first(node: fx.Node) -> Any:
-    return node.args[0]
+    inner: Any = node.args[0] if node.args else None
+    return operation_name(node) == "add" and bool(node.args[1] == 1) and operation_name(inner) in ("erf", "tanh")
 
 
 def _is_cubic(node: fx.Node, x: fx.Node) -> bool:

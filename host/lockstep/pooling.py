@@ -1,4 +1,6 @@
-"""From hidden states to one vector, as a sentence-transformers folder says, in NumPy float32 with a fixed order of additions."""
+"""From hidden states to one vector, as a sentence-transformers folder says, in NumPy float32 with a fixed order of
+additions.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def read_pooling(folder: Path) -> Pooling:
     """
     settings = _read(folder / "sentence_bert_config.json", {})
     modules = _read(folder / "modules.json", [])
-    modes, normalise = ("mean",), False
+    modes: tuple[str, ...] = ("mean",)
+    normalise = False
     for module in modules if isinstance(modules, list) else []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
@@ -81,7 +84,9 @@ def read_pooling(folder: Path) -> Pooling:
         elif kind == "Normalize":
             normalise = True
         elif kind != "Transformer":
-            raise PoolingError(f"{folder / 'modules.json'} lists a module {kind!r}; only Transformer, Pooling and Normalize are known")
+            raise PoolingError(
+                f"{folder / 'modules.json'} lists a module {kind!r}; only Transformer, Pooling and Normalize are known"
+            )
     return Pooling(modes, normalise, settings.get("max_seq_length"), bool(settings.get("do_lower_case", False)))
 
 

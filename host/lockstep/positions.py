@@ -9,7 +9,8 @@ import numpy as np
 
 from lockstep.graph import Gather, Indices, Input, Node, Value
 
-#: Token ids with which index arithmetic is tried. Some models give the padding token no position of its own, so more than one.
+#: Token ids with which index arithmetic is tried. Some models give the padding token no position of its own, so more
+#: than one.
 PROBES = (0, 1, 2, 3)
 
 

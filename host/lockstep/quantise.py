@@ -1,11 +1,13 @@
 """W8A8: from the float stage of a graph to the contract stage, with an optional pre-scale per input channel.
 
-Weights become int8 with one scale per output channel, activations int8 with one scale per token at run time. A pre-scale
-(SmoothQuant: Xiao et al., 2023, https://arxiv.org/abs/2211.10438) multiplies an activation's channels before it is quantised and
-divides the weight's columns, which moves outliers to where there is room for them. ``fit_prescales`` finds it off line.
+Weights become int8 with one scale per output channel, activations int8 with one scale per token at run time. A pre-
+scale (SmoothQuant: Xiao et al., 2023, https://arxiv.org/abs/2211.10438) multiplies an activation's channels before it
+is quantised and divides the weight's columns, which moves outliers to where there is room for them. ``fit_prescales``
+finds it off line.
 
-The maintained implementations do not fit: llm-compressor needs an older transformers, neural-compressor's automatic alpha
-assumes static activation scales, and torchao smooths modules, not a graph; the search below is what the contract's own error asks for.
+The maintained implementations do not fit: llm-compressor needs an older transformers, neural-compressor's automatic
+alpha assumes static activation scales, and torchao smooths modules, not a graph; the search below is what the
+contract's own error asks for.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from safetensors.numpy import load_file
 
 from lockstep.errors import PrescaleError
 from lockstep.evaluate import run_float
-from lockstep.graph import Dense, Graph, Linear, Node, Quantise, Value, live, tensor_names
+from lockstep.graph import Add, Dense, Graph, Linear, Node, Quantise, Value, live, tensor_names
 
 #: Migration strengths that ``fit_prescales`` tries at every quantise point, besides no pre-scale at all.
 ALPHAS = tuple(step / 20 for step in range(2, 20))
@@ -35,8 +37,8 @@ Prescales = Mapping[str, np.ndarray]
 def quantise_points(graph: Graph) -> dict[str, list[list[Dense]]]:
     """The places where activations are quantised, by name: for each, the products that share one ``Quantise``.
 
-    A point is named after the first weight that reads it. A weight that serves in several layers makes one point with several
-    groups of products, so that its int8 form stays shared.
+    A point is named after the first weight that reads it. A weight that serves in several layers makes one point with
+    several groups of products, so that its int8 form stays shared.
     """
     groups: dict[Value, list[Dense]] = {}
     for node in graph.of(Dense):
@@ -50,7 +52,8 @@ def quantise_points(graph: Graph) -> dict[str, list[list[Dense]]]:
 def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``int8[N, K]`` and ``float32[N]`` with ``weight ~ int8 * scale[:, None]``, for ``weight: float32[N, K]``.
 
-    The scale is absmax / 127 and rounding is to nearest even; a channel of zeros, or too small to have a normal scale, gets scale 0.
+    The scale is absmax / 127 and rounding is to nearest even; a channel of zeros, or too small to have a normal
+    scale, gets scale 0.
     """
     scale = np.abs(weight).max(axis=1).astype(np.float32) / np.float32(127)
     scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(0))
@@ -60,7 +63,8 @@ def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
-    """The contract stage of ``graph``: every ``Dense`` becomes a ``Linear`` on a ``Quantise`` that it shares with its siblings.
+    """The contract stage of ``graph``: every ``Dense`` becomes a ``Linear`` on a ``Quantise`` that it shares with its
+    siblings.
 
     Parameters
     ----------
@@ -97,7 +101,11 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
     kept = live(nodes, graph.output)
     used = {name for node in kept for name in tensor_names(node)}
     return Graph(
-        tuple(kept), graph.output, {name: tensors[name] for name in tensors if name in used}, graph.max_tokens, graph.source
+        tuple(kept),
+        graph.output,
+        {name: tensors[name] for name in tensors if name in used},
+        graph.max_tokens,
+        graph.source,
     )
 
 
@@ -119,10 +127,14 @@ def _linear(node: Dense, source: Value, prescale: Any, point: str, tensors: dict
 def _check(prescales: Mapping[str, np.ndarray], points: Mapping[str, Any], graph: Graph) -> None:
     for name, prescale in prescales.items():
         if name not in points:
-            raise PrescaleError(f"the pre-scale {name!r} belongs to no product of this model; was it fitted for another model?")
+            raise PrescaleError(
+                f"the pre-scale {name!r} belongs to no product of this model; was it fitted for another model?"
+            )
         width = graph.tensors[name].shape[1]
         if prescale.shape != (width,) or prescale.dtype != np.float32:
-            raise PrescaleError(f"the pre-scale {name!r} is {prescale.dtype}{list(prescale.shape)}, not float32[{width}]")
+            raise PrescaleError(
+                f"the pre-scale {name!r} is {prescale.dtype}{list(prescale.shape)}, not float32[{width}]"
+            )
         if not (np.isfinite(prescale) & (prescale > 0)).all():
             raise PrescaleError(f"the pre-scale {name!r} has an entry that is not a positive number")
 
@@ -137,19 +149,29 @@ def load_prescales(path: Path) -> dict[str, np.ndarray]:
         raise PrescaleError(f"{path} is not a readable safetensors file ({error})") from None
 
 
-def fit_prescales(graph: Graph, sequences: Iterable[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def fit_prescales(
+    graph: Graph, sequences: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Pre-scales for ``graph`` (float stage) from sample inputs, and the migration strength chosen at each point.
 
-    At every quantise point each strength alpha in ``ALPHAS`` proposes pc = max|W|^(1 - alpha) / max|x|^alpha per input channel; the one
-    whose int8 products come closest to the float ones on the samples wins. No pre-scale is one of the candidates.
+    At every quantise point each strength alpha in ``ALPHAS`` proposes pc = max|W|^(1 - alpha) / max|x|^alpha per
+    input channel; the one whose int8 products come closest to the float ones on the samples wins. No pre-scale is one
+    of the candidates. The error of a token counts relative to the length of what it ends up in: the product itself,
+    or the sum with a residual.
     """
     points = quantise_points(graph)
-    readers = {group[0].value: name for name, groups in points.items() for group in groups}
+    names = {node.value: name for name, groups in points.items() for group in groups for node in group}
+    sums = {value: node.value for node in graph.of(Add) for value in node.inputs if value in names}
+    first = {group[0].value: names[group[0].value] for groups in points.values() for group in groups}
     samples: dict[str, list[np.ndarray]] = {name: [] for name in points}
+    lengths: dict[str, list[np.ndarray]] = {name: [] for name in points}
+    of_sum = {total: names[value] for value, total in sums.items()}
 
     def observe(node: Node, given: list[Any]) -> None:
-        if node.value in readers:
-            samples[readers[node.value]].append(given[0])
+        if node.value in first:
+            samples[first[node.value]].append(given[0])
+        if node.value in of_sum:
+            lengths[of_sum[node.value]].append(((given[0] + given[1]) ** 2).sum(axis=1))
 
     for inputs in sequences:
         run_float(graph, inputs, observe)
@@ -157,35 +179,57 @@ def fit_prescales(graph: Graph, sequences: Iterable[Mapping[str, Any]]) -> tuple
     chosen: dict[str, float] = {}
     for name, groups in points.items():
         weights = [torch.from_numpy(graph.tensors[node.weight][slice(*node.rows)]) for node in groups[0]]
-        rows = np.concatenate(samples[name])
-        rows = rows[:: max(1, len(rows) // CALIBRATION_ROWS)]
-        alpha, prescale = _fit(torch.from_numpy(np.ascontiguousarray(rows)), weights)
+        x, length = _thinned(samples[name], lengths[name])
+        alpha, prescale = _fit(x, weights, length)
         if prescale is not None and alpha is not None:
             prescales[name], chosen[name] = prescale, alpha
     return prescales, chosen
 
 
-def _fit(x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[float | None, np.ndarray | None]:
+def _thinned(samples: list[np.ndarray], lengths: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """At most about ``CALIBRATION_ROWS`` of the sampled rows, and the squared lengths that belong to them if all are
+    known.
+    """
+    rows = np.concatenate(samples)
+    step = max(1, len(rows) // CALIBRATION_ROWS)
+    length = np.concatenate(lengths) if lengths else np.empty(0, np.float32)
+    thinned = torch.from_numpy(np.ascontiguousarray(rows[::step]))
+    return thinned, torch.from_numpy(np.ascontiguousarray(length[::step])) if len(length) == len(rows) else None
+
+
+def _fit(
+    x: torch.Tensor, weights: list[torch.Tensor], length: torch.Tensor | None
+) -> tuple[float | None, np.ndarray | None]:
     largest_x = x.abs().amax(dim=0).clamp(min=1e-5)
     largest_w = torch.cat(weights).abs().amax(dim=0).clamp(min=1e-5)
     exact = [x @ weight.T for weight in weights]
     best: tuple[float | None, np.ndarray | None] = (None, None)
-    least = _error(x, weights, exact, None)
+    least = _error(x, weights, exact, length, None)
     for alpha in ALPHAS:
         prescale = _rounded(largest_w ** (1 - alpha) / largest_x**alpha)
-        error = _error(x, weights, exact, prescale)
+        error = _error(x, weights, exact, length, prescale)
         if error < least:
             least, best = error, (alpha, prescale.numpy())
     return best
 
 
 def _rounded(prescale: torch.Tensor) -> torch.Tensor:
-    """A pre-scale around one, with eight significant bits: more would only make the file depend on the machine it was fitted on."""
+    """A pre-scale around one, with eight significant bits: more would only make the file depend on the machine it was
+    fitted on.
+    """
     return (prescale / prescale.log().mean().exp()).to(torch.bfloat16).to(torch.float32)
 
 
-def _error(x: torch.Tensor, weights: list[torch.Tensor], exact: list[torch.Tensor], prescale: torch.Tensor | None) -> float:
-    """Relative squared error of the int8 products, summed over the weights."""
+def _error(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    length: torch.Tensor | None,
+    prescale: torch.Tensor | None,
+) -> float:
+    """Squared error of the int8 products relative to ``length``, or to the exact products: mean over tokens, sum over
+    weights.
+    """
     scaled = x if prescale is None else x * prescale
     steps = scaled.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
     rounded = torch.round(scaled / steps) * steps
@@ -193,5 +237,6 @@ def _error(x: torch.Tensor, weights: list[torch.Tensor], exact: list[torch.Tenso
     for weight, wanted in zip(weights, exact, strict=True):
         q, scale = quantise_weight((weight if prescale is None else weight / prescale).numpy())
         got = rounded @ (torch.from_numpy(q.astype(np.float32)) * torch.from_numpy(scale)[:, None]).T
-        total += float(((got - wanted) ** 2).sum() / (wanted**2).sum().clamp(min=1e-30))
+        size = (wanted**2).sum(dim=1) if length is None else length
+        total += float((((got - wanted) ** 2).sum(dim=1) / size.clamp(min=1e-30)).mean())
     return total

@@ -2,8 +2,9 @@
 
 Operations are recognised by what they compute, one after the other. Every captured tensor gets one of four
 readings: contents known in advance (parameters and what follows from them alone), integers that say what to fetch, a
-``View`` of a graph value, or nothing yet. What has no reading is *opaque*: it is cut out and run by PyTorch as a ``Fallback``, but
-only where a recognised operation or the output needs it, so that views, masks and dead branches cost nothing.
+``View`` of a graph value, or nothing yet. What has no reading is *opaque*: it is cut out and run by PyTorch as a
+``Fallback``, but only where a recognised operation or the output needs it, so that views, masks and dead branches
+cost nothing.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ class Recogniser:
             self._apply_rule(node)
 
     def rows(self, node: Any) -> Value | None:
-        """The value of ``node`` as ``float32[tokens, features]``, cutting out a fallback if need be; none if it has no such form."""
+        """The value of ``node`` as ``float32[tokens, features]``, cutting out a fallback if need be; none if it has
+        no such form.
+        """
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             return None
         if node in self.constants:
@@ -128,7 +131,9 @@ class Recogniser:
         return self._cut_out(node)
 
     def features(self, value: Value, start: int, size: int) -> Value | None:
-        """Features ``start:start + size`` of a value: itself, or fewer channels of the product it comes from; else none."""
+        """Features ``start:start + size`` of a value: itself, or fewer channels of the product it comes from; else
+        none.
+        """
         if (start, size) == (0, self._widths[value]):
             return value
         made = self.nodes[value]
@@ -198,7 +203,9 @@ class Recogniser:
     def fragment(self, node: fx.Node) -> Fragment:
         """Everything between ``node`` and the graph values it depends on."""
         boundaries: dict[fx.Node, View | Whole] = dict(self._inputs)
-        boundaries.update((item, view) for item, view in self.views.items() if isinstance(view, View) and item is not node)
+        boundaries.update(
+            (item, view) for item, view in self.views.items() if isinstance(view, View) and item is not node
+        )
         return Fragment(node, boundaries, self.constants)
 
     def _add_input(self, node: fx.Node, name: str) -> None:
@@ -245,7 +252,9 @@ class Recogniser:
             return None
         if ("fallback", node) not in self._made:
             fragment = self.fragment(node)
-            reasons = list(dict.fromkeys(self.reasons[item] for item in reversed(fragment.nodes) if item in self.reasons))
+            reasons = list(
+                dict.fromkeys(self.reasons[item] for item in reversed(fragment.nodes) if item in self.reasons)
+            )
             reason = "; ".join(reasons[:REASONS]) or "it moves data in a way that the contract has no operation for"
             name = ", ".join(fragment.operations)
             value = self.emit(Fallback, name, reason, fragment.reads, fragment.rows)

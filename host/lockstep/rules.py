@@ -1,7 +1,7 @@
 """One rule for each PyTorch operation that the contract covers: what it reads, and the node it becomes.
 
-To add an operation, write a rule here. A rule returns the ``View`` that the operation's result is (or several, for one that
-returns a tuple), or raises ``Unrecognised`` with the reason, which then stands in the model's report.
+To add an operation, write a rule here. A rule returns the ``View`` that the operation's result is (or several, for
+one that returns a tuple), or raises ``Unrecognised`` with the reason, which then stands in the model's report.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def addmm(state: Recogniser, node: fx.Node, given: Arguments) -> View:
 
 @rule("matmul", "mm", "bmm")
 def matmul(state: Recogniser, node: fx.Node, given: Arguments) -> View:
-    left, right = given["self"], given.get("other", given.get("mat2"))
+    left, right = given["self"], given["other" if "other" in given else "mat2"]
     if right in state.constants:
         return _product(state, node, left, _transposed(state, right), None)
     return _eager_attention(state, left, right)
@@ -133,7 +133,9 @@ def add(state: Recogniser, node: fx.Node, given: Arguments) -> View:
 def embedding(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     table, indices = state.name(given["weight"]), state.indices(given["indices"])
     if table is None or indices is None:
-        raise Unrecognised("embedding looks up a table that is no parameter, or with indices that are computed from features")
+        raise Unrecognised(
+            "embedding looks up a table that is no parameter, or with indices that are computed from features"
+        )
     return state.view(state.emit(Gather, table, indices), node)
 
 

@@ -16,7 +16,9 @@ _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentence
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder``; raises ``TokenizerError`` if there is none or it cannot be read."""
     if not any((folder / name).is_file() for name in _FILES):
-        raise TokenizerError(f"{folder} has no tokenizer (none of {', '.join(_FILES)}); fetch tokenizer.json, or give token ids")
+        raise TokenizerError(
+            f"{folder} has no tokenizer (none of {', '.join(_FILES)}); fetch tokenizer.json, or give token ids"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -42,6 +44,7 @@ def token_ids(tokenizer: Any, text: str, max_tokens: int, cut_to: int | None, lo
     ids = tokenizer(text, verbose=False, **limits)["input_ids"]
     if len(ids) > max_tokens:
         raise SequenceLengthError(
-            f"a text of {len(text)} characters makes {len(ids)} tokens, but the model has positions for {max_tokens}; shorten or split it"
+            f"a text of {len(text)} characters makes {len(ids)} tokens, but the model has positions for "
+            f"{max_tokens}; shorten or split it"
         )
     return np.asarray(ids, np.int64)
