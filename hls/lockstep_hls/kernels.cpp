@@ -28,13 +28,13 @@ std::int32_t offset_of(const std::int8_t* row, size_t n) {
   return 128 * sum;
 }
 
-// A bump allocator over the caller's workspace, which is zeroed and aligned to 64 bytes.
+// Deals out the caller's workspace, which is zeroed; without one it only counts.
 class Workspace {
  public:
   explicit Workspace(std::uint8_t* start) : start_(start) {}
   template <class T>
   T* take(size_t count) {
-    T* result = reinterpret_cast<T*>(start_ + used_);
+    T* result = start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + used_);
     used_ += padded(count * sizeof(T));
     return result;
   }
@@ -70,24 +70,16 @@ struct AttentionShape {
 // Scores of one query over one tile become probabilities p with scale sp; total and out move to the new peak.
 void softmax_row(const Table& exp2_table, const Table& recip_table, const AttentionState& s, size_t row, size_t slot,
                  size_t first, size_t count, const std::uint8_t* mask, size_t d, size_t tile, float* out) {
-  const std::int32_t* scores = s.scores + slot * tile;
-  const std::int32_t* offset = s.k_offset + first;
-  const float* sk = s.sk + first;
-  const float* sv = s.sv + first;
-  const float c = s.c[row];
-  for (size_t j = 0; j < count; ++j) {
-    const float z = (static_cast<float>(scores[j] - offset[j]) * sk[j]) * c;
-    const Exp2Parts parts = exp2_parts(exp2_table, clamp_score(z));
-    s.m[j] = parts.m;
-    s.n[j] = parts.n;
-  }
+  const float* __restrict sv = s.sv + first;
+  float* __restrict m = s.m;
+  float* __restrict e = s.e;
+  std::int32_t* __restrict n = s.n;
+  exp2_scores(exp2_table, count, s.scores + slot * tile, s.k_offset + first, s.sk + first, s.c[row], m, n);
   if (mask != nullptr)
-    for (size_t j = 0; j < count; ++j) s.n[j] = mask[j] ? s.n[j] : kMaskedExponent;
-  std::int32_t tile_peak = s.n[0];
-  for (size_t j = 0; j < count; ++j) tile_peak = s.n[j] > tile_peak ? s.n[j] : tile_peak;
-
-  const float* e = s.e;
-  for (size_t j = 0; j < count; ++j) s.e[j] = scale2(s.m[j], s.n[j] - tile_peak);
+    for (size_t j = 0; j < count; ++j) n[j] = mask[j] ? n[j] : kMaskedExponent;
+  std::int32_t tile_peak = n[0];
+  for (size_t j = 0; j < count; ++j) tile_peak = n[j] > tile_peak ? n[j] : tile_peak;
+  for (size_t j = 0; j < count; ++j) e[j] = scale2(m[j], n[j] - tile_peak);
   const float sum = rowsum(count, [e](size_t j) { return e[j]; });
   s.sp[slot] = requantise(recip_table, count, 1.0f / 255.0f, [e, sv](size_t j) { return e[j] * sv[j]; },
                           s.p + slot * padded(count));

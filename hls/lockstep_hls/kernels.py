@@ -32,13 +32,17 @@ _ARGUMENTS = {
 }
 
 
-@cache
-def prepare(progress: Progress = None) -> ctypes.CDLL:
-    """The compiled kernels; the first call on a machine takes the compiler about ten seconds.
+def prepare(progress: Progress = None) -> Path:
+    """Compile the kernels, if this machine has not done so yet; it takes a few seconds.
 
     Raises :class:`lockstep_hls.toolchain.ToolchainError` where there is no compiler.
     """
-    library = ctypes.CDLL(str(compile_shared([Path(__file__).with_name("kernels.cpp")], progress=progress)))
+    return compile_shared([Path(__file__).with_name("kernels.cpp")], progress=progress)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(prepare()))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = arguments
@@ -85,7 +89,7 @@ def apply_function(name: str, x: npt.ArrayLike) -> F32:
         raise ValueError(f"unknown function '{name}': there are {', '.join(FUNCTIONS)}")
     x = _floats(x)
     y = np.empty_like(x)
-    prepare().lockstep_apply(_table(name), x.size, _at(x), _at(y))
+    _library().lockstep_apply(_table(name), x.size, _at(x), _at(y))
     return y
 
 
@@ -93,7 +97,7 @@ def add(a: npt.ArrayLike, b: npt.ArrayLike) -> F32:
     """a + b, float32[...], with NumPy's broadcasting."""
     left, right = (_floats(x) for x in np.broadcast_arrays(np.asarray(a, np.float32), np.asarray(b, np.float32)))
     y = np.empty_like(left)
-    prepare().lockstep_add(y.size, _at(left), _at(right), _at(y))
+    _library().lockstep_add(y.size, _at(left), _at(right), _at(y))
     return y
 
 
@@ -103,7 +107,7 @@ def quantise_rows(x: npt.ArrayLike, prescale: npt.ArrayLike | None = None) -> tu
     rows, n = x.shape
     factors = None if prescale is None else _floats(prescale, n)
     q, s = np.empty((rows, n), np.int8), np.empty(rows, np.float32)
-    prepare().lockstep_quantise_rows(_table("recip"), rows, n, _at(x), _at(factors), _at(q), _at(s))
+    _library().lockstep_quantise_rows(_table("recip"), rows, n, _at(x), _at(factors), _at(q), _at(s))
     return q, s
 
 
@@ -126,13 +130,11 @@ def pack_weights(w: I8) -> PackedWeights:
     padded = np.zeros((rows, -(-k // DEPTH_ALIGNMENT) * DEPTH_ALIGNMENT), np.int8)
     padded[:, :k] = w
     offsets = np.empty(rows, np.int32)
-    prepare().lockstep_offsets(rows, padded.shape[1], _at(padded), _at(offsets))
+    _library().lockstep_offsets(rows, padded.shape[1], _at(padded), _at(offsets))
     return PackedWeights(padded, offsets, k)
 
 
-def linear(
-    q: I8, s: npt.ArrayLike, w: I8 | PackedWeights, sw: npt.ArrayLike, bias: npt.ArrayLike | None = None
-) -> F32:
+def linear(q: I8, s: npt.ArrayLike, w: I8 | PackedWeights, sw: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> F32:
     """y = (float(q @ w.T) * s) * sw + bias, as float32[M, N].
 
     q : int8[M, K].  s : float32[M].  w : int8[N, K], better packed.  sw, bias : float32[N].
@@ -146,7 +148,7 @@ def linear(
     scales, channels = _floats(s, rows), _floats(sw, columns)
     added = None if bias is None else _floats(bias, columns)
     shifted, y = np.empty((rows, depth), np.uint8), np.empty((rows, columns), np.float32)
-    prepare().lockstep_linear(
+    _library().lockstep_linear(
         *(rows, columns, weights.k, _at(q), _at(scales), _at(weights.padded), _at(weights.offsets)),
         *(_at(channels), _at(added), _at(shifted), _at(y)),
     )
@@ -158,7 +160,7 @@ def layer_norm(x: npt.ArrayLike, gamma: npt.ArrayLike, beta: npt.ArrayLike, eps:
     x = _matrix(x)
     rows, n = x.shape
     gain, shift, y = _floats(gamma, n), _floats(beta, n), np.empty_like(x)
-    prepare().lockstep_layer_norm(
+    _library().lockstep_layer_norm(
         *(_table("rsqrt"), rows, n, _at(x), _at(gain), _at(shift), np.float32(1 / n), eps, _at(y))
     )
     return y
@@ -187,7 +189,7 @@ def attention(
     tile = max(1, min(tile, keys))
     seen = None if mask is None else np.ascontiguousarray(mask, np.bool_)
     factor = np.float32(math.log2(math.e) * (1 / math.sqrt(d) if scale is None else scale))
-    library = prepare()
+    library = _library()
     workspace = np.zeros(library.lockstep_attention_workspace(rows, keys, d, tile), np.uint8)
     out = np.zeros((rows, d), np.float32)
     library.lockstep_attention(

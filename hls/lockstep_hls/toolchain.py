@@ -9,7 +9,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
@@ -21,9 +22,9 @@ Progress = Callable[[str], None] | None
 INCLUDE = Path(__file__).parent / "include"
 #: Separate roundings, no traps, wrapping integers; never -ffast-math, which would change results.
 FLAGS = (
-    "-std=c++17 -O3 -march=native -mprefer-vector-width=512 "
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math -fwrapv"
-).split()
+    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv"),
+)
 LAST_LINES = 20
 
 
@@ -97,8 +98,9 @@ def build_cached(key_parts: Iterable[str | bytes], builder: Callable[[Path], Non
     return final
 
 
-def _locked(path: Path, progress: Progress) -> filelock.BaseFileLock:
-    """The held lock of one build."""
+@contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of one build."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -106,7 +108,10 @@ def _locked(path: Path, progress: Progress) -> filelock.BaseFileLock:
         if progress is not None:
             progress("waiting for another process that builds the same")
         lock.acquire()
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cpu_identity() -> str:
@@ -121,7 +126,7 @@ def _cpu_identity() -> str:
 def compile_shared(
     sources: Sequence[Path],
     include_dirs: Sequence[Path] = (INCLUDE,),
-    flags: Sequence[str] = tuple(FLAGS),
+    flags: Sequence[str] = FLAGS,
     progress: Progress = None,
 ) -> Path:
     """The cached shared library of these C++ sources, built where it is not there yet."""

@@ -9,7 +9,9 @@ namespace lockstep {
 constexpr std::size_t kDepthAlignment = 64;  // rows of operands are padded to this many bytes; weights with zeros
 constexpr std::size_t kColumnBlock = 64;     // columns that are multiplied before the next rows are touched
 
-inline constexpr std::size_t padded(std::size_t n) { return (n + kDepthAlignment - 1) / kDepthAlignment * kDepthAlignment; }
+constexpr std::size_t padded(std::size_t n) {
+  return (n + kDepthAlignment - 1) / kDepthAlignment * kDepthAlignment;
+}
 
 // out[r][c] = sum over k of a[r][k] * b[c][k], for a few rows and columns whose sums stay in registers.
 template <int Rows, int Columns>

@@ -45,21 +45,23 @@ inline float scale2(float m, std::int32_t n) {
   return float_of(result);
 }
 
+// Without its sign, a float's pattern is an integer that orders like the magnitude; NaN patterns come last.
+inline std::uint32_t magnitude_bits(float x) { return bits_of(x) & ~kSign; }
+
+// A magnitude with subnormals read as +0 and every NaN as the same one.
+inline float canonical_magnitude(std::uint32_t magnitude) {
+  magnitude = magnitude <= kFraction ? 0u : magnitude;
+  return float_of(magnitude > kInfinity ? kNaN : magnitude);
+}
+
 // RNE(x) where |x| < 2^22, elsewhere (and for NaN) 0.
 inline std::int32_t round_to_int(float x) {
   const std::uint32_t low = bits_of(x + 12582912.0f) - bits_of(12582912.0f);  // 1.5 * 2^23
-  const bool inside = (bits_of(x) & ~kSign) < bits_of(4194304.0f);             // 2^22
+  const bool inside = magnitude_bits(x) < bits_of(4194304.0f);                 // 2^22
   return inside ? static_cast<std::int32_t>(low) : 0;
 }
 
 inline std::uint8_t round_to_int8bits(float x) { return static_cast<std::uint8_t>(round_to_int(x)); }
-
-// The magnitude of x as an integer that orders like it; subnormals count as 0, every NaN as the same greatest value.
-inline std::uint32_t magnitude_key(float x) {
-  std::uint32_t b = bits_of(x) & ~kSign;
-  b = b <= kFraction ? 0u : b;
-  return b > kInfinity ? kNaN : b;
-}
 
 // x held inside +-32000; NaN passes.
 inline float clamp_score(float z) {

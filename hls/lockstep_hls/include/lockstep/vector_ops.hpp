@@ -28,10 +28,10 @@ template <class Value>
 inline float absmax(std::size_t n, Value value) {
   std::uint32_t greatest = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    const std::uint32_t key = magnitude_key(value(i));
-    greatest = key > greatest ? key : greatest;
+    const std::uint32_t magnitude = magnitude_bits(value(i));
+    greatest = magnitude > greatest ? magnitude : greatest;
   }
-  return float_of(greatest);
+  return canonical_magnitude(greatest);
 }
 
 // out[i] = low 8 bits of RNE(value(i) / s), which is returned: s = absmax * step, step = 1/127 or 1/255 in fp32.
@@ -45,8 +45,10 @@ inline float requantise(const Table& recip_table, std::size_t n, float step, Val
   return s;
 }
 
+// Loops over tables stay functions of their own: inlined, g++ forgets that outputs do not overlap the table, and
+// does not vectorise them.
 template <Kind kind>
-inline void apply_kind(const Table& table, std::size_t n, const float* __restrict x, float* __restrict y) {
+[[gnu::noinline]] void apply_kind(const Table& table, std::size_t n, const float* __restrict x, float* __restrict y) {
   const float limit = limit_of(table);
   for (std::size_t i = 0; i < n; ++i) y[i] = evaluate<kind>(table, x[i], limit);
 }
@@ -60,6 +62,19 @@ inline void apply(const Table& table, std::size_t n, const float* __restrict x, 
     case Kind::kReluMinus: return apply_kind<Kind::kReluMinus>(table, n, x, y);
     case Kind::kOdd: return apply_kind<Kind::kOdd>(table, n, x, y);
     case Kind::kSigmoid: return apply_kind<Kind::kSigmoid>(table, n, x, y);
+  }
+}
+
+// (m[i], n[i]) with 2^z = m * 2^n for z = (float(score[i] - offset[i]) * scale[i]) * factor, held inside +-32000.
+[[gnu::noinline]] inline void exp2_scores(const Table& exp2_table, std::size_t count,
+                                          const std::int32_t* __restrict score, const std::int32_t* __restrict offset,
+                                          const float* __restrict scale, float factor, float* __restrict m,
+                                          std::int32_t* __restrict n) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const float z = (static_cast<float>(score[i] - offset[i]) * scale[i]) * factor;
+    const Exp2Parts parts = exp2_parts(exp2_table, clamp_score(z));
+    m[i] = parts.m;
+    n[i] = parts.n;
   }
 }
 
