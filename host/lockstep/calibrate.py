@@ -11,7 +11,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lockstep.checkpoint import BUNDLED
 from lockstep.errors import ModelError
@@ -40,11 +40,8 @@ def calibrate(name: str, texts: list[str], output: Path | None = None) -> tuple[
         data = Path(__file__).parent / "data"
         output = data / f"{name}_prescale.safetensors" if name in BUNDLED else model.folder / PRESCALE_FILE
     assert output is not None, "a model that is loaded by name has a folder"
-    save_file(
-        prescales,
-        output,
-        metadata={"model": name, "alpha": ", ".join(f"{key}={value}" for key, value in chosen.items())},
-    )
+    strengths = ", ".join(f"{point}={alpha}" for point, alpha in chosen.items())
+    output.write_bytes(save(prescales, metadata={"model": name, "alpha": strengths}))
     return output, chosen
 
 

@@ -275,11 +275,14 @@ def _header(path: Path, size: int) -> dict[str, Any]:
         )
     with path.open("rb") as file:
         file.seek(8)
-        try:
-            header = json.loads(file.read(start - 8))
-            return {name: entry for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"]}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{path} is corrupt: its header is not readable; fetch the file again") from None
+        content = file.read(start - 8)
+    try:
+        header = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
+        for entry in header.values():
+            _ = str(entry["dtype"])[0], int(entry["data_offsets"][1])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CheckpointError(f"{path} is corrupt: its header is not readable; fetch the file again") from None
+    return header
 
 
 def _architecture(config: Any) -> str:
