@@ -13,13 +13,15 @@ SENTENCES = (
     "When was the printing press invented, and by whom?",
     "A late frost killed most of the apricot blossom.",
     "Chop the onions finely.",
-    "The tenant may end the agreement with three months' notice, which must be given in writing and reach the landlord by the "
+    "The tenant may end the agreement with three months' notice, which must be given in writing and reach the "
+    "landlord by the "
     "third working day of the month, failing which it takes effect one month later.",
     "Gravity bends light.",
     "The headphones sound wonderful, but the left one stopped working after a fortnight and support never replied.",
     "Flight LX 318 to Zurich is now boarding at gate B24.",
     "Nobody knew.",
-    "In the attic they found a globe on which half of Africa was still blank, a stuffed owl, and eleven diaries in a hand so "
+    "In the attic they found a globe on which half of Africa was still blank, a stuffed owl, and eleven diaries in "
+    "a hand so "
     "small that it took a magnifying glass to read them.",
     "fatal: not a git repository (or any of the parent directories)",
     "Peat bogs hold twice as much carbon as all the forests of the world.",
@@ -28,7 +30,8 @@ SENTENCES = (
     "The company cut its forecast for the year, and the shares lost a fifth of their value within an hour.",
     "Bees tell each other where flowers are by dancing.",
     "Because the sensor reported its position only ten times a second while the arm moved at two metres a second, the "
-    "controller had to guess where the gripper would be, and on the third day of testing it guessed wrong and swept a tray of "
+    "controller had to guess where the gripper would be, and on the third day of testing it guessed wrong and "
+    "swept a tray of "
     "samples off the bench.",
     "DELETE FROM sessions WHERE expires < NOW();",
     "It rained.",

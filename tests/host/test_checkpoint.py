@@ -81,8 +81,8 @@ def test_a_file_instead_of_a_folder(folder: Path) -> None:
 
 
 def test_hub_id_that_is_not_in_the_cache() -> None:
-    refused(errors.ModelNotFoundError, "nobody/such-a-model", "local Hugging Face cache", "hf download nobody/such-a-
-    model")
+    name = "nobody/such-a-model"
+    refused(errors.ModelNotFoundError, name, "local Hugging Face cache", f"hf download {name}")
 
 
 def test_bundled_name_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_a_header_that_contradicts_itself_is_corrupt(tmp_path: Path) -> None:
     header = b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'
     path = tmp_path / "odd.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(errors.CheckpointError, match="odd.safetensors is corrupt"):
+    with pytest.raises(errors.CheckpointError, match=r"odd\.safetensors is corrupt"):
         check_file(path)
 
 

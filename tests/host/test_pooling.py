@@ -75,8 +75,11 @@ def test_a_folder_that_says_nothing_means_the_mean(tmp_path: Path) -> None:
         (None, [], "asks for pooling but there is no"),
     ],
 )
-def test_what_is_not_known_is_refused(tmp_path: Path, pooling: dict[str, Any] | None, more: list[str], message: str)
--> None: with pytest.raises(PoolingError, match=message): read_pooling(folder(tmp_path, pooling, *more))
+def test_what_is_not_known_is_refused(
+    tmp_path: Path, pooling: dict[str, Any] | None, more: list[str], message: str
+) -> None:
+    with pytest.raises(PoolingError, match=message):
+        read_pooling(folder(tmp_path, pooling, *more))
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
