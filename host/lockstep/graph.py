@@ -220,7 +220,7 @@ class Fallback(Node):
 N = TypeVar("N", bound=Node)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """A captured model.
 
@@ -235,7 +235,7 @@ class Graph:
 
     nodes: tuple[Node, ...]
     output: Value
-    tensors: Mapping[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     max_tokens: int
     source: str = "module"
 

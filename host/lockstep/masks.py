@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +10,7 @@ from torch import fx
 
 from lockstep.fragment import extent, operation_name
 from lockstep.graph import Input
-
-if TYPE_CHECKING:
-    from lockstep.recognise import Recogniser
+from lockstep.recogniser import Recogniser
 
 
 def why_not_trivial(state: Recogniser, mask: fx.Node) -> str | None:

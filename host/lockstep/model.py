@@ -16,7 +16,7 @@ from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
 from lockstep.checkpoint import BUNDLED, find_folder, load_checkpoint
 from lockstep.errors import CaptureError, ModelError, TokenizerError
 from lockstep.evaluate import run_reference
-from lockstep.graph import Fallback, Graph, Input
+from lockstep.graph import Fallback, Graph, Input, Quantise
 from lockstep.pooling import Pooling, read_pooling
 from lockstep.quantise import Prescales, load_prescales, quantise
 from lockstep.recognise import recognise
@@ -79,7 +79,7 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model that is ready for any executor.
 
@@ -127,7 +127,7 @@ class Model:
 
     def report(self) -> Report:
         """What was recognised, and what falls back to PyTorch and why."""
-        points = [node.prescale for node in self.graph if hasattr(node, "prescale")]
+        points = [node.prescale for node in self.graph.of(Quantise)]
         fallbacks = tuple((node.name, node.reason) for node in self.graph.of(Fallback))
         size = sum(array.size for array in self.graph.tensors.values())
         prescaled = sum(prescale is not None for prescale in points)

@@ -18,9 +18,11 @@ from lockstep.fragment import View, extent, operation_name, same
 from lockstep.graph import Activation, Add, Attention, Dense, Gather, LayerNorm
 from lockstep.masks import why_not_trivial
 from lockstep.patterns import written_out_gelu
-from lockstep.recognise import Recogniser, Unrecognised, rule
+from lockstep.recogniser import RULES, Recogniser, Unrecognised, rule
 
 Arguments = dict[str, Any]
+
+__all__ = ["RULES"]
 
 _FUNCTIONS = {"silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
