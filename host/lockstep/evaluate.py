@@ -139,7 +139,7 @@ def _run(graph: Graph, inputs: Mapping[str, Any], compute: Compute) -> np.ndarra
     return values[graph.output]
 
 
-def _shared(graph: Graph, node: Node, given: list[Any]) -> Any:
+def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
     """Nodes that mean the same in both stages: data movement and what PyTorch runs."""
     match node:
         case Constant():
@@ -176,7 +176,7 @@ def _contract(graph: Graph, node: Node, given: list[Any], operations: Any) -> An
             heads = range(0, node.heads * node.head_dim, node.head_dim)
             parts = [[np.ascontiguousarray(x[:, at : at + node.head_dim]) for x in given] for at in heads]
             return np.hstack([operations.attention(*part, tile=node.tile, scale=node.scale) for part in parts])
-    return _shared(graph, node, given)
+    return host_node(graph, node, given)
 
 
 def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
@@ -184,7 +184,7 @@ def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
         return None if name is None else torch.from_numpy(graph.tensors[name])
 
     if isinstance(node, Constant | Gather | Indices | Fallback):
-        return _shared(graph, node, given)
+        return host_node(graph, node, given)
     with torch.no_grad():
         x = [torch.from_numpy(np.ascontiguousarray(item)) for item in given]
         match node:
@@ -203,7 +203,7 @@ def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
                 q, k, v = (item.reshape(len(item), node.heads, node.head_dim).transpose(0, 1) for item in x)
                 mixed = functional.scaled_dot_product_attention(q, k, v, scale=node.scale)
                 return mixed.transpose(0, 1).reshape(len(x[0]), -1).contiguous().numpy()
-    return _shared(graph, node, given)
+    return host_node(graph, node, given)
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -24,7 +24,7 @@ Value = int
 
 #: Keys that attention takes at a time. It is part of a result's bits, so it is a field of the graph and of every
 #: program made from it, never of a device.
-ATTENTION_TILE = 64
+ATTENTION_TILE = 512
 
 
 @dataclass(frozen=True)
