@@ -1,1 +1,23 @@
-"""From a program to a device: URIs, buffers, command rings, fences and errors."""
+"""The driver of Lockstep: device URIs, buffers, command rings, fences and errors."""
+
+from .device import Counters, Device, Fence
+from .errors import DeviceError, DeviceNotFound, DeviceTimeout, DriverError, IncompatibleDevice, OutOfDeviceMemory
+from .memory import Buffer
+from .uri import SCHEMES, DeviceUri, open_device, parse
+
+__all__ = [
+    "SCHEMES",
+    "Buffer",
+    "Counters",
+    "Device",
+    "DeviceError",
+    "DeviceNotFound",
+    "DeviceTimeout",
+    "DeviceUri",
+    "DriverError",
+    "Fence",
+    "IncompatibleDevice",
+    "OutOfDeviceMemory",
+    "open_device",
+    "parse",
+]

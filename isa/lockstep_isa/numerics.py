@@ -122,12 +122,11 @@ def clamp_score(z: npt.ArrayLike) -> F32:
     return np.clip(flush(z), -SCORE_LIMIT, SCORE_LIMIT)
 
 
-def exp2_parts(z: npt.ArrayLike) -> tuple[F32, I32]:
+def exp2_parts(z: npt.ArrayLike, table: TableFunction = FUNCTIONS["exp2"]) -> tuple[F32, I32]:
     """(m, n) with 2**z = m * 2**n, for z inside +-32000.
 
     n is the floor of z rounded to 1/32, so that m lies in [0.989, 1.98]. NaN gives m = NaN and n = 0.
     """
-    table = FUNCTIONS["exp2"]
     integer, _ = split(table, z)
     return interpolate(table, z), integer >> table.k
 
@@ -137,24 +136,24 @@ def exp2(x: npt.ArrayLike) -> F32:
     return scale2(*exp2_parts(clamp_score(x)))
 
 
-def recip(x: npt.ArrayLike) -> F32:
+def recip(x: npt.ArrayLike, table: TableFunction = FUNCTIONS["recip"]) -> F32:
     """1 / x. Zeros give a zero of their sign, infinities and NaN give +0: a bad row requantises to 0."""
     pattern = bits(flush(x))
     exponent = ((pattern & _INFINITY) >> 23).astype(np.int32) - 127
     u = from_bits(pattern & _FRACTION | np.uint32(127 << 23))
-    y = scale2(interpolate(FUNCTIONS["recip"], u), -exponent)
+    y = scale2(interpolate(table, u), -exponent)
     signed = np.where(exponent == -127, pattern & _SIGN, bits(y) | pattern & _SIGN)
     return from_bits(np.where(exponent == 128, np.uint32(0), signed))
 
 
-def rsqrt(x: npt.ArrayLike) -> F32:
+def rsqrt(x: npt.ArrayLike, table: TableFunction = FUNCTIONS["rsqrt"]) -> F32:
     """1 / sqrt(x) for finite x > 0, everything else gives +0."""
     pattern = bits(flush(x))
     valid = (pattern - np.uint32(1)) < _INFINITY - np.uint32(1)
     exponent = ((pattern & _INFINITY) >> 23).astype(np.int32) - 127
     odd = exponent & 1
     u = from_bits(pattern & _FRACTION | (127 + odd).astype(np.uint32) << 23)
-    return np.where(valid, scale2(interpolate(FUNCTIONS["rsqrt"], u), -(exponent >> 1)), np.float32(0))
+    return np.where(valid, scale2(interpolate(table, u), -(exponent >> 1)), np.float32(0))
 
 
 def relu(x: npt.ArrayLike) -> F32:
@@ -166,7 +165,7 @@ def relu(x: npt.ArrayLike) -> F32:
 def evaluate(table: TableFunction, x: npt.ArrayLike) -> F32:
     """The elementwise function that ``table`` stands for, at any x: float32[...]."""
     if table.kind in ("exp2", "recip", "rsqrt"):
-        return {"exp2": exp2, "recip": recip, "rsqrt": rsqrt}[table.kind](x)
+        return exp2(x) if table.kind == "exp2" else recip(x, table) if table.kind == "recip" else rsqrt(x, table)
     x = flush(x)
     g = interpolate(table, np.minimum(np.abs(x), table.limit))
     if table.kind == "relu_minus":

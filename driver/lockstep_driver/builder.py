@@ -1,0 +1,121 @@
+"""Building programs: instructions in the order of their meaning, tokens found by themselves.
+
+A program means what its instructions do one after the other. The core runs them on four units at once, so whoever
+builds one must place tokens wherever two units touch the same words. :class:`ProgramBuilder` does: it remembers for
+every on-chip word, and for every piece of device memory that the program writes, who touched it last.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import (
+    LOAD,
+    STORE,
+    TABLE_ENTRY_BYTES,
+    Instruction,
+    InstructionType,
+    Memory,
+    Unit,
+)
+from lockstep_isa.program import Program, Region, depth_of, reads, writes
+
+_NEVER = -1
+
+
+class ProgramBuilder:
+    """Collects instructions and places their tokens.
+
+    An instruction waits for another unit only where a word that it reads was written there, or a word that it
+    writes was read or written there, and only if no earlier wait of its unit already covers that.
+
+    Parameters
+    ----------
+    config : the core that the program is for.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self._instructions: list[Instruction] = []
+        self._wait: list[int] = []
+        self._signal: list[int] = []
+        # Per memory: index of the last instruction of each unit that read and that wrote each word.
+        self._read = {m: np.full((len(Unit), depth_of(config, m)), _NEVER, np.int32) for m in Memory}
+        self._written = {m: np.full((len(Unit), depth_of(config, m)), _NEVER, np.int32) for m in Memory}
+        self._stored: list[tuple[int, int, int]] = []  # device memory: first byte, end, index of the STORE
+        self._fetched: list[tuple[int, int, int]] = []  # the same for LOADs
+        # covered[v][u]: every instruction of unit u up to this index is known to be complete for unit v.
+        self._covered = np.full((len(Unit), len(Unit)), _NEVER, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._instructions)
+
+    def emit(self, type: InstructionType, **fields: int) -> int:
+        """Append an instruction, without tokens; returns its index."""
+        instruction = Instruction(type, **fields)
+        unit, index = type.unit, len(self._instructions)
+        needed = np.full(len(Unit), _NEVER, np.int64)
+        read, written = reads(self.config, instruction), writes(self.config, instruction)
+        for region in read:
+            self._latest(self._written, region, needed)
+        for region in written:
+            self._latest(self._written, region, needed)
+            self._latest(self._read, region, needed)
+        self._transfer(instruction, index, needed)
+
+        wait = 0
+        for other in Unit:
+            if other != unit and needed[other] > self._covered[unit][other]:
+                wait |= 1 << other
+                self._signal[needed[other]] |= 1 << unit
+                self._covered[unit][other] = needed[other]
+        self._instructions.append(instruction)
+        self._wait.append(wait)
+        self._signal.append(0)
+        for region in read:
+            self._mark(self._read, region, unit, index)
+        for region in written:
+            self._mark(self._written, region, unit, index)
+        return index
+
+    def finish(self) -> Program:
+        """The program with its tokens."""
+        return Program(
+            self.config.crc,
+            tuple(
+                i.replace(wait=w, signal=s) if w or s else i
+                for i, w, s in zip(self._instructions, self._wait, self._signal, strict=True)
+            ),
+        )
+
+    @staticmethod
+    def _runs(region: Region) -> list[slice]:
+        if region.count == 1 or region.stride == region.words:
+            return [slice(region.start, region.start + region.words * region.count)]
+        return [slice(s, s + region.words) for s in range(region.start, region.end, region.stride or region.end)]
+
+    def _latest(self, table: dict[Memory, np.ndarray], region: Region, needed: np.ndarray) -> None:
+        for run in self._runs(region):
+            np.maximum(needed, table[region.memory][:, run].max(axis=1, initial=_NEVER), out=needed)
+
+    def _mark(self, table: dict[Memory, np.ndarray], region: Region, unit: Unit, index: int) -> None:
+        for run in self._runs(region):
+            table[region.memory][unit, run] = index
+
+    def _transfer(self, i: Instruction, index: int, needed: np.ndarray) -> None:
+        """Order in device memory: LOAD behind an overlapping STORE, STORE behind an overlapping LOAD."""
+        if i.type not in (LOAD, STORE):
+            return
+        word = {Memory.TABLE: TABLE_ENTRY_BYTES, Memory.VECTOR: 4 * self.config.rows}
+        word[Memory.PARAMETER] = word[Memory.VECTOR]
+        begin = i.address
+        end = begin + (i.rows - 1) * i.stride + i.words * word.get(Memory(i.memory), self.config.rows)
+        mine, others, other = (
+            (self._fetched, self._stored, Unit.STORE) if i.type is LOAD else (self._stored, self._fetched, Unit.LOAD)
+        )
+        # Recent ones last: the first overlap found from behind is the latest.
+        for first, last, at in reversed(others):
+            if first < end and begin < last:
+                needed[other] = max(needed[other], at)
+                break
+        mine.append((begin, end, index))

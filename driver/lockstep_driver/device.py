@@ -1,0 +1,232 @@
+"""A device: a core with memory, run through its registers and its command ring."""
+
+from __future__ import annotations
+
+import struct
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
+from lockstep_isa.errors import ErrorCode
+from lockstep_isa.program import Program, ProgramError, validate
+from lockstep_isa.registers import (
+    BY_NAME,
+    CORE_COUNTERS,
+    DESCRIPTOR_BYTES,
+    DESCRIPTOR_FIELDS,
+    MAGIC,
+    UNIT_COUNTERS,
+    Flags,
+    Status,
+)
+from lockstep_isa.instructions import Unit
+from lockstep_sim.core import SimulatedCore
+
+from .errors import DeviceError, DeviceTimeout, DriverError, IncompatibleDevice
+from .memory import Allocator, Buffer
+
+#: Descriptors in the command ring.
+RING_SLOTS = 16
+#: Cycles without progress after which the core stops itself.
+WATCHDOG_CYCLES = 1_000_000
+#: Cycles between two looks at the clock while waiting for a fence.
+BATCH_CYCLES = 200_000
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The performance counters of a run.
+
+    Attributes
+    ----------
+    cycles, instructions, read_beats, write_beats, mac_cycles : of the whole core.
+    units : unit name -> cycles busy, wait_token, wait_data, idle; they sum up to ``cycles``.
+    """
+
+    cycles: int
+    instructions: int
+    read_beats: int
+    write_beats: int
+    mac_cycles: int
+    units: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A submitted program: reached once the device's fence counter is at least ``value``."""
+
+    value: int
+    program: Buffer
+
+
+class Device:
+    """One core, through registers, memory and command ring; the same for simulations and boards.
+
+    Use it as a context manager, or call :meth:`close`. Programs complete in the order of their submission.
+
+    Parameters
+    ----------
+    core : registers and memory. uri : what it is called in messages and reports.
+    """
+
+    def __init__(self, core: SimulatedCore, uri: str) -> None:
+        self._core = core
+        self.uri = uri
+        self.config: CoreConfig = core.config
+        self._identify()
+        self._allocator = Allocator(core.memory)
+        self._ring = self._allocator.allocate(RING_SLOTS * DESCRIPTOR_BYTES)
+        self._submitted = 0
+        self._configure()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the device back."""
+        self._core.close()
+
+    # --- Registers ---------------------------------------------------------------------------------------------
+
+    def read(self, register: str) -> int:
+        """A register of the map, by name."""
+        return self._core.read_register(BY_NAME[register].address)
+
+    def write(self, register: str, value: int) -> None:
+        """Write a register of the map, by name."""
+        self._core.write_register(BY_NAME[register].address, value)
+
+    def _identify(self) -> None:
+        if (magic := self.read("MAGIC")) != MAGIC:
+            raise IncompatibleDevice(f"'{self.uri}' is no Lockstep core: its magic is {magic:#010x}")
+        for register, expected in (("ABI_VERSION", ABI_VERSION), ("ISA_VERSION", ISA_VERSION)):
+            if (found := self.read(register)) != expected:
+                raise IncompatibleDevice(f"'{self.uri}' has {register} {found}, this driver needs {expected}; update one")
+        if (crc := self.read("CONFIG_CRC")) != self.config.crc:
+            raise IncompatibleDevice(
+                f"'{self.uri}' is not core '{self.config.name}': its configuration is {crc:#010x}, "
+                f"that one's {self.config.crc:#010x}"
+            )
+
+    def _configure(self) -> None:
+        self.write("WINDOW_BASE", 0)
+        self.write("WINDOW_LIMIT", self._core.memory.size)
+        self.write("WATCHDOG", WATCHDOG_CYCLES)
+        self.write("RING_BASE", self._ring.address)
+        self.write("RING_SIZE", RING_SLOTS)
+
+    # --- Memory ------------------------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> Buffer:
+        """Device memory of ``size`` bytes, aligned; raises :class:`OutOfDeviceMemory`."""
+        return self._allocator.allocate(size)
+
+    def free(self, buffer: Buffer) -> None:
+        """Give a buffer back."""
+        self._allocator.free(buffer)
+
+    # --- Programs ----------------------------------------------------------------------------------------------
+
+    def submit(self, program: Program, check: bool = True) -> Fence:
+        """Put a program in the command ring and ring the doorbell.
+
+        Raises :class:`DriverError` for a program that is not for this core, or not valid. ``check=False`` leaves
+        that to the hardware, which stops with an error where the check would have refused.
+        """
+        if check:
+            try:
+                validate(self.config, program)
+            except ProgramError as error:
+                raise DriverError(str(error)) from None
+        code = program.encode()
+        buffer = self.allocate(len(code))
+        buffer.write(np.frombuffer(code, np.uint8))
+        return self.submit_encoded(buffer, len(program.instructions), program.config_crc)
+
+    def submit_encoded(self, program: Buffer, count: int, config_crc: int) -> Fence:
+        """Submit ``count`` instructions that already lie in device memory."""
+        if self._submitted - self.read("RING_HEAD") >= RING_SLOTS:
+            raise DriverError(f"the command ring is full: {RING_SLOTS} programs wait; wait for a fence first")
+        fence = Fence((self._submitted + 1) & 0xFFFFFFFF, program)
+        words = {"program": program.address, "count": count, "config_crc": config_crc, "fence": fence.value}
+        descriptor = struct.pack(f"<{len(DESCRIPTOR_FIELDS)}I", *(words[name] for name, _ in DESCRIPTOR_FIELDS))
+        slot = self._submitted % RING_SLOTS * DESCRIPTOR_BYTES
+        self._ring.write(np.frombuffer(descriptor, np.uint8), slot)
+        self._submitted += 1
+        self.write("RING_TAIL", self._submitted & 0xFFFFFFFF)
+        return fence
+
+    def wait(self, fence: Fence, timeout: float = 600.0) -> None:
+        """Return once the fence is reached.
+
+        Raises :class:`DeviceError` where the core stopped, :class:`DeviceTimeout` after ``timeout`` seconds; the
+        device is reset in both cases and can be used again.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.reached(fence):
+            if self.read("STATUS") & Status.ERROR:
+                error = DeviceError(
+                    ErrorCode(self.read("ERROR_CODE")),
+                    self.read("ERROR_INSTRUCTION"),
+                    self.read("ERROR_ADDRESS"),
+                    self.read("ERROR_UNIT"),
+                )
+                self.reset()
+                raise error
+            if time.monotonic() > deadline:
+                self.reset()
+                raise DeviceTimeout(f"'{self.uri}' did not reach fence {fence.value} in {timeout:g} s; it was reset")
+            self._core.run(BATCH_CYCLES)
+
+    def reached(self, fence: Fence) -> bool:
+        """Whether the program behind the fence is complete."""
+        return (self.read("FENCE") - fence.value) & 0xFFFFFFFF < 1 << 31
+
+    def run(self, program: Program, timeout: float = 600.0, check: bool = True) -> Counters:
+        """Run one program to its end and return what the counters say of it."""
+        self.clear_counters()
+        fence = self.submit(program, check)
+        try:
+            self.wait(fence, timeout)
+        finally:
+            self.free(fence.program)
+        return self.counters()
+
+    def reset(self) -> None:
+        """Stop whatever runs and make the core ready again; device memory keeps its content."""
+        self.write("RING_TAIL", 0)
+        self.write("CONTROL", 1)
+        for _ in range(1000):
+            self._core.run(100)
+            if self.read("STATUS") == 0 and self.read("RING_HEAD") == 0:
+                break
+        else:
+            raise DriverError(f"'{self.uri}' does not answer a reset; its memory bus hangs")
+        self._submitted = 0
+        self._configure()
+
+    # --- Counters ----------------------------------------------------------------------------------------------
+
+    def clear_counters(self) -> None:
+        """Start counting from zero."""
+        self.write("CONTROL", 2)
+
+    def counters(self) -> Counters:
+        """The counters since they were cleared."""
+        core = {name.lower(): self.read(f"COUNT_{name}") for name, _ in CORE_COUNTERS}
+        units = {
+            unit.name: {name.lower(): self.read(f"COUNT_{unit.name}_{name}") for name, _ in UNIT_COUNTERS}
+            for unit in Unit
+        }
+        return Counters(**core, units=units)
+
+    def take_flags(self) -> Flags:
+        """The sticky numeric flags, cleared by looking at them."""
+        flags = Flags(self.read("FLAGS"))
+        self.write("FLAGS", int(flags))
+        return flags

@@ -1,0 +1,113 @@
+// The stages of the vector unit's fused pass over one row tile: x is float[columns][Rows], a column's rows adjacent, as
+// in the vector scratchpad. Each stage is one loop, so that compilers vectorise it; hardware has them in series.
+#pragma once
+
+#include "lockstep/vector_ops.hpp"
+
+namespace lockstep {
+
+template <int Rows>
+struct FusedPass {
+  // x = float(tile) for `columns` columns of an int32 result tile stored [row][tile_columns].
+  static void convert(const std::int32_t* __restrict tile, std::size_t tile_columns, std::size_t columns,
+                      float* __restrict x) {
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) x[j * Rows + r] = static_cast<float>(tile[r * tile_columns + j]);
+  }
+
+  // One value per lane, the same for every column.
+  static void add_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) x[j * Rows + r] += lane[r];
+  }
+  static void multiply_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) x[j * Rows + r] *= lane[r];
+  }
+
+  // One value per column, the same for every lane.
+  static void add_columns(std::size_t columns, const float* __restrict column, float* __restrict x) {
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) x[j * Rows + r] += column[j];
+  }
+  static void multiply_columns(std::size_t columns, const float* __restrict column, float* __restrict x) {
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) x[j * Rows + r] *= column[j];
+  }
+
+  // One value for all, or one for each element.
+  static void add_scalar(std::size_t columns, float value, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] += value;
+  }
+  static void multiply_scalar(std::size_t columns, float value, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] *= value;
+  }
+  static void add_elements(std::size_t columns, const float* __restrict y, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] += y[i];
+  }
+  static void multiply_elements(std::size_t columns, const float* __restrict y, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] *= y[i];
+  }
+  static void square(std::size_t columns, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] *= x[i];
+  }
+
+  // Functions.
+  static void rectify(std::size_t columns, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] = relu(x[i]);
+  }
+  // x = clamp(x); peak[r] = the greatest exponent of 2^x in lane r, starting from what stands there.
+  [[gnu::noinline]] static void score(std::size_t columns, float* __restrict x, std::int32_t* __restrict peak) {
+    std::int32_t greatest[Rows];
+    for (int r = 0; r < Rows; ++r) greatest[r] = peak[r];
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) {
+        const float z = clamp_score(x[j * Rows + r]);
+        const float magic = 393216.0f;  // 1.5 * 2^18: steps of 1/32
+        const std::int32_t integer = static_cast<std::int32_t>(bits_of(z + magic) - bits_of(magic));
+        const std::int32_t n = z == z ? integer >> 5 : 0;
+        x[j * Rows + r] = z;
+        greatest[r] = n > greatest[r] ? n : greatest[r];
+      }
+    for (int r = 0; r < Rows; ++r) peak[r] = greatest[r];
+  }
+  // x = 2^clamp(x) * 2^-peak.
+  [[gnu::noinline]] static void exponential(const Table& table, std::size_t columns,
+                                            const std::int32_t* __restrict peak, float* __restrict x) {
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) {
+        const Exp2Parts parts = exp2_parts(table, clamp_score(x[j * Rows + r]));
+        x[j * Rows + r] = scale2(parts.m, parts.n - peak[r]);
+      }
+  }
+
+  // Reductions.
+  static void sum(std::size_t columns, const float* __restrict x, float* __restrict out) {
+    float partial[kPartialSums][Rows] = {};
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) partial[j % kPartialSums][r] += x[j * Rows + r];
+    for (std::size_t half = kPartialSums / 2; half > 0; half /= 2)
+      for (std::size_t j = 0; j < half; ++j)
+        for (int r = 0; r < Rows; ++r) partial[j][r] += partial[j + half][r];
+    for (int r = 0; r < Rows; ++r) out[r] = partial[0][r] + 0.0f;
+  }
+  // greatest[r] = the greatest magnitude of lane r as an integer, starting from what stands there.
+  static void absolute_maximum(std::size_t columns, const float* __restrict x, std::int32_t* __restrict greatest) {
+    std::uint32_t most[Rows] = {};
+    for (std::size_t j = 0; j < columns; ++j)
+      for (int r = 0; r < Rows; ++r) {
+        const std::uint32_t magnitude = magnitude_bits(x[j * Rows + r]);
+        most[r] = magnitude > most[r] ? magnitude : most[r];
+      }
+    for (int r = 0; r < Rows; ++r) {
+      const std::int32_t canonical = static_cast<std::int32_t>(bits_of(canonical_magnitude(most[r])));
+      greatest[r] = canonical > greatest[r] ? canonical : greatest[r];
+    }
+  }
+
+  static void round(std::size_t columns, const float* __restrict x, std::uint8_t* __restrict out) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) out[i] = round_to_int8bits(x[i]);
+  }
+};
+
+}  // namespace lockstep

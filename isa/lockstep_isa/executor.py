@@ -1,0 +1,229 @@
+"""The golden executor: what a program means, one instruction after the other, in NumPy.
+
+Slow and obvious on purpose. It ignores tokens, queues and time; every other executor must leave the same bits in
+device memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import numerics
+from .config import CoreConfig
+from .instructions import (
+    LOAD,
+    MATRIX,
+    STORE,
+    TABLE_ENTRIES,
+    TABLE_ENTRY_BYTES,
+    TABLE_SLOTS,
+    Destination,
+    FirstAdd,
+    FirstMultiply,
+    Function,
+    Instruction,
+    Maximum,
+    Memory,
+    SecondAdd,
+    SecondMultiply,
+    Source,
+    Tap,
+    ThirdMultiply,
+)
+from .program import Program, table_shift
+from .tables import TableFunction
+
+F32 = NDArray[np.float32]
+
+#: Function -> kind, first index and entries of its table.
+_TABLE_KINDS = {
+    Function.EXP2: ("exp2", 0, 32),
+    Function.RECIP: ("recip", 64, 65),
+    Function.RSQRT: ("rsqrt", 32, 97),
+    Function.RELU_MINUS: ("relu_minus", 0, TABLE_ENTRIES),
+    Function.ODD: ("odd", 0, TABLE_ENTRIES),
+    Function.SIGMOID: ("sigmoid", 0, TABLE_ENTRIES),
+}
+
+
+class GoldenCore:
+    """A core's memories and the meaning of each instruction.
+
+    Parameters
+    ----------
+    config : the configuration; only sizes matter here.
+    memory : uint8[bytes], device memory, read and written in place.
+    """
+
+    def __init__(self, config: CoreConfig, memory: NDArray[np.uint8]) -> None:
+        self.config = config
+        self.memory = memory
+        rows = config.rows
+        self.activation = np.zeros((config.activation_words, rows), np.int8)
+        self.weight = np.zeros((config.weight_words, rows), np.int8)
+        self.vector = np.zeros((config.vector_words, rows), np.float32)
+        self.parameter = np.zeros((config.parameter_words, rows), np.float32)
+        self.table = np.zeros((TABLE_SLOTS * TABLE_ENTRIES, 3), np.float32)
+        self.accumulators: deque[NDArray[np.int32]] = deque()
+
+    def run(self, program: Program) -> None:
+        """Execute every instruction in list order."""
+        for instruction in program.instructions:
+            self.execute(instruction)
+
+    def execute(self, i: Instruction) -> None:
+        """Execute one instruction."""
+        if i.type is LOAD:
+            self._load(i)
+        elif i.type is STORE:
+            self._store(i)
+        elif i.type is MATRIX:
+            self._matrix(i)
+        else:
+            self._vector(i)
+
+    def _load(self, i: Instruction) -> None:
+        rows = self.config.rows
+        for row in range(i.rows):
+            start = i.address + row * i.stride
+            local = slice(i.local + row * i.local_stride, i.local + row * i.local_stride + i.words)
+            if i.memory == Memory.TABLE:
+                raw = self.memory[start : start + i.words * TABLE_ENTRY_BYTES].view(np.float32)
+                self.table[local] = raw.reshape(i.words, 4)[:, :3]
+            elif i.memory in (Memory.VECTOR, Memory.PARAMETER):
+                target = self.vector if i.memory == Memory.VECTOR else self.parameter
+                raw = self.memory[start : start + i.words * 4 * rows].view(np.float32)
+                target[local] = numerics.flush(raw.reshape(i.words, rows))
+            else:
+                operands = self.activation if i.memory == Memory.ACTIVATION else self.weight
+                operands[local] = self.memory[start : start + i.words * rows].view(np.int8).reshape(i.words, rows)
+
+    def _store(self, i: Instruction) -> None:
+        for row in range(i.rows):
+            start = i.address + row * i.stride
+            local = i.local + row * i.local_stride
+            raw = np.ascontiguousarray(self.vector[local : local + i.words]).view(np.uint8).reshape(-1)
+            self.memory[start : start + raw.size] = raw
+
+    def _matrix(self, i: Instruction) -> None:
+        activation = self.activation.view(np.uint8) if i.unsigned else self.activation
+        for outer in range(i.outer):
+            for inner in range(i.inner):
+                a = i.a + outer * i.a_outer + inner * i.a_inner
+                w = i.w + outer * i.w_outer + inner * i.w_inner
+                left = activation[a : a + i.depth].astype(np.int64)
+                top = self.weight[w : w + i.depth].astype(np.int64)
+                self.accumulators.append((left.T @ top).astype(np.int32))
+
+    def _vector(self, i: Instruction) -> None:
+        for tile in range(i.tiles):
+            self._pass(i, tile)
+
+    def _table(self, i: Instruction) -> TableFunction:
+        """The function table in the slot that the instruction names."""
+        kind, base, entries = _TABLE_KINDS[Function(i.function)]
+        first = i.table * TABLE_ENTRIES
+        c0, c1, c2 = self.table[first : first + entries].T.copy()
+        return TableFunction("slot", kind, table_shift(i), base, c0, c1, c2)
+
+    def _columns(self, base: int, columns: int) -> F32:
+        """Column operand: f32[columns, 1], one PARAMETER scalar per column."""
+        words = -(-columns // self.config.rows)
+        return self.parameter[base : base + words].reshape(-1)[:columns, None]
+
+    def _pass(self, i: Instruction, tile: int) -> None:
+        """One row tile; arrays are f32[columns, rows]."""
+        n = i.columns
+        x = self._source(i, tile)
+        y = self.vector[i.y + tile * i.y_stride :][:n] if FirstAdd.Y == i.add1 or ThirdMultiply.Y == i.mul3 else x
+        lane0 = self.parameter[(i.lane0 + tile) % len(self.parameter)]
+        lane1 = self.parameter[(i.lane1 + tile) % len(self.parameter)]
+
+        if i.add1 == FirstAdd.LANE0:
+            x = numerics.add(x, lane0[None])
+        elif i.add1 == FirstAdd.Y:
+            x = numerics.add(x, y)
+
+        if i.mul1 == FirstMultiply.LANE1:
+            x = numerics.mul(x, lane1[None])
+        elif i.mul1 == FirstMultiply.COLUMN0:
+            x = numerics.mul(x, self._columns(i.column0, n))
+        elif i.mul1 == FirstMultiply.SELF:
+            x = numerics.mul(x, x)
+        elif i.mul1 == FirstMultiply.IMMEDIATE0:
+            x = numerics.mul(x, _immediate(i.immediate0))
+
+        if i.mul2 == SecondMultiply.LANE0:
+            x = numerics.mul(x, lane0[None])
+        elif i.mul2 == SecondMultiply.COLUMN0:
+            x = numerics.mul(x, self._columns(i.column0, n))
+
+        if i.add2 == SecondAdd.COLUMN1:
+            x = numerics.add(x, self._columns(i.column1, n))
+        elif i.add2 == SecondAdd.IMMEDIATE1:
+            x = numerics.add(x, _immediate(i.immediate1))
+
+        exponent = np.zeros(x.shape, np.int32)
+        if i.function == Function.SCORE:
+            x = numerics.clamp_score(x)
+            exponent = numerics.exp2_parts(x)[1]
+        elif i.function == Function.EXP2:
+            m, n = numerics.exp2_parts(numerics.clamp_score(x), self._table(i))
+            x = numerics.scale2(m, n.astype(np.int64) - lane0.view(np.int32)[None])
+        elif i.function == Function.RELU:
+            x = numerics.relu(x)
+        elif i.function != Function.NONE:
+            x = numerics.evaluate(self._table(i), x)
+
+        before = x
+        if i.mul3 == ThirdMultiply.COLUMN2:
+            x = numerics.mul(x, self._columns(i.column2, n))
+        elif i.mul3 == ThirdMultiply.Y:
+            x = numerics.mul(x, y)
+
+        maximum = None
+        if i.maximum == Maximum.ABSOLUTE:
+            maximum = numerics.absmax(x.T).view(np.uint32).view(np.int32)
+        elif i.maximum == Maximum.EXPONENT:
+            maximum = exponent.max(axis=0)
+        if maximum is not None and i.max_continue:
+            maximum = np.maximum(maximum, self.parameter[i.max_to + tile].view(np.int32))
+
+        self._write(i, tile, x if i.tap == Tap.AFTER else before)
+        if i.sum:
+            self.parameter[i.sum_to + tile] = numerics.rowsum(before.T)
+        if maximum is not None:
+            self.parameter[i.max_to + tile] = maximum.astype(np.int32).view(np.float32)
+
+    def _source(self, i: Instruction, tile: int) -> F32:
+        if i.source == Source.ACCUMULATOR:
+            tiles = [self.accumulators.popleft() for _ in range(-(-i.columns // self.config.columns))]
+            return numerics.int_to_float(np.concatenate(tiles, axis=1).T[: i.columns])
+        memory = self.vector if i.source == Source.VECTOR else self.parameter
+        return memory[i.x + tile * i.x_stride :][: i.columns]
+
+    def _write(self, i: Instruction, tile: int, x: F32) -> None:
+        start = i.to + tile * i.to_stride
+        if i.destination == Destination.VECTOR:
+            self.vector[start : start + i.columns] = x
+        elif i.destination == Destination.PARAMETER:
+            self.parameter[start : start + i.columns] = x
+        elif i.destination == Destination.ACTIVATION:
+            self.activation[start : start + i.columns] = numerics.round_to_int8bits(x).view(np.int8)
+        elif i.destination == Destination.WEIGHT:
+            self.weight[start : start + i.columns] = numerics.round_to_int8bits(x).view(np.int8)
+        elif i.destination == Destination.WEIGHT_TRANSPOSED:
+            columns, rows = self.config.columns, self.config.rows
+            groups = -(-i.columns // columns)
+            padded = np.zeros((groups * columns, rows), np.int8)
+            padded[: i.columns] = numerics.round_to_int8bits(x).view(np.int8)
+            for group in range(groups):
+                word = start + group * i.to_group
+                self.weight[word : word + rows] = padded[group * columns : (group + 1) * columns].T
+
+
+def _immediate(bits: int) -> F32:
+    return np.array([[bits]], np.uint32).view(np.float32)

@@ -1,0 +1,369 @@
+"""The instruction set: one table from which encoder, decoder, validator, disassembler, RTL and docs are derived.
+
+A program is a list of instructions whose meaning is that of executing them one after the other. The core runs them
+on four in-order units at once; the tokens in each header (``wait``, ``signal``) keep the order that matters.
+Every instruction is one 512-bit word, little endian, header first.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+#: Bytes of one encoded instruction.
+INSTRUCTION_BYTES = 64
+#: Entries of one function table, and tables that a core holds.
+TABLE_ENTRIES = 128
+TABLE_SLOTS = 4
+#: Bytes of one table entry in device memory: c0, c1, c2 as fp32, then four bytes of zero.
+TABLE_ENTRY_BYTES = 16
+
+
+class Unit(enum.IntEnum):
+    """The four in-order units. The value is the bit in ``wait`` and ``signal`` masks."""
+
+    LOAD = 0
+    MATRIX = 1
+    VECTOR = 2
+    STORE = 3
+
+
+class Memory(enum.IntEnum):
+    """On-chip memories that LOAD fills and STORE empties."""
+
+    ACTIVATION = 0  #: int8 operand words of ``rows`` bytes, left side of the array
+    WEIGHT = 1  #: int8 operand words of ``columns`` bytes, top side of the array
+    VECTOR = 2  #: words of ``rows`` fp32 values, one per lane
+    PARAMETER = 3  #: like VECTOR; row statistics, scales, biases
+    TABLE = 4  #: function tables, entries of 16 bytes
+
+
+class Source(enum.IntEnum):
+    """Where a vector pass takes x from."""
+
+    ACCUMULATOR = 0  #: result tiles in the order in which MATRIX produced them, converted to fp32
+    VECTOR = 1
+    PARAMETER = 2
+
+
+class Destination(enum.IntEnum):
+    """Where a vector pass puts its result."""
+
+    NONE = 0
+    VECTOR = 1
+    PARAMETER = 2
+    ACTIVATION = 3  #: rounded to 8 bits
+    WEIGHT = 4  #: rounded to 8 bits
+    WEIGHT_TRANSPOSED = 5  #: rounded to 8 bits; groups of ``columns`` columns become words of one row each
+
+
+class FirstAdd(enum.IntEnum):
+    """Operand of the first adder; NONE passes x through untouched."""
+
+    NONE = 0
+    LANE0 = 1
+    Y = 2
+
+
+class FirstMultiply(enum.IntEnum):
+    """Operand of the first multiplier."""
+
+    NONE = 0
+    LANE1 = 1
+    COLUMN0 = 2
+    SELF = 3
+    IMMEDIATE0 = 4
+
+
+class SecondMultiply(enum.IntEnum):
+    """Operand of the second multiplier."""
+
+    NONE = 0
+    LANE0 = 1
+    COLUMN0 = 2
+
+
+class SecondAdd(enum.IntEnum):
+    """Operand of the second adder."""
+
+    NONE = 0
+    COLUMN1 = 1
+    IMMEDIATE1 = 2
+
+
+class Function(enum.IntEnum):
+    """What the function stage computes; all but NONE, RELU and SCORE read the table in ``table``."""
+
+    NONE = 0
+    RELU = 1  #: x where x > 0, else +0
+    SCORE = 2  #: clamp to +-32000; its exponent part feeds the EXPONENT maximum
+    EXP2 = 3  #: 2^x scaled by 2^-N, N the integer in LANE0
+    RECIP = 4
+    RSQRT = 5
+    RELU_MINUS = 6  #: relu(x) - g(min(|x|, limit)): gelu, silu
+    ODD = 7  #: sign(x) g(min(|x|, limit)): tanh
+    SIGMOID = 8  #: g(|x|) for x >= 0, else 1 - g(|x|)
+
+
+class ThirdMultiply(enum.IntEnum):
+    """Operand of the third multiplier, behind the function."""
+
+    NONE = 0
+    COLUMN2 = 1
+    Y = 2
+
+
+class Tap(enum.IntEnum):
+    """Which value is written: that before or that after the third multiplier."""
+
+    BEFORE = 0
+    AFTER = 1
+
+
+class Maximum(enum.IntEnum):
+    """The row maximum that a vector pass keeps."""
+
+    NONE = 0
+    ABSOLUTE = 1  #: absmax of the value behind the third multiplier
+    EXPONENT = 2  #: maximum of the integer exponents of SCORE
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of an instruction: its name, width in bits, meaning, and its enumeration if it has one.
+
+    ``minimum`` is the least legal value (counts of zero are malformed).
+    """
+
+    name: str
+    width: int
+    doc: str
+    choices: type[enum.IntEnum] | None = None
+    minimum: int = 0
+
+
+@dataclass(frozen=True)
+class InstructionType:
+    """One row of the instruction table."""
+
+    name: str
+    opcode: int
+    unit: Unit
+    doc: str
+    fields: tuple[Field, ...]
+
+    @cached_property
+    def layout(self) -> dict[str, tuple[int, Field]]:
+        """Field name -> (first bit, field), header fields included."""
+        offset, result = 0, {}
+        for field in (*HEADER, *self.fields):
+            result[field.name] = (offset, field)
+            offset += field.width
+        assert offset <= 8 * INSTRUCTION_BYTES, f"{self.name} needs {offset} bits"
+        return result
+
+    @cached_property
+    def width(self) -> int:
+        """Bits used, header included."""
+        return sum(f.width for f in (*HEADER, *self.fields))
+
+
+HEADER = (
+    Field("opcode", 4, "which instruction"),
+    Field("wait", 4, "units of which one token each is taken before the start"),
+    Field("signal", 4, "units to which one token each is given at the end"),
+)
+
+
+def _address(name: str, doc: str) -> Field:
+    return Field(name, 16, doc)
+
+
+def _count(name: str, doc: str) -> Field:
+    return Field(name, 16, doc, minimum=1)
+
+
+_TRANSFER = (
+    Field("memory", 3, "on-chip memory", Memory),
+    Field("rows", 16, "rows of the block", minimum=1),
+    Field("words", 16, "on-chip words (TABLE: entries) per row", minimum=1),
+    Field("address", 32, "byte address in device memory, a multiple of the bus width"),
+    Field("stride", 32, "bytes from one row to the next in device memory, a multiple of the bus width"),
+    _address("local", "first on-chip word"),
+    Field("local_stride", 16, "on-chip words from one row to the next"),
+)
+
+LOAD = InstructionType("LOAD", 1, Unit.LOAD, "Copy a two-dimensional block from device memory on chip.", _TRANSFER)
+STORE = InstructionType(
+    "STORE", 4, Unit.STORE, "Copy a two-dimensional block of the VECTOR scratchpad to device memory.", _TRANSFER
+)
+MATRIX = InstructionType(
+    "MATRIX",
+    2,
+    Unit.MATRIX,
+    "For o < outer, for i < inner: append the int32 tile sum_k A[a + o*a_outer + i*a_inner + k]^T "
+    "W[w + o*w_outer + i*w_inner + k] over k < depth to the accumulator queue.",
+    (
+        _count("depth", "K: operand words per tile"),
+        _count("outer", "outer loop count"),
+        _count("inner", "inner loop count"),
+        _address("a", "first ACTIVATION word"),
+        _address("a_outer", "ACTIVATION words per outer step"),
+        _address("a_inner", "ACTIVATION words per inner step"),
+        _address("w", "first WEIGHT word"),
+        _address("w_outer", "WEIGHT words per outer step"),
+        _address("w_inner", "WEIGHT words per inner step"),
+        Field("unsigned", 1, "activations are uint8 (probabilities) instead of int8"),
+    ),
+)
+VECTOR = InstructionType(
+    "VECTOR",
+    3,
+    Unit.VECTOR,
+    "One fused pass over tiles x columns elements of `rows` lanes each; see the page on the machine.",
+    (
+        Field("source", 2, "where x comes from", Source),
+        Field("destination", 3, "where the result goes", Destination),
+        Field("add1", 2, "x1 = x + ...", FirstAdd),
+        Field("mul1", 3, "x2 = x1 * ...", FirstMultiply),
+        Field("mul2", 2, "x3 = x2 * ...", SecondMultiply),
+        Field("add2", 2, "x4 = x3 + ...", SecondAdd),
+        Field("function", 4, "x5 = f(x4)", Function),
+        Field("table", 2, "function table slot"),
+        Field("shift", 4, "k of the table of RELU_MINUS, ODD and SIGMOID: segments of width 2^-k"),
+        Field("mul3", 2, "x6 = x5 * ...", ThirdMultiply),
+        Field("tap", 1, "value that is written: x5 or x6", Tap),
+        Field("sum", 1, "write the row sum of x5 to PARAMETER[sum_to + t]"),
+        Field("maximum", 2, "write a row maximum to PARAMETER[max_to + t]", Maximum),
+        Field("max_continue", 1, "start the maximum from the word that stands there instead of from nothing"),
+        _count("tiles", "row tiles t"),
+        _count("columns", "columns j of each row tile"),
+        _address("x", "first word of x (VECTOR or PARAMETER)"),
+        _address("x_stride", "words of x per row tile"),
+        _address("y", "first word of y (VECTOR)"),
+        _address("y_stride", "words of y per row tile"),
+        _address("to", "first word of the result"),
+        _address("to_stride", "words of the result per row tile"),
+        _address("to_group", "WEIGHT_TRANSPOSED: words from one group of columns to the next"),
+        _address("lane0", "PARAMETER word of LANE0 for row tile 0; row tile t reads lane0 + t"),
+        _address("lane1", "PARAMETER word of LANE1 for row tile 0"),
+        _address("column0", "first PARAMETER word of COLUMN0: column j is value j mod rows of word j div rows"),
+        _address("column1", "first PARAMETER word of COLUMN1"),
+        _address("column2", "first PARAMETER word of COLUMN2"),
+        _address("sum_to", "first PARAMETER word of the row sums"),
+        _address("max_to", "first PARAMETER word of the row maxima"),
+        Field("immediate0", 32, "fp32"),
+        Field("immediate1", 32, "fp32"),
+    ),
+)
+
+#: The instruction table.
+INSTRUCTION_TYPES: tuple[InstructionType, ...] = (LOAD, MATRIX, VECTOR, STORE)
+BY_OPCODE: Mapping[int, InstructionType] = {t.opcode: t for t in INSTRUCTION_TYPES}
+BY_NAME: Mapping[str, InstructionType] = {t.name: t for t in INSTRUCTION_TYPES}
+
+
+class InstructionError(ValueError):
+    """An instruction that cannot be encoded or decoded; the message names the field and the legal values."""
+
+
+class Instruction:
+    """One instruction: its type and the values of its fields, readable as attributes.
+
+    Fields not given are zero (counts: one). Values are checked against width, minimum and enumeration.
+    """
+
+    __slots__ = ("type", "values")
+
+    def __init__(self, type: InstructionType, **values: int) -> None:
+        layout = type.layout
+        unknown = set(values) - set(layout)
+        if unknown:
+            raise InstructionError(f"{type.name} has no field '{sorted(unknown)[0]}'")
+        complete: dict[str, int] = {}
+        for name, (_, field) in layout.items():
+            value = int(values.get(name, field.minimum))
+            if not field.minimum <= value < 1 << field.width:
+                raise InstructionError(
+                    f"{type.name}.{name} = {value} is outside {field.minimum}..{(1 << field.width) - 1}"
+                )
+            if field.choices is not None:
+                try:
+                    value = field.choices(value)
+                except ValueError:
+                    names = ", ".join(c.name for c in field.choices)
+                    raise InstructionError(f"{type.name}.{name} = {value} is none of {names}") from None
+            complete[name] = value
+        complete["opcode"] = type.opcode
+        object.__setattr__(self, "type", type)
+        object.__setattr__(self, "values", complete)
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise AttributeError(f"{self.type.name} has no field '{name}'") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("instructions are immutable; use replace()")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Instruction) and self.values == other.values
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.values.items()))
+
+    def __repr__(self) -> str:
+        return f"<{disassemble(self)}>"
+
+    def replace(self, **values: int) -> Instruction:
+        """A copy with some fields changed."""
+        return Instruction(self.type, **{k: v for k, v in self.values.items() if k != "opcode"} | values)
+
+
+def encode(instruction: Instruction) -> bytes:
+    """The 64 bytes of an instruction."""
+    word = 0
+    for name, (offset, _) in instruction.type.layout.items():
+        word |= int(instruction.values[name]) << offset
+    return word.to_bytes(INSTRUCTION_BYTES, "little")
+
+
+def decode(data: bytes) -> Instruction:
+    """The instruction in 64 bytes; raises :class:`InstructionError` for unknown opcodes, bad values, stray bits."""
+    word = int.from_bytes(data, "little")
+    opcode = word & 0xF
+    if opcode not in BY_OPCODE:
+        raise InstructionError(f"unknown opcode {opcode}")
+    type = BY_OPCODE[opcode]
+    if word >> type.width:
+        raise InstructionError(f"{type.name} has bits set above bit {type.width - 1}")
+    values = {n: (word >> o) & ((1 << f.width) - 1) for n, (o, f) in type.layout.items() if n != "opcode"}
+    return Instruction(type, **values)
+
+
+def _mask_names(mask: int) -> str:
+    return "+".join(u.name for u in Unit if mask >> u & 1)
+
+
+def disassemble(instruction: Instruction) -> str:
+    """One line of text: name, then each field that is not at its default."""
+    parts = [instruction.type.name]
+    for name, (_, field) in instruction.type.layout.items():
+        value = instruction.values[name]
+        if name == "opcode" or (value == field.minimum and field.choices is None and field.minimum == 0):
+            continue
+        if name in ("wait", "signal"):
+            text = _mask_names(value)
+        elif field.choices is not None:
+            if value == 0 and name not in ("memory", "source"):
+                continue
+            text = field.choices(value).name
+        elif name in ("address", "stride", "immediate0", "immediate1"):
+            text = f"{value:#x}"
+        else:
+            text = str(value)
+        parts.append(f"{name}={text}")
+    return " ".join(parts)

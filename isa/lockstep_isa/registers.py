@@ -1,0 +1,95 @@
+"""The register map behind AXI4-Lite, and the command ring's descriptor: declared here, used by RTL and driver."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from .instructions import Unit
+
+#: First register: "LKST" in ASCII, little endian.
+MAGIC = 0x54534B4C
+#: Bytes of one descriptor in the command ring.
+DESCRIPTOR_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Register:
+    """One 32-bit register: byte address, access (``r``, ``rw`` or ``w``) and meaning."""
+
+    name: str
+    address: int
+    access: str
+    doc: str
+
+
+class Status(enum.IntFlag):
+    """Bits of the STATUS register."""
+
+    BUSY = 1
+    ERROR = 2
+
+
+class Flags(enum.IntFlag):
+    """Sticky bits of the FLAGS register; a write of ones clears them."""
+
+    RECIPROCAL_OF_ZERO = 1
+    RECIPROCAL_OF_NONFINITE = 2
+
+
+#: Counters of each unit, in cycles; every cycle of a run counts in exactly one of a unit's first four.
+UNIT_COUNTERS = (
+    ("BUSY", "cycles in which it did its work"),
+    ("WAIT_TOKEN", "cycles in which its next instruction waited for a token of another unit"),
+    ("WAIT_DATA", "cycles in which an instruction waited for data or room (accumulators, bus, ports)"),
+    ("IDLE", "cycles without an instruction"),
+)
+#: Counters of the whole core.
+CORE_COUNTERS = (
+    ("CYCLES", "cycles from the doorbell to the last fence"),
+    ("INSTRUCTIONS", "instructions dispatched"),
+    ("READ_BEATS", "bus beats read"),
+    ("WRITE_BEATS", "bus beats written"),
+    ("MAC_CYCLES", "cycles in which operands entered the array"),
+)
+
+
+def _build() -> tuple[Register, ...]:
+    fixed = [
+        ("MAGIC", "r", "identifies a Lockstep core"),
+        ("ABI_VERSION", "r", "layout of this map and of the command ring"),
+        ("ISA_VERSION", "r", "instruction table and numeric contract"),
+        ("CONFIG_CRC", "r", "CRC-32 of the core's configuration"),
+        ("CONTROL", "w", "bit 0: soft reset, once the bus is quiet; bit 1: clear the counters"),
+        ("STATUS", "r", "bit 0: busy, bit 1: stopped by an error"),
+        ("FLAGS", "rw", "sticky numeric flags; write ones to clear"),
+        ("ERROR_CODE", "r", "why the core stopped"),
+        ("ERROR_INSTRUCTION", "r", "index of the instruction in its program"),
+        ("ERROR_ADDRESS", "r", "offending address"),
+        ("ERROR_UNIT", "r", "unit that reported it; 4 is control"),
+        ("WINDOW_BASE", "rw", "first byte of device memory that the core may touch"),
+        ("WINDOW_LIMIT", "rw", "first byte behind the window"),
+        ("WATCHDOG", "rw", "cycles without progress that stop the core; 0 disables"),
+        ("RING_BASE", "rw", "byte address of the command ring"),
+        ("RING_SIZE", "rw", "descriptors in the ring, a power of two"),
+        ("RING_TAIL", "rw", "doorbell: descriptors submitted, modulo 2^32"),
+        ("RING_HEAD", "r", "descriptors completed, modulo 2^32"),
+        ("FENCE", "r", "fence value of the last completed descriptor"),
+    ]
+    counters = [(f"COUNT_{n}", "r", d) for n, d in CORE_COUNTERS]
+    counters += [(f"COUNT_{u.name}_{n}", "r", f"{u.name}: {d}") for u in Unit for n, d in UNIT_COUNTERS]
+    return tuple(Register(n, 4 * i, a, d) for i, (n, a, d) in enumerate(fixed + counters))
+
+
+REGISTERS: tuple[Register, ...] = _build()
+BY_NAME: dict[str, Register] = {r.name: r for r in REGISTERS}
+#: Bits of a register byte address.
+ADDRESS_BITS = (4 * len(REGISTERS) - 1).bit_length()
+
+#: The descriptor, 32-bit little-endian words from its start.
+DESCRIPTOR_FIELDS = (
+    ("program", "byte address of the first instruction, a multiple of 64"),
+    ("count", "instructions"),
+    ("config_crc", "CRC of the configuration for which the program was built"),
+    ("fence", "value that FENCE takes when the program is complete"),
+)

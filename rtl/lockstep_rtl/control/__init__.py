@@ -1,0 +1,1 @@
+"""Control: command ring, instruction fetch, dispatch, tokens, registers, counters and the error stop."""

@@ -1,0 +1,89 @@
+"""The queue in front of a unit: instructions wait here for room and for tokens."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Module, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import InstructionType
+
+from ..interfaces import instruction_layout, instruction_stream
+
+#: Bits of an instruction's index in its program.
+INDEX_BITS = 24
+#: Instructions that a unit may have accepted and not completed (LOAD has the most).
+IN_FLIGHT = 8
+
+
+class UnitQueue(wiring.Component):
+    """In order: an instruction is offered to its unit once its tokens are there, and gives tokens when it is done.
+
+    Ports
+    -----
+    push : In(stream of index, instruction), from the dispatcher.
+    instruction : Out(stream of the unit's instruction). done : In(1), the oldest accepted one is complete.
+    want : Out(4), granted : In(1), take : Out(1), give : Out(4), to :class:`Tokens`.
+    halt : In(1), offer nothing. running : Out(1), accepted and not complete. waiting : Out(1), for tokens.
+    newest, oldest : Out(24), indices of the last accepted and the oldest running instruction.
+    """
+
+    def __init__(self, config: CoreConfig, type: InstructionType) -> None:
+        self.config, self.type = config, type
+        self.entry = data.StructLayout({"index": INDEX_BITS, "instruction": instruction_layout(type)})
+        super().__init__(
+            {
+                "push": In(stream.Signature(self.entry)),
+                "instruction": Out(instruction_stream(type)),
+                "done": In(1),
+                "want": Out(4),
+                "granted": In(1),
+                "take": Out(1),
+                "give": Out(4),
+                "halt": In(1),
+                "running": Out(1),
+                "waiting": Out(1),
+                "empty": Out(1),
+                "newest": Out(INDEX_BITS),
+                "oldest": Out(INDEX_BITS),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.queue = queue = SyncFIFOBuffered(width=self.entry.size, depth=self.config.queue_depth)
+        m.submodules.flight = flight = SyncFIFOBuffered(width=4 + INDEX_BITS, depth=IN_FLIGHT)
+        head = data.View(self.entry, queue.r_data)
+        accepted = Signal()
+        m.d.comb += [
+            queue.w_data.eq(self.push.payload),
+            queue.w_en.eq(self.push.valid),
+            self.push.ready.eq(queue.w_rdy),
+            self.want.eq(head.instruction.wait),
+            self.instruction.payload.eq(head.instruction),
+            self.instruction.valid.eq(queue.r_rdy & self.granted & flight.w_rdy & ~self.halt),
+            accepted.eq(self.instruction.valid & self.instruction.ready),
+            self.take.eq(accepted),
+            queue.r_en.eq(accepted),
+            flight.w_en.eq(accepted),
+            flight.w_data.eq(Cat(head.instruction.signal, head.index)),
+        ]
+        with m.If(accepted):
+            m.d.sync += self.newest.eq(head.index)
+
+        # ``running`` counts itself: the buffered FIFO shows an entry only some cycles behind its acceptance.
+        in_flight = Signal(range(IN_FLIGHT + 2))
+        m.d.sync += in_flight.eq(in_flight + accepted - self.done)
+        oldest = Signal(4 + INDEX_BITS)
+        m.d.comb += [
+            self.running.eq(in_flight.any()),
+            self.empty.eq(~queue.r_rdy & (queue.level == 0) & ~in_flight.any()),
+            self.waiting.eq(queue.r_rdy & ~self.granted),
+            oldest.eq(flight.r_data),
+            self.oldest.eq(oldest[4:]),
+            flight.r_en.eq(self.done),
+        ]
+        with m.If(self.done):
+            m.d.comb += self.give.eq(oldest[:4])
+        return m

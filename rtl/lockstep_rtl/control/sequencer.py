@@ -1,0 +1,181 @@
+"""The sequencer: descriptors from the command ring, instructions from memory, one after the other to the units."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.errors import ErrorCode
+from lockstep_isa.instructions import BY_OPCODE, INSTRUCTION_BYTES, INSTRUCTION_TYPES
+from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
+
+from ..axi import ADDRESS_BITS, ReadMaster
+from ..interfaces import instruction_layout
+from ..transfer.bursts import UnitError, Window
+from .queue import INDEX_BITS
+
+#: Fetched instructions that wait for dispatch; as many are asked for ahead.
+FETCH_AHEAD = 8
+
+
+class Sequencer(wiring.Component):
+    """Executes the command ring.
+
+    Ports
+    -----
+    ring_base, ring_size, ring_tail : In(32). ring_head, fence : Out(32).
+    bus : Out(ReadMaster), instruction fetch. window : In(Window). halt : In(1), ask for nothing more.
+    push_NAME : Out(stream of index, instruction), one per instruction type.
+    units_idle : In(1), no unit has work. busy : Out(1), a descriptor is under way.
+    dispatched : Out(1), an instruction leaves. outstanding : Out(1), fetches are under way.
+    error : Out(UnitError), index : Out(24) of the instruction at the head.
+
+    A program whose descriptor names another configuration, an unknown opcode, a count of zero and stray bits are
+    refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches never
+    ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        members = {
+            f"push_{t.name.lower()}": Out(
+                stream.Signature(data.StructLayout({"index": INDEX_BITS, "instruction": instruction_layout(t)}))
+            )
+            for t in INSTRUCTION_TYPES
+        }
+        super().__init__(
+            members
+            | {
+                "ring_base": In(32),
+                "ring_size": In(32),
+                "ring_tail": In(32),
+                "ring_head": Out(32),
+                "fence": Out(32),
+                "bus": Out(ReadMaster(config.bus_bytes)),
+                "window": In(Window()),
+                "halt": In(1),
+                "units_idle": In(1),
+                "busy": Out(1),
+                "dispatched": Out(1),
+                "outstanding": Out(1),
+                "error": Out(UnitError()),
+                "index": Out(INDEX_BITS),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        bus_bytes = self.config.bus_bytes
+        beats = INSTRUCTION_BYTES // bus_bytes
+        word_bits = 8 * INSTRUCTION_BYTES
+        m.submodules.buffer = buffer = SyncFIFOBuffered(width=word_bits, depth=FETCH_AHEAD)
+
+        # Fetch: bursts of one 64-byte word; ``credit`` words are asked for or waiting.
+        address, remaining = Signal(ADDRESS_BITS), Signal(32)
+        credit, flying = Signal(range(FETCH_AHEAD + 1)), Signal(range(FETCH_AHEAD + 1))
+        inside, shown, want = Signal(), Signal(), Signal()
+        ar, r = self.bus.ar, self.bus.r
+        beyond = Signal(ADDRESS_BITS + 1)
+        m.d.comb += [
+            beyond.eq(address + INSTRUCTION_BYTES),
+            inside.eq((address >= self.window.base) & (beyond <= self.window.limit) & (address[:6] == 0)),
+            want.eq(shown | (remaining.any() & (credit != FETCH_AHEAD) & ~self.halt)),
+            ar.valid.eq(want & inside),
+            ar.addr.eq(address),
+            ar.len.eq(beats - 1),
+            r.ready.eq(1),
+            self.outstanding.eq(flying.any() | ar.valid),
+        ]
+        asked, arrived, used = Signal(), Signal(), Signal()
+        m.d.comb += [asked.eq(ar.valid & ar.ready), arrived.eq(r.valid & r.last)]
+        m.d.sync += [
+            shown.eq(ar.valid & ~ar.ready),
+            credit.eq(credit + asked - used),
+            flying.eq(flying + asked - arrived),
+        ]
+        with m.If(asked):
+            m.d.sync += [address.eq(address + INSTRUCTION_BYTES), remaining.eq(remaining - 1)]
+
+        word, complete = Signal(word_bits), Signal()
+        with m.If(r.valid):
+            m.d.sync += word.eq(Cat(word, r.data)[8 * bus_bytes :])
+        m.d.sync += complete.eq(arrived)
+        m.d.comb += [buffer.w_en.eq(complete), buffer.w_data.eq(word), used.eq(buffer.r_en & buffer.r_rdy)]
+
+        # Dispatch: the head of the buffer goes to its unit's queue.
+        head = buffer.r_data
+        index, left = self.index, Signal(32)
+        known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
+        for t in INSTRUCTION_TYPES:
+            push = getattr(self, f"push_{t.name.lower()}")
+            view = data.View(instruction_layout(t), head[: t.width])
+            m.d.comb += [push.payload.index.eq(index), push.payload.instruction.eq(view)]
+            zero_counts = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            with m.If(head[:4] == t.opcode):
+                m.d.comb += [
+                    known.eq(1),
+                    malformed.eq(Cat(head[t.width :].any(), *zero_counts).any()),
+                    push.valid.eq(dispatch & ~malformed),
+                    pushed.eq(push.valid & push.ready),
+                ]
+        assert len(BY_OPCODE) == len(INSTRUCTION_TYPES)
+
+        fields = {
+            name: head[32 * n : 32 * n + 32] for n, (name, _) in enumerate(DESCRIPTOR_FIELDS)
+        }  # the head, read as a descriptor
+        fence = Signal(32)
+        fail, code = Signal(), Signal(4)
+        m.d.comb += self.busy.eq(1)
+        with m.FSM():
+            with m.State("WAIT"):
+                m.d.comb += self.busy.eq(self.ring_tail != self.ring_head)
+                with m.If((self.ring_tail != self.ring_head) & ~self.halt):
+                    slot = self.ring_head & (self.ring_size - 1)
+                    m.d.sync += [
+                        address.eq(self.ring_base + (slot << (DESCRIPTOR_BYTES - 1).bit_length())),
+                        remaining.eq(1),
+                    ]
+                    m.next = "READ"
+            with m.State("READ"):
+                with m.If(buffer.r_rdy):
+                    m.d.comb += buffer.r_en.eq(1)
+                    m.d.sync += [
+                        address.eq(fields["program"]),
+                        remaining.eq(fields["count"]),
+                        left.eq(fields["count"]),
+                        fence.eq(fields["fence"]),
+                        index.eq(0),
+                    ]
+                    m.next = "DISPATCH"
+                    with m.If(fields["config_crc"] != self.config.crc):
+                        m.d.sync += remaining.eq(0)
+                        m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
+                        m.next = "STOP"
+            with m.State("DISPATCH"):
+                m.d.comb += dispatch.eq(buffer.r_rdy & ~self.halt)
+                with m.If(dispatch & ~(known & ~malformed)):
+                    m.d.comb += [fail.eq(1), code.eq(Mux(known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
+                    m.next = "STOP"
+                with m.If(pushed):
+                    m.d.comb += [buffer.r_en.eq(1), self.dispatched.eq(1)]
+                    m.d.sync += [index.eq(index + 1), left.eq(left - 1)]
+                with m.If(left == 0):
+                    m.next = "SETTLE"
+            with m.State("SETTLE"):
+                with m.If(self.units_idle):
+                    m.d.sync += [self.fence.eq(fence), self.ring_head.eq(self.ring_head + 1)]
+                    m.next = "WAIT"
+            with m.State("STOP"):
+                pass
+
+        leaves = want & ~inside
+        m.d.comb += [
+            self.error.valid.eq(fail | leaves),
+            self.error.code.eq(
+                Mux(fail, code, Mux(address[:6].any(), ErrorCode.MISALIGNED, ErrorCode.OUT_OF_WINDOW))
+            ),
+            self.error.address.eq(address),
+        ]
+        return m

@@ -1,0 +1,1 @@
+"""The MATRIX unit: sequencer, systolic array and the accumulator queue."""

@@ -1,0 +1,79 @@
+"""The accumulator queue: result tiles between the array and the vector unit, in order."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Module, Shape, Signal
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
+
+from ..interfaces import AccumulatorPort
+
+
+class Accumulators(wiring.Component):
+    """A queue of ``accumulator_tiles`` tiles, written one skewed column per cycle, read column by column.
+
+    Ports
+    -----
+    result : In(32 R), strobe : In(1), as the array shows them: row r lags row 0 by r cycles.
+    reserve : In(1), a tile is started: its room is taken. ``room`` Out(1): there is room for one more.
+    read : In(AccumulatorPort), the oldest tile.
+
+    Each row has a memory of its own, so the skew needs no registers but only a delayed address. A tile is
+    available once the last row's last column is written. Whoever reserves without room loses data: look at ``room``.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        super().__init__(
+            {
+                "result": In(32 * config.rows),
+                "strobe": In(1),
+                "reserve": In(1),
+                "room": Out(1),
+                "read": In(AccumulatorPort(config)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self.config
+        depth = config.accumulator_tiles * config.columns
+        column_bits = (config.columns - 1).bit_length()
+
+        # Write side: one address for row 0, delayed by r for row r.
+        address = Signal(range(depth))
+        m.d.sync += address.eq(address + self.strobe)
+        enable, target = self.strobe, address
+        tail = Signal(range(config.accumulator_tiles))
+        read_address = Cat(self.read.column, tail)
+        words = []
+        for r in range(config.rows):
+            m.submodules[f"row_{r}"] = memory = Memory(shape=Shape(32), depth=depth, init=[])
+            write, read = memory.write_port(), memory.read_port()
+            m.d.comb += [
+                write.en.eq(enable),
+                write.addr.eq(target),
+                write.data.eq(self.result.word_select(r, 32)),
+                read.en.eq(self.read.enable),
+                read.addr.eq(read_address),
+            ]
+            words.append(read.data)
+            if r < config.rows - 1:
+                next_enable, next_target = Signal(name=f"enable_{r}"), Signal.like(address, name=f"address_{r}")
+                m.d.sync += [next_enable.eq(enable), next_target.eq(target)]
+                enable, target = next_enable, next_target
+        m.d.comb += self.read.data.eq(Cat(words))
+        written = Signal()
+        m.d.comb += written.eq(enable & target[:column_bits].all())
+
+        complete = Signal(range(config.accumulator_tiles + 1))
+        reserved = Signal(range(config.accumulator_tiles + 1))
+        m.d.comb += [self.read.available.eq(complete.any()), self.room.eq(reserved != config.accumulator_tiles)]
+        m.d.sync += [
+            complete.eq(complete + written - self.read.pop),
+            reserved.eq(reserved + self.reserve - self.read.pop),
+            tail.eq(tail + self.read.pop),
+        ]
+        return m

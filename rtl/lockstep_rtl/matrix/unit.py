@@ -1,0 +1,126 @@
+"""The MATRIX unit: hardware loops that stream operand words through the array."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Module, Mux, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import MATRIX
+
+from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, instruction_stream
+from .accumulators import Accumulators
+from .array import SystolicArray
+
+
+class MatrixUnit(wiring.Component):
+    """Executes MATRIX instructions: tiles over two loops, K operand words each.
+
+    Ports
+    -----
+    instruction : In(stream of MATRIX). done : Out(1), the last operand word has been read.
+    stalled : Out(1), an instruction is under way but the accumulator queue is full.
+    streaming : Out(1), operand words are read in this cycle.
+    activation_read, weight_read : Out(ReadPort of 8 R, 8 C).
+    accumulator : In(AccumulatorPort), for the vector unit.
+
+    A tile takes max(K, C) cycles, tiles and instructions follow each other without a bubble while the queue has
+    room. Results reach the queue by themselves: ``done`` frees the operands, not the results.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        super().__init__(
+            {
+                "instruction": In(instruction_stream(MATRIX)),
+                "done": Out(1),
+                "stalled": Out(1),
+                "streaming": Out(1),
+                "activation_read": Out(ReadPort(8 * config.rows)),
+                "weight_read": Out(ReadPort(8 * config.columns)),
+                "accumulator": In(AccumulatorPort(config)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        columns = self.config.columns
+        m.submodules.array = array = SystolicArray(self.config)
+        m.submodules.accumulators = accumulators = Accumulators(self.config)
+        wiring.connect(m, accumulators.read, wiring.flipped(self.accumulator))
+
+        active = Signal()
+        i = Signal.like(self.instruction.payload)
+        k = Signal(ADDRESS_BITS)
+        idle = Signal(range(columns + 1))
+        inner, outer = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
+        # Word addresses: of this k, of this tile's start, of this outer step's start.
+        a, a_tile, a_outer = (Signal(ADDRESS_BITS, name=f"a{n}") for n in ("", "_tile", "_outer"))
+        w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
+
+        first, last_word, padding, go, tile_end = (
+            Signal(name=n) for n in ("first", "last_word", "padding", "go", "tile_end")
+        )
+        m.d.comb += [
+            padding.eq(idle.any()),
+            first.eq((k == 0) & ~padding),
+            last_word.eq(k == i.depth - 1),
+            go.eq(active & ~padding & (~first | accumulators.room)),
+            self.stalled.eq(active & first & ~accumulators.room),
+            self.streaming.eq(go),
+            accumulators.reserve.eq(go & first),
+            self.activation_read.enable.eq(go),
+            self.activation_read.address.eq(a),
+            self.weight_read.enable.eq(go),
+            self.weight_read.address.eq(w),
+            # A tile ends with its last word, or with the last idle cycle behind it where K < C.
+            tile_end.eq(Mux(padding, idle == 1, go & last_word & (i.depth >= columns))),
+        ]
+        with m.If(go):
+            m.d.sync += [k.eq(k + 1), a.eq(a + 1), w.eq(w + 1)]
+            with m.If(last_word):
+                m.d.sync += k.eq(0)
+                with m.If(i.depth < columns):
+                    m.d.sync += idle.eq(columns - i.depth)
+        with m.If(padding):
+            m.d.sync += idle.eq(idle - 1)
+
+        last_inner, last_outer, end = Signal(), Signal(), Signal()
+        m.d.comb += [
+            last_inner.eq(inner == i.inner - 1),
+            last_outer.eq(outer == i.outer - 1),
+            end.eq(tile_end & last_inner & last_outer),
+            self.done.eq(end),
+            self.instruction.ready.eq(~active | end),
+        ]
+        with m.If(tile_end):
+            with m.If(last_inner):
+                m.d.sync += [inner.eq(0), outer.eq(outer + 1)]
+                for word, tile, start, step in ((a, a_tile, a_outer, i.a_outer), (w, w_tile, w_outer, i.w_outer)):
+                    m.d.sync += [word.eq(start + step), tile.eq(start + step), start.eq(start + step)]
+            with m.Else():
+                m.d.sync += inner.eq(inner + 1)
+                for word, tile, step in ((a, a_tile, i.a_inner), (w, w_tile, i.w_inner)):
+                    m.d.sync += [word.eq(tile + step), tile.eq(tile + step)]
+        with m.If(end):
+            m.d.sync += active.eq(0)
+        with m.If(self.instruction.valid & self.instruction.ready):
+            n = self.instruction.payload
+            m.d.sync += [i.eq(n), active.eq(1), k.eq(0), inner.eq(0), outer.eq(0)]
+            m.d.sync += [word.eq(n.a) for word in (a, a_tile, a_outer)]
+            m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]
+
+        # The scratchpads answer one cycle later; control waits with them.
+        valid, tile_first, tile_last, unsigned = (Signal(name=n) for n in ("valid_1", "first_1", "last_1", "unsigned_1"))
+        m.d.sync += [valid.eq(go), tile_first.eq(first), tile_last.eq(last_word), unsigned.eq(i.unsigned)]
+        m.d.comb += [
+            array.a.eq(self.activation_read.data),
+            array.w.eq(self.weight_read.data),
+            array.valid.eq(valid),
+            array.first.eq(tile_first),
+            array.last.eq(tile_last),
+            array.unsigned.eq(unsigned),
+            accumulators.result.eq(array.result),
+            accumulators.strobe.eq(array.strobe),
+        ]
+        return m

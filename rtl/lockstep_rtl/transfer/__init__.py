@@ -1,0 +1,1 @@
+"""The transfer units: LOAD, STORE and what they share."""

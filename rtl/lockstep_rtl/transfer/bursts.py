@@ -1,0 +1,111 @@
+"""From a two-dimensional block of device memory to AXI bursts, inside the window and nowhere else."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.errors import ErrorCode
+
+from ..axi import ADDRESS_BITS, BURST_BEATS
+
+#: Bits of a count of beats in one row: 16-bit words of up to 32 beats.
+BEAT_BITS = 21
+
+#: A block: ``rows`` rows of ``beats`` bus words from ``address``, ``stride`` bytes apart.
+BLOCK = data.StructLayout({"address": ADDRESS_BITS, "stride": ADDRESS_BITS, "rows": 16, "beats": BEAT_BITS})
+#: A burst: byte address and beats minus one.
+BURST = data.StructLayout({"addr": ADDRESS_BITS, "len": 8})
+
+
+class Window(wiring.Signature):
+    """The device memory that may be touched: first byte and first byte behind, set by the driver."""
+
+    def __init__(self) -> None:
+        super().__init__({"base": Out(ADDRESS_BITS), "limit": Out(ADDRESS_BITS)})
+
+
+class UnitError(wiring.Signature):
+    """An error in this cycle: ``code``, ``address``; ``oldest``: of the oldest instruction in flight, not the newest."""
+
+    def __init__(self) -> None:
+        super().__init__({"valid": Out(1), "code": Out(4), "address": Out(ADDRESS_BITS), "oldest": Out(1)})
+
+
+class BurstSplitter(wiring.Component):
+    """Cuts blocks into bursts that cross no border of ``BURST_BEATS`` beats, and checks each against the window.
+
+    Ports
+    -----
+    block : In(stream of BLOCK), the next one is accepted while the last burst of the one before leaves.
+    burst : Out(stream of BURST).
+    window : In(Window). error : Out(UnitError), OUT_OF_WINDOW or MISALIGNED; the burst is then never shown.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        super().__init__(
+            {
+                "block": In(stream.Signature(BLOCK)),
+                "burst": Out(stream.Signature(BURST)),
+                "window": In(Window()),
+                "error": Out(UnitError()),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        beat_bits = (self.config.bus_bytes - 1).bit_length()
+        active = Signal()
+        row_start, address, stride = (Signal(ADDRESS_BITS, name=n) for n in ("row_start", "address", "stride"))
+        rows = Signal(16)
+        beats, remaining = Signal(BEAT_BITS), Signal(BEAT_BITS)
+
+        in_block = Signal(range(BURST_BEATS))
+        to_border, length = Signal(range(BURST_BEATS + 1)), Signal(range(BURST_BEATS + 1))
+        end = Signal(ADDRESS_BITS + 1)
+        inside, aligned = Signal(), Signal()
+        m.d.comb += [
+            in_block.eq(address >> beat_bits),
+            to_border.eq(BURST_BEATS - in_block),
+            length.eq(Mux(remaining < to_border, remaining, to_border)),
+            end.eq(address + (length << beat_bits)),
+            inside.eq((address >= self.window.base) & (end <= self.window.limit)),
+            aligned.eq((address[:beat_bits] | stride[:beat_bits]) == 0),
+            self.burst.valid.eq(active & inside & aligned),
+            self.burst.payload.addr.eq(address),
+            self.burst.payload.len.eq(length - 1),
+            self.error.valid.eq(active & ~(inside & aligned)),
+            self.error.code.eq(Mux(aligned, ErrorCode.OUT_OF_WINDOW, ErrorCode.MISALIGNED)),
+            self.error.address.eq(address),
+        ]
+        row_end, block_end = Signal(), Signal()
+        m.d.comb += [
+            row_end.eq(remaining == length),
+            block_end.eq(self.burst.valid & self.burst.ready & row_end & (rows == 1)),
+            self.block.ready.eq(~active | block_end),
+        ]
+        with m.If(self.burst.valid & self.burst.ready):
+            m.d.sync += [address.eq(end), remaining.eq(remaining - length)]
+            with m.If(row_end):
+                m.d.sync += [
+                    rows.eq(rows - 1),
+                    remaining.eq(beats),
+                    row_start.eq(row_start + stride),
+                    address.eq(row_start + stride),
+                ]
+        with m.If(block_end):
+            m.d.sync += active.eq(0)
+        with m.If(self.block.valid & self.block.ready):
+            block = self.block.payload
+            m.d.sync += [
+                active.eq(1),
+                row_start.eq(block.address),
+                address.eq(block.address),
+                stride.eq(block.stride),
+                rows.eq(block.rows),
+                beats.eq(block.beats),
+                remaining.eq(block.beats),
+            ]
+        return m

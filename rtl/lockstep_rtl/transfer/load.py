@@ -1,0 +1,214 @@
+"""The LOAD unit: device memory to scratchpads, requests running ahead of the data."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Array, C, Cat, Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import ConfigurationError, CoreConfig
+from lockstep_isa.errors import ErrorCode
+from lockstep_isa.instructions import LOAD, TABLE_ENTRY_BYTES, Memory
+
+from ..axi import ReadMaster
+from ..interfaces import ADDRESS_BITS, instruction_stream
+from ..scratchpad import fill_stream
+from .bursts import BurstSplitter, UnitError, Window
+
+#: Instructions whose data is under way at once, and bursts asked for and not complete.
+IN_FLIGHT = 4
+OUTSTANDING_BURSTS = 4
+#: Bits of one table entry on chip: c0, the high 24 bits of c1, the high 16 bits of c2.
+TABLE_WIDTH = 72
+
+_TARGET = data.StructLayout({"memory": 3, "rows": 16, "words": 16, "local": 16, "local_stride": 16})
+
+
+def beats_per_word(config: CoreConfig, memory: Memory) -> int:
+    """Bus beats of one word (TABLE: entry) of an on-chip memory."""
+    word = {Memory.TABLE: TABLE_ENTRY_BYTES, Memory.VECTOR: 4 * config.rows, Memory.PARAMETER: 4 * config.rows}
+    beats, rest = divmod(word.get(memory, config.rows), config.bus_bytes)
+    if rest:
+        raise ConfigurationError(
+            f"a bus of {config.bus_bytes} bytes is wider than a word of the {memory.name} memory; "
+            f"the RTL builds buses of up to {min(config.rows, TABLE_ENTRY_BYTES)} bytes for {config.rows} rows"
+        )
+    return beats
+
+
+class LoadUnit(wiring.Component):
+    """Executes LOAD instructions in order, one bus beat a cycle.
+
+    Ports
+    -----
+    instruction : In(stream of LOAD); up to ``IN_FLIGHT`` are accepted before the first is done, so that the bus
+        never waits for the memory's latency between two of them.
+    done : Out(1), the oldest instruction's last word is in its memory. stalled : Out(1), waiting for data.
+    fill_* : Out(stream of address, data), to the four scratchpads; subnormals of VECTOR and PARAMETER words are
+        flushed to zeros of their sign on the way.
+    table_* : Out, ``enable``, ``address`` (9), ``data`` (72): always taken.
+    bus : Out(ReadMaster). window : In(Window). halt : In(1), start no burst. error : Out(UnitError).
+    outstanding : Out(1), bursts are under way.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self.beats = {memory: beats_per_word(config, memory) for memory in Memory}
+        operand, vector = 8 * config.rows, 32 * config.rows
+        super().__init__(
+            {
+                "instruction": In(instruction_stream(LOAD)),
+                "done": Out(1),
+                "stalled": Out(1),
+                "fill_activation": Out(fill_stream(operand)),
+                "fill_weight": Out(fill_stream(operand)),
+                "fill_vector": Out(fill_stream(vector)),
+                "fill_parameter": Out(fill_stream(vector)),
+                "table_enable": Out(1),
+                "table_address": Out(9),
+                "table_data": Out(TABLE_WIDTH),
+                "bus": Out(ReadMaster(config.bus_bytes)),
+                "window": In(Window()),
+                "halt": In(1),
+                "error": Out(UnitError()),
+                "outstanding": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.splitter = splitter = BurstSplitter(self.config)
+        m.submodules.targets = targets = SyncFIFOBuffered(width=_TARGET.size, depth=IN_FLIGHT)
+        wiring.connect(m, wiring.flipped(self.window), splitter.window)
+
+        # Requests: one instruction enters both the splitter and the queue of targets.
+        i = self.instruction.payload
+        shifts = Array(C((self.beats[m_] - 1).bit_length() if m_ in self.beats else 0, 3) for m_ in range(8))
+        accept = Signal()
+        m.d.comb += [
+            accept.eq(self.instruction.valid & splitter.block.ready & targets.w_rdy & ~self.halt),
+            self.instruction.ready.eq(splitter.block.ready & targets.w_rdy & ~self.halt),
+            splitter.block.valid.eq(accept),
+            splitter.block.payload.address.eq(i.address),
+            splitter.block.payload.stride.eq(i.stride),
+            splitter.block.payload.rows.eq(i.rows),
+            splitter.block.payload.beats.eq(i.words << shifts[i.memory]),
+            targets.w_en.eq(accept),
+            targets.w_data.eq(Cat(i.memory, i.rows, i.words, i.local, i.local_stride)),
+        ]
+        bursts = Signal(range(OUTSTANDING_BURSTS + 1))
+        shown = Signal()  # an address once shown stays until taken, halt or not
+        burst_ok = Signal()
+        r = self.bus.r
+        burst_done = r.valid & r.ready & r.last
+        m.d.comb += [
+            burst_ok.eq(shown | ((bursts != OUTSTANDING_BURSTS) & ~self.halt)),
+            self.bus.ar.valid.eq(splitter.burst.valid & burst_ok),
+            splitter.burst.ready.eq(self.bus.ar.ready & burst_ok),
+            self.bus.ar.addr.eq(splitter.burst.payload.addr),
+            self.bus.ar.len.eq(splitter.burst.payload.len),
+            self.outstanding.eq(bursts.any() | self.bus.ar.valid),
+        ]
+        m.d.sync += [
+            shown.eq(self.bus.ar.valid & ~self.bus.ar.ready),
+            bursts.eq(bursts + (self.bus.ar.valid & self.bus.ar.ready) - burst_done),
+        ]
+
+        # Data: beats gather in the upper end of ``word``; a full word waits in ``pending`` to be written.
+        target = Signal(_TARGET)
+        receiving, pending, last_pending = Signal(), Signal(), Signal()
+        beat = Signal(range(max(self.beats.values())))
+        words, rows = Signal(16), Signal(16)
+        local, row_local, pending_address = (Signal(ADDRESS_BITS, name=n) for n in ("local", "row_local", "to"))
+        is_float = Signal()
+        bus_bits = 8 * self.config.bus_bytes
+        beat_data, word = Signal(bus_bits), Signal(32 * self.config.rows)
+        m.d.comb += is_float.eq((target.memory == Memory.VECTOR) | (target.memory == Memory.PARAMETER))
+        for lane in range(bus_bits // 32):
+            value = r.data.word_select(lane, 32)
+            subnormal = is_float & ~value[23:31].any()
+            m.d.comb += beat_data.word_select(lane, 32).eq(
+                Mux(subnormal, Cat(C(0, 31), value[31]), value)
+            )
+
+        fills = {
+            Memory.ACTIVATION: self.fill_activation,
+            Memory.WEIGHT: self.fill_weight,
+            Memory.VECTOR: self.fill_vector,
+            Memory.PARAMETER: self.fill_parameter,
+        }
+        pending_memory = Signal(3)
+        written = Signal()
+        for memory, fill in fills.items():
+            m.d.comb += [
+                fill.valid.eq(pending & (pending_memory == memory)),
+                fill.payload.address.eq(pending_address),
+                fill.payload.data.eq(word[-len(fill.payload.data) :]),
+            ]
+            with m.If(fill.valid & fill.ready):
+                m.d.comb += written.eq(1)
+        entry = word[-8 * TABLE_ENTRY_BYTES :]
+        m.d.comb += [
+            self.table_enable.eq(pending & (pending_memory == Memory.TABLE)),
+            self.table_address.eq(pending_address),
+            self.table_data.eq(Cat(entry[0:32], entry[40:64], entry[80:96])),
+        ]
+        with m.If(self.table_enable):
+            m.d.comb += written.eq(1)
+
+        beats_last = Array(C(self.beats.get(n, 1) - 1, len(beat)) for n in range(8))  # type: ignore[call-overload]
+        take, word_end, row_end, instruction_end = (
+            Signal(name=n) for n in ("take", "word_end", "row_end", "instruction_end")
+        )
+        m.d.comb += [
+            r.ready.eq((receiving & (~pending | written)) | self.halt),
+            take.eq(r.valid & r.ready & receiving),
+            word_end.eq(take & (beat == beats_last[target.memory])),
+            row_end.eq(word_end & (words == 1)),
+            instruction_end.eq(row_end & (rows == 1)),
+            self.done.eq(written & last_pending),
+            self.stalled.eq(receiving & ~take),
+        ]
+        with m.If(written):
+            m.d.sync += pending.eq(0)
+        with m.If(take):
+            m.d.sync += [word.eq(Cat(word, beat_data)[bus_bits:]), beat.eq(beat + 1)]
+        with m.If(word_end):
+            m.d.sync += [
+                beat.eq(0),
+                pending.eq(1),
+                last_pending.eq(instruction_end),
+                pending_address.eq(local),
+                pending_memory.eq(target.memory),
+                local.eq(local + 1),
+                words.eq(words - 1),
+            ]
+        with m.If(row_end):
+            m.d.sync += [
+                words.eq(target.words),
+                rows.eq(rows - 1),
+                local.eq(row_local + target.local_stride),
+                row_local.eq(row_local + target.local_stride),
+            ]
+        with m.If(instruction_end):
+            m.d.sync += receiving.eq(0)
+        with m.If(targets.r_rdy & (~receiving | instruction_end)):
+            following = data.View(_TARGET, targets.r_data)
+            m.d.comb += targets.r_en.eq(1)
+            m.d.sync += [
+                receiving.eq(1),
+                target.eq(following),
+                words.eq(following.words),
+                rows.eq(following.rows),
+                local.eq(following.local),
+                row_local.eq(following.local),
+            ]
+
+        bus_error = take & r.resp.any()
+        m.d.comb += [
+            self.error.valid.eq(bus_error | splitter.error.valid),
+            self.error.code.eq(Mux(bus_error, ErrorCode.BUS_READ, splitter.error.code)),
+            self.error.address.eq(Mux(bus_error, local, splitter.error.address)),
+            self.error.oldest.eq(bus_error),
+        ]
+        return m

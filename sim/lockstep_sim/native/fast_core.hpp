@@ -1,0 +1,329 @@
+// The memories of a core and what each instruction does to them, at native speed. No time: that is timing.hpp.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#include "instructions.hpp"  // generated
+#include "lockstep/fused_pass.hpp"
+
+namespace lockstep {
+
+using isa::Destination;
+using isa::ErrorCode;
+using isa::FirstAdd;
+using isa::FirstMultiply;
+using isa::Function;
+using isa::kRows;
+using isa::Maximum;
+using isa::Memory;
+using isa::SecondAdd;
+using isa::SecondMultiply;
+using isa::Source;
+using isa::Tap;
+using isa::ThirdMultiply;
+
+struct Failure {
+    ErrorCode code = ErrorCode::kNone;
+    uint32_t address = 0;
+    isa::Unit unit = isa::Unit::kLoad;
+    bool control = false;
+    explicit operator bool() const { return code != ErrorCode::kNone; }
+};
+
+class FastCore {
+  public:
+    static constexpr uint32_t kZeroFlag = 1, kNonfiniteFlag = 2;
+
+    explicit FastCore(uint64_t bytes)
+        : memory(bytes),
+          activation_(size_t(isa::kActivationWords) * kRows),
+          weight_(size_t(isa::kWeightWords) * kRows),
+          vector_(size_t(isa::kVectorWords) * kRows),
+          parameter_(size_t(isa::kParameterWords) * kRows),
+          tables_(isa::kTableSlots) {}
+
+    std::vector<uint8_t> memory;
+    uint64_t window_base = 0, window_limit = 0;
+    uint32_t flags = 0;
+
+    void reset() { tiles_.clear(); }
+
+    Failure load(const isa::Load& i) {
+        const uint32_t word = i.memory == Memory::kTable                                          ? isa::kTableEntryBytes
+                              : i.memory == Memory::kVector || i.memory == Memory::kParameter ? 4 * kRows
+                                                                                              : kRows;
+        const uint32_t depth = depth_of(i.memory);
+        for (uint32_t row = 0; row < i.rows; row++) {
+            const uint64_t at = uint32_t(i.address + row * i.stride), bytes = uint64_t(i.words) * word;
+            if (Failure f = transfer(at, bytes, i.stride, isa::Unit::kLoad)) return f;
+            const uint32_t local = uint16_t(i.local + row * i.local_stride);
+            if (local + i.words > depth) return {ErrorCode::kLocalBounds, depth, isa::Unit::kLoad};
+            const uint8_t* from = memory.data() + at;
+            switch (i.memory) {
+                case Memory::kActivation: std::memcpy(&activation_[size_t(local) * kRows], from, bytes); break;
+                case Memory::kWeight: std::memcpy(&weight_[size_t(local) * kRows], from, bytes); break;
+                case Memory::kVector: flush_copy(from, i.words * kRows, &vector_[size_t(local) * kRows]); break;
+                case Memory::kParameter: flush_copy(from, i.words * kRows, &parameter_[size_t(local) * kRows]); break;
+                case Memory::kTable: load_table(from, local, i.words); break;
+            }
+        }
+        return {};
+    }
+
+    Failure store(const isa::Store& i) {
+        for (uint32_t row = 0; row < i.rows; row++) {
+            const uint64_t at = uint32_t(i.address + row * i.stride), bytes = uint64_t(i.words) * 4 * kRows;
+            if (Failure f = transfer(at, bytes, i.stride, isa::Unit::kStore)) return f;
+            const uint32_t local = uint16_t(i.local + row * i.local_stride);
+            if (local + i.words > isa::kVectorWords) return {ErrorCode::kLocalBounds, isa::kVectorWords, isa::Unit::kStore};
+            std::memcpy(memory.data() + at, &vector_[size_t(local) * kRows], bytes);
+        }
+        return {};
+    }
+
+    Failure matrix(const isa::Matrix& i) {
+        for (uint32_t outer = 0; outer < i.outer; outer++)
+            for (uint32_t inner = 0; inner < i.inner; inner++) {
+                const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
+                const uint32_t w = uint16_t(i.w + outer * i.w_outer + inner * i.w_inner);
+                if (a + i.depth > isa::kActivationWords || w + i.depth > isa::kWeightWords)
+                    return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
+                tiles_.emplace_back();
+                const int8_t* left = &activation_[size_t(a) * kRows];
+                if (i.unsigned_)
+                    multiply_tile(reinterpret_cast<const uint8_t*>(left), &weight_[size_t(w) * kRows], i.depth, tiles_.back());
+                else
+                    multiply_tile(left, &weight_[size_t(w) * kRows], i.depth, tiles_.back());
+            }
+        return {};
+    }
+
+    Failure vector(const isa::Vector& i) {
+        const uint32_t columns = i.columns, words = (columns + kRows - 1) / kRows;
+        x_.resize(size_t(columns) * kRows);
+        before_.resize(x_.size());
+        rounded_.resize(x_.size());
+        for (uint32_t tile = 0; tile < i.tiles; tile++) {
+            if (!in_bounds(i, tile, words)) return {ErrorCode::kLocalBounds, 0, isa::Unit::kVector};
+            pass(i, tile);
+        }
+        return {};
+    }
+
+    bool has_tiles(uint32_t count) const { return tiles_.size() >= count; }
+
+  private:
+    using Pass = FusedPass<kRows>;
+    struct Tile {
+        alignas(64) int32_t value[kRows][kRows];
+    };
+    typedef int32_t Row __attribute__((vector_size(4 * kRows), aligned(4)));
+
+    static uint32_t depth_of(Memory memory) {
+        switch (memory) {
+            case Memory::kActivation: return isa::kActivationWords;
+            case Memory::kWeight: return isa::kWeightWords;
+            case Memory::kVector: return isa::kVectorWords;
+            case Memory::kParameter: return isa::kParameterWords;
+            default: return isa::kTableSlots * isa::kTableEntries;
+        }
+    }
+
+    Failure transfer(uint64_t at, uint64_t bytes, uint32_t stride, isa::Unit unit) const {
+        if ((at | stride) % isa::kBusBytes) return {ErrorCode::kMisaligned, uint32_t(at), unit};
+        if (at < window_base || at + bytes > window_limit) return {ErrorCode::kOutOfWindow, uint32_t(at), unit};
+        return {};
+    }
+
+    static void flush_copy(const uint8_t* from, size_t count, float* to) {
+        for (size_t n = 0; n < count; n++) {
+            uint32_t bits;
+            std::memcpy(&bits, from + 4 * n, 4);
+            bits = (bits & kInfinity) == 0 ? bits & kSign : bits;
+            std::memcpy(to + n, &bits, 4);
+        }
+    }
+
+    void load_table(const uint8_t* from, uint32_t entry, uint32_t count) {
+        for (uint32_t n = 0; n < count; n++, entry++) {
+            uint32_t c[3];
+            std::memcpy(c, from + size_t(n) * isa::kTableEntryBytes, sizeof c);
+            Table& table = tables_[entry / kMaxEntries];
+            table.c0[entry % kMaxEntries] = float_of(c[0]);
+            table.c1[entry % kMaxEntries] = float_of(c[1] & ~0xFFu);
+            table.c2[entry % kMaxEntries] = float_of(c[2] & ~0xFFFFu);
+        }
+    }
+
+    template <class Byte>
+    static void multiply_tile(const Byte* a, const int8_t* w, uint32_t depth, Tile& tile) {
+        Row sum[kRows] = {};
+        for (uint32_t k = 0; k < depth; k++) {
+            Row top;
+            for (int c = 0; c < kRows; c++) top[c] = w[k * kRows + c];
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; r++) sum[r] += top * int32_t(a[k * kRows + r]);
+        }
+        std::memcpy(tile.value, sum, sizeof sum);
+    }
+
+    static bool lane0_used(const isa::Vector& i) {
+        return i.add1 == FirstAdd::kLane0 || i.mul2 == SecondMultiply::kLane0 || i.function == Function::kExp2;
+    }
+
+    bool in_bounds(const isa::Vector& i, uint32_t tile, uint32_t words) const {
+        const uint32_t v = isa::kVectorWords, p = isa::kParameterWords;
+        auto inside = [](uint32_t start, uint32_t count, uint32_t depth) { return uint16_t(start) + count <= depth; };
+        bool ok = true;
+        if (i.source != Source::kAccumulator)
+            ok &= inside(i.x + tile * i.x_stride, i.columns, i.source == Source::kVector ? v : p);
+        if (i.add1 == FirstAdd::kY || i.mul3 == ThirdMultiply::kY) ok &= inside(i.y + tile * i.y_stride, i.columns, v);
+        if (lane0_used(i)) ok &= inside(i.lane0 + tile, 1, p);
+        if (i.mul1 == FirstMultiply::kLane1) ok &= inside(i.lane1 + tile, 1, p);
+        if (i.mul1 == FirstMultiply::kColumn0 || i.mul2 == SecondMultiply::kColumn0) ok &= inside(i.column0, words, p);
+        if (i.add2 == SecondAdd::kColumn1) ok &= inside(i.column1, words, p);
+        if (i.mul3 == ThirdMultiply::kColumn2) ok &= inside(i.column2, words, p);
+        if (i.sum) ok &= inside(i.sum_to + tile, 1, p);
+        if (i.maximum != Maximum::kNone) ok &= inside(i.max_to + tile, 1, p);
+        const uint32_t to = i.to + tile * i.to_stride;
+        switch (i.destination) {
+            case Destination::kNone: break;
+            case Destination::kVector: ok &= inside(to, i.columns, v); break;
+            case Destination::kParameter: ok &= inside(to, i.columns, p); break;
+            case Destination::kActivation: ok &= inside(to, i.columns, isa::kActivationWords); break;
+            case Destination::kWeight: ok &= inside(to, i.columns, isa::kWeightWords); break;
+            case Destination::kWeightTransposed:
+                for (uint32_t g = 0; g < words; g++) ok &= inside(to + g * i.to_group, kRows, isa::kWeightWords);
+        }
+        return ok;
+    }
+
+    const Table& table_for(const isa::Vector& i) {
+        Table& table = tables_[i.table];
+        struct Shape {
+            Kind kind;
+            int32_t k, base, entries;
+        };
+        const int32_t k = int32_t(i.shift);
+        const Shape shape = i.function == Function::kExp2        ? Shape{Kind::kExp2, 5, 0, 32}
+                            : i.function == Function::kRecip     ? Shape{Kind::kRecip, 6, 64, 65}
+                            : i.function == Function::kRsqrt     ? Shape{Kind::kRsqrt, 5, 32, 97}
+                            : i.function == Function::kReluMinus ? Shape{Kind::kReluMinus, k, 0, kMaxEntries}
+                            : i.function == Function::kOdd       ? Shape{Kind::kOdd, k, 0, kMaxEntries}
+                                                                 : Shape{Kind::kSigmoid, k, 0, kMaxEntries};
+        table.kind = shape.kind, table.k = shape.k, table.base = shape.base, table.entries = shape.entries;
+        return table;
+    }
+
+    void note_reciprocals(const float* x, size_t count) {
+        for (size_t n = 0; n < count; n++) {
+            const uint32_t field = bits_of(x[n]) & kInfinity;
+            flags |= field == 0 ? kZeroFlag : field == kInfinity ? kNonfiniteFlag : 0;
+        }
+    }
+
+    void pass(const isa::Vector& i, uint32_t tile) {
+        const size_t columns = i.columns;
+        float* x = x_.data();
+        if (i.source == Source::kAccumulator) {
+            for (size_t j = 0; j < columns; j += kRows, tiles_.pop_front())
+                Pass::convert(&tiles_.front().value[0][0], kRows, columns - j < kRows ? columns - j : kRows, x + j * kRows);
+        } else {
+            const auto& from = i.source == Source::kVector ? vector_ : parameter_;
+            std::memcpy(x, &from[size_t(uint16_t(i.x + tile * i.x_stride)) * kRows], columns * kRows * sizeof(float));
+        }
+        const float* y = &vector_[size_t(uint16_t(i.y + tile * i.y_stride)) % isa::kVectorWords * kRows];
+        float lane0[kRows], lane1[kRows];
+        std::memcpy(lane0, &parameter_[size_t(uint16_t(i.lane0 + tile)) % isa::kParameterWords * kRows], sizeof lane0);
+        std::memcpy(lane1, &parameter_[size_t(uint16_t(i.lane1 + tile)) % isa::kParameterWords * kRows], sizeof lane1);
+        const float* column0 = &parameter_[size_t(i.column0) % isa::kParameterWords * kRows];
+        const float* column1 = &parameter_[size_t(i.column1) % isa::kParameterWords * kRows];
+        const float* column2 = &parameter_[size_t(i.column2) % isa::kParameterWords * kRows];
+
+        if (i.add1 == FirstAdd::kLane0) Pass::add_lanes(columns, lane0, x);
+        if (i.add1 == FirstAdd::kY) Pass::add_elements(columns, y, x);
+
+        if (i.mul1 == FirstMultiply::kLane1) Pass::multiply_lanes(columns, lane1, x);
+        if (i.mul1 == FirstMultiply::kColumn0) Pass::multiply_columns(columns, column0, x);
+        if (i.mul1 == FirstMultiply::kSelf) Pass::square(columns, x);
+        if (i.mul1 == FirstMultiply::kImmediate0) Pass::multiply_scalar(columns, float_of(i.immediate0), x);
+
+        if (i.mul2 == SecondMultiply::kLane0) Pass::multiply_lanes(columns, lane0, x);
+        if (i.mul2 == SecondMultiply::kColumn0) Pass::multiply_columns(columns, column0, x);
+
+        if (i.add2 == SecondAdd::kColumn1) Pass::add_columns(columns, column1, x);
+        if (i.add2 == SecondAdd::kImmediate1) Pass::add_scalar(columns, float_of(i.immediate1), x);
+
+        int32_t peak[kRows], limit[kRows];
+        std::memcpy(limit, &parameter_[size_t(uint16_t(i.max_to + tile)) % isa::kParameterWords * kRows], sizeof limit);
+        for (int r = 0; r < kRows; r++)
+            peak[r] = i.max_continue ? limit[r] : i.maximum == Maximum::kExponent ? INT32_MIN : 0;
+
+        switch (i.function) {
+            case Function::kNone: break;
+            case Function::kRelu: Pass::rectify(columns, x); break;
+            case Function::kScore: {
+                int32_t unused[kRows] = {};
+                Pass::score(columns, x, i.maximum == Maximum::kExponent ? peak : unused);
+                break;
+            }
+            case Function::kExp2: {
+                int32_t n[kRows];
+                std::memcpy(n, lane0, sizeof n);
+                Pass::exponential(table_for(i), columns, n, x);
+                break;
+            }
+            default:
+                if (i.function == Function::kRecip) note_reciprocals(x, columns * kRows);
+                std::memcpy(before_.data(), x, columns * kRows * sizeof(float));
+                apply(table_for(i), columns * kRows, before_.data(), x);
+        }
+
+        if (i.sum) Pass::sum(columns, x, sums_);
+        const bool third = i.mul3 != ThirdMultiply::kNone;
+        if (third && i.tap == Tap::kBefore) std::memcpy(before_.data(), x, columns * kRows * sizeof(float));
+        if (i.mul3 == ThirdMultiply::kColumn2) Pass::multiply_columns(columns, column2, x);
+        if (i.mul3 == ThirdMultiply::kY) Pass::multiply_elements(columns, y, x);
+        if (i.maximum == Maximum::kAbsolute) Pass::absolute_maximum(columns, x, peak);
+
+        write(i, tile, third && i.tap == Tap::kBefore ? before_.data() : x);
+        if (i.sum) std::memcpy(&parameter_[size_t(uint16_t(i.sum_to + tile)) * kRows], sums_, sizeof sums_);
+        if (i.maximum != Maximum::kNone)
+            std::memcpy(&parameter_[size_t(uint16_t(i.max_to + tile)) * kRows], peak, sizeof peak);
+    }
+
+    void write(const isa::Vector& i, uint32_t tile, const float* x) {
+        const size_t columns = i.columns, to = uint16_t(i.to + tile * i.to_stride);
+        switch (i.destination) {
+            case Destination::kNone: return;
+            case Destination::kVector: std::memcpy(&vector_[to * kRows], x, columns * kRows * sizeof(float)); return;
+            case Destination::kParameter: std::memcpy(&parameter_[to * kRows], x, columns * kRows * sizeof(float)); return;
+            default: break;
+        }
+        Pass::round(columns, x, rounded_.data());
+        if (i.destination == Destination::kActivation) std::memcpy(&activation_[to * kRows], rounded_.data(), columns * kRows);
+        if (i.destination == Destination::kWeight) std::memcpy(&weight_[to * kRows], rounded_.data(), columns * kRows);
+        if (i.destination == Destination::kWeightTransposed)
+            for (size_t group = 0; group * kRows < columns; group++) {
+                int8_t* word = &weight_[size_t(uint16_t(to + group * i.to_group)) * kRows];
+                for (int r = 0; r < kRows; r++)
+                    for (size_t c = 0; c < kRows; c++) {
+                        const size_t j = group * kRows + c;
+                        word[r * kRows + c] = j < columns ? int8_t(rounded_[j * kRows + r]) : int8_t(0);
+                    }
+            }
+    }
+
+    std::vector<int8_t> activation_, weight_;
+    std::vector<float> vector_, parameter_;
+    std::vector<Table> tables_;
+    std::deque<Tile> tiles_;
+    std::vector<float> x_, before_;
+    std::vector<uint8_t> rounded_;
+    float sums_[kRows];
+};
+
+}  // namespace lockstep

