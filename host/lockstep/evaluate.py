@@ -116,7 +116,7 @@ def check_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, np.ndarra
             raise SequenceLengthError("the sequence is empty; give at least one token")
         if tokens < graph.min_tokens:
             raise SequenceLengthError(
-                f"the sequence has {tokens} tokens, but the model could only be captured for {graph.min_tokens} or more;"
+                f"the sequence has {tokens} tokens, but the model can only be captured for {graph.min_tokens} or more;"
                 " give a longer one, or run it in PyTorch"
             )
         if tokens > graph.max_tokens:
