@@ -1,0 +1,1 @@
+"""The VECTOR unit: fused fp32 lanes, function tables and row reductions."""

@@ -1,0 +1,303 @@
+"""Floating-point pipelines of one lane: add, multiply, int32 to fp32, fp32 to 8 bits.
+
+All follow the numeric contract: binary32, round to nearest even, subnormal inputs read as zero, results that are tiny
+after rounding become a signed zero, NaN results are 0x7FC00000. None of them stalls. ``enables`` In(LATENCY) has one
+bit per stage; the registers of a stage load only where its bit is set, so that idle stages do not toggle. Bit i belongs
+to the value that entered i cycles ago; whoever uses a pipeline shifts one valid bit along for all lanes.
+"""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, ValueLike, signed
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+QUIET_NAN = 0x7FC00000
+ONE = 0x3F800000
+
+
+class Parts:
+    """Fields and class of a binary32 word; subnormals count as zero."""
+
+    def __init__(self, word: ValueLike) -> None:
+        self.word = word
+        self.sign = word[31]
+        self.exponent = word[23:31]
+        self.fraction = word[:23]
+        self.nonzero = self.exponent.any()
+        self.special = self.exponent.all()
+        self.nan = self.special & self.fraction.any()
+        self.infinite = self.special & ~self.fraction.any()
+        self.significand = Cat(self.fraction, 1)
+
+
+def round_and_pack(
+    m: Module, sign: ValueLike, exponent: ValueLike, significand: ValueLike, up: ValueLike, raw: ValueLike = 0
+) -> ValueLike:
+    """binary32 word of a normalised 24-bit significand and a signed exponent, plus one unit where ``up``.
+
+    Exponents that end at or below 0 give a signed zero, at or above 255 infinity, unless ``raw``.
+    """
+    rounded = Signal(25)
+    final = Signal(signed(len(exponent) + 1))
+    m.d.comb += [rounded.eq(significand + up), final.eq(exponent + rounded[24])]
+    tiny, huge = final <= 0, final >= 255
+    keep = ~tiny & ~huge | raw
+    # Where rounding carries out, the low 23 bits are zero, as they must be.
+    return Cat(Mux(keep, rounded[:23], 0), Mux(keep, final[:8], Mux(tiny, 0, 255)), sign)
+
+
+class FloatMultiply(wiring.Component):
+    """z = a * b, or z = a untouched where ``bypass``.
+
+    Ports: ``a``, ``b`` In(32), ``bypass`` In(1), ``enables`` In(3), ``z`` Out(32).
+    One product per cycle, LATENCY cycles later.
+    """
+
+    LATENCY = 3
+
+    a: In(32)
+    b: In(32)
+    bypass: In(1)
+    enables: In(3)
+    z: Out(32)
+
+    def elaborate(self, platform):
+        m = Module()
+        a, b = Parts(self.a), Parts(self.b)
+
+        # Stage 0: multiply significands, add exponents. A bypassed word is multiplied by exactly 1.
+        product = Signal(48)
+        exponent = Signal(signed(10))
+        sign = Signal()
+        zero, infinite, nan, bypass = Signal(), Signal(), Signal(), Signal()
+        factor = Mux(self.bypass, 1 << 23, b.significand)
+        with m.If(self.enables[0]):
+            m.d.sync += [
+                product.eq(a.significand * factor),
+                exponent.eq(a.exponent + Mux(self.bypass, 0, b.exponent - 127)),
+                sign.eq(a.sign ^ (b.sign & ~self.bypass)),
+                zero.eq(~(a.nonzero & b.nonzero)),
+                infinite.eq(a.infinite | b.infinite),
+                nan.eq(a.nan | b.nan | (a.infinite & ~b.nonzero) | (b.infinite & ~a.nonzero)),
+                bypass.eq(self.bypass),
+            ]
+
+        # Stage 1: the leading one is in bit 47 or 46; find what rounding needs.
+        top = product[47]
+        normal = Mux(top, product[1:], product[:47])
+        guard, sticky = normal[22], normal[:22].any() | (top & product[0])
+        significand = Signal(24)
+        up = Signal()
+        exponent1 = Signal(signed(10))
+        sign1, zero1, infinite1, nan1, bypass1 = Signal(), Signal(), Signal(), Signal(), Signal()
+        with m.If(self.enables[1]):
+            m.d.sync += [
+                significand.eq(normal[23:]),
+                up.eq(guard & (sticky | normal[23])),
+                exponent1.eq(exponent + top),
+                sign1.eq(sign),
+                zero1.eq(zero & ~bypass),
+                infinite1.eq(infinite & ~bypass),
+                nan1.eq(nan & ~bypass),
+                bypass1.eq(bypass),
+            ]
+
+        # Stage 2: round, pack, special cases.
+        packed = round_and_pack(m, sign1, exponent1, significand, up, bypass1)
+        special = Mux(nan1, QUIET_NAN, Cat(Const(0, 23), infinite1.replicate(8), sign1))
+        with m.If(self.enables[2]):
+            m.d.sync += self.z.eq(Mux(nan1 | infinite1 | zero1, special, packed))
+        return m
+
+
+def normalise(m: Module, value: ValueLike, name: str) -> tuple[ValueLike, ValueLike]:
+    """(value shifted left until its highest bit is set, the shift), by five conditional shifts; up to 32 bits."""
+    width = len(value)
+    shift = []
+    for step in (16, 8, 4, 2, 1):
+        empty = Signal(name=f"{name}_empty{step}")
+        shifted = Signal(width, name=f"{name}_shift{step}")
+        m.d.comb += [empty.eq(~value[width - step :].any()), shifted.eq(Mux(empty, value << step, value))]
+        value = shifted
+        shift.insert(0, empty)
+    return value, Cat(shift)
+
+
+class FloatAdd(wiring.Component):
+    """z = a + b, or z = a untouched where ``bypass``.
+
+    Ports: ``a``, ``b`` In(32), ``bypass`` In(1), ``enables`` In(4), ``z`` Out(32).
+    One sum per cycle, LATENCY cycles later.
+    """
+
+    LATENCY = 4
+
+    a: In(32)
+    b: In(32)
+    bypass: In(1)
+    enables: In(4)
+    z: Out(32)
+
+    def elaborate(self, platform):
+        m = Module()
+        a, b = Parts(self.a), Parts(self.b)
+
+        # Stage 0: the operand of greater magnitude first. A bypassed word counts as normal, and alone.
+        swap = Signal()
+        m.d.comb += swap.eq((self.b[:31] > self.a[:31]) & ~self.bypass)
+        big, small = Signal(32), Signal(32)
+        m.d.comb += [big.eq(Mux(swap, self.b, self.a)), small.eq(Mux(swap, self.a, self.b))]
+        big_parts, small_parts = Parts(big), Parts(small)
+        distance = big_parts.exponent - small_parts.exponent
+        differ = (a.sign ^ b.sign) & ~self.bypass
+        large, little = Signal(24), Signal(24)
+        shift = Signal(5)
+        exponent = Signal(8)
+        sign, both_negative, minus, infinite, nan, bypass = (Signal() for _ in range(6))
+        with m.If(self.enables[0]):
+            m.d.sync += [
+                large.eq(Mux(big_parts.nonzero | self.bypass, big_parts.significand, 0)),
+                little.eq(Mux(small_parts.nonzero & ~self.bypass, small_parts.significand, 0)),
+                shift.eq(Mux(distance[5:8].any(), 31, distance[:5])),
+                exponent.eq(big_parts.exponent),
+                sign.eq(big_parts.sign),
+                both_negative.eq(a.sign & b.sign),
+                minus.eq(differ),
+                infinite.eq(a.infinite | b.infinite),
+                nan.eq(a.nan | b.nan | (a.infinite & b.infinite & differ)),
+                bypass.eq(self.bypass),
+            ]
+
+        # Stage 1: align with guard, round and sticky bits, add or subtract.
+        aligned = Signal(51)
+        m.d.comb += aligned.eq(Cat(Const(0, 27), little) >> shift)
+        addend = Signal(27)
+        m.d.comb += addend.eq(Cat(aligned[24] | aligned[:24].any(), aligned[25:]))
+        total = Signal(28)
+        exponent1 = Signal(8)
+        sign1, both1, infinite1, nan1, bypass1 = (Signal() for _ in range(5))
+        scaled = Cat(Const(0, 3), large)
+        with m.If(self.enables[1]):
+            m.d.sync += [
+                total.eq(Mux(minus, scaled - addend, scaled + addend)),
+                exponent1.eq(exponent),
+                sign1.eq(sign),
+                both1.eq(both_negative),
+                infinite1.eq(infinite & ~bypass),
+                nan1.eq(nan & ~bypass),
+                bypass1.eq(bypass),
+            ]
+
+        # Stage 2: bring the leading one to bit 27.
+        value, count = normalise(m, total, "total")
+        normal = Signal(28)
+        exponent2 = Signal(signed(10))
+        sign2, zero2, infinite2, nan2, bypass2 = (Signal() for _ in range(5))
+        with m.If(self.enables[2]):
+            m.d.sync += [
+                normal.eq(value),
+                exponent2.eq(exponent1 + 1 - count),
+                sign2.eq(Mux(total.any(), sign1, both1)),
+                zero2.eq(~total.any()),
+                infinite2.eq(infinite1),
+                nan2.eq(nan1),
+                bypass2.eq(bypass1),
+            ]
+
+        # Stage 3: round, pack, special cases.
+        up = normal[3] & (normal[:3].any() | normal[4])
+        packed = round_and_pack(m, sign2, exponent2, normal[4:], up, bypass2)
+        special = Mux(nan2, QUIET_NAN, Cat(Const(0, 23), infinite2.replicate(8), sign2))
+        with m.If(self.enables[3]):
+            m.d.sync += self.z.eq(Mux(nan2 | infinite2 | zero2, special, packed))
+        return m
+
+
+class IntToFloat(wiring.Component):
+    """z = the int32 ``a`` as fp32, rounded; or z = a untouched where ``bypass``.
+
+    Ports: ``a`` In(32), ``bypass`` In(1), held still during a pass, ``enables`` In(3), ``z`` Out(32).
+    One value per cycle, LATENCY cycles later.
+    """
+
+    LATENCY = 3
+
+    a: In(32)
+    bypass: In(1)
+    enables: In(3)
+    z: Out(32)
+
+    def elaborate(self, platform):
+        m = Module()
+
+        # Stage 0: sign and magnitude.
+        magnitude = Signal(32)
+        sign = Signal()
+        with m.If(self.enables[0]):
+            m.d.sync += [
+                magnitude.eq(Mux(self.a[31] & ~self.bypass, -self.a, self.a)),
+                sign.eq(self.a[31]),
+            ]
+
+        # Stage 1: bring the leading one to bit 31.
+        value, count = normalise(m, magnitude, "magnitude")
+        normal = Signal(32)
+        exponent = Signal(signed(10))
+        sign1 = Signal()
+        with m.If(self.enables[1]):
+            m.d.sync += [
+                normal.eq(Mux(self.bypass, magnitude, value)),
+                exponent.eq(Mux(normal_is_zero(value), 0, 158 - count)),
+                sign1.eq(sign),
+            ]
+
+        # Stage 2: round and pack.
+        up = normal[7] & (normal[:7].any() | normal[8])
+        packed = round_and_pack(m, sign1, exponent, normal[8:], up)
+        with m.If(self.enables[2]):
+            m.d.sync += self.z.eq(Mux(self.bypass, normal, packed))
+        return m
+
+
+def normal_is_zero(value: ValueLike) -> ValueLike:
+    """Whether a normalised word was zero: it alone has no leading one."""
+    return ~value[-1]
+
+
+class RoundToInt8(wiring.Component):
+    """z = the low 8 bits of ``a`` rounded to the nearest even integer; 0 where abs(a) >= 2^22 or a is not a number.
+
+    Ports: ``a`` In(32), ``enables`` In(2), ``z`` Out(8). One value per cycle, LATENCY cycles later.
+    """
+
+    LATENCY = 2
+
+    a: In(32)
+    enables: In(2)
+    z: Out(8)
+
+    def elaborate(self, platform):
+        m = Module()
+        a = Parts(self.a)
+
+        # Stage 0: shift the significand right until its unit is 1. Beyond 25 places nothing is left to round.
+        distance = Signal(9)
+        m.d.comb += distance.eq(150 - a.exponent)
+        shift = Signal(5)
+        m.d.comb += shift.eq(Mux(distance[5:8].any(), 31, distance[:5]))
+        counts = a.nonzero & (a.exponent < 127 + 22)
+        aligned = Signal(49)
+        m.d.comb += aligned.eq(Cat(Const(0, 25), a.significand) >> shift)
+        integer = Signal(8)
+        up, sign = Signal(), Signal()
+        with m.If(self.enables[0]):
+            m.d.sync += [
+                integer.eq(Mux(counts, aligned[25:33], 0)),
+                up.eq(counts & aligned[24] & (aligned[:24].any() | aligned[25])),
+                sign.eq(a.sign),
+            ]
+
+        # Stage 1: round, negate.
+        rounded = integer + up
+        with m.If(self.enables[1]):
+            m.d.sync += self.z.eq(Mux(sign, -rounded, rounded))
+        return m
