@@ -97,9 +97,14 @@ def _share_runtime(directory: Path, restore: bool) -> None:
 
 
 def verilog_of(component: Any, name: str) -> str:
-    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``."""
+    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``.
+
+    Text is Verilog already, for components whose ports :func:`lockstep_rtl.generate.component_verilog` names.
+    """
     from amaranth.back import verilog
 
+    if isinstance(component, str):
+        return component
     if isinstance(component, type) or not hasattr(component, "elaborate"):
         component = component()
     return verilog.convert(component, name=name, strip_internal_attrs=True)
@@ -118,7 +123,7 @@ def run_cocotb(
 
     Parameters
     ----------
-    component : a ``wiring.Component``, or a function without arguments that makes one.
+    component : a ``wiring.Component``, a function without arguments that makes one, or Verilog with module ``top``.
     test_module : importable name of the module with the cocotb tests; a test file passes its ``__name__``.
     name : names the build folder and the Verilog top; builds with different parameters need different names.
     parameters : JSON-able values that the cocotb side reads with :func:`parameters`.
