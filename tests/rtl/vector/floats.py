@@ -18,5 +18,7 @@ def nasty_words(random, count):
     moderate = (random.standard_normal(count) * 2.0 ** random.integers(-12, 12, count)).astype(np.float32)
     short = anything & np.uint32(0xFFF00000)
     special = SPECIALS[random.integers(0, len(SPECIALS), count)]
-    return np.choose(random.integers(0, 6, count), [anything, anything, moderate.view(np.uint32),
-                                                     moderate.view(np.uint32), short, special])
+    return np.choose(
+        random.integers(0, 6, count),
+        [anything, anything, moderate.view(np.uint32), moderate.view(np.uint32), short, special],
+    )

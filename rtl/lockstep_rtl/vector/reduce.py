@@ -1,0 +1,276 @@
+"""Row reductions: 64 strided partial sums with their tree, and running maxima."""
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, signed
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from .fp import QUIET_NAN, FloatAdd, Parts
+from .timing import PARTIALS, SUM_TURNAROUND, level_cycles
+
+
+class SumControls(wiring.Signature):
+    """What SumControl tells the PartialSums of every lane.
+
+    Cycle 0: ``touch`` writes x to ``address`` of ``fill``; ``accumulate`` reads there; ``fold`` reads ``address`` and
+    ``other`` of the other half. Cycle 1: ``blank`` replaces the second operand by +0. ``enables`` of the adder, and
+    in cycle 5 ``store`` writes the sum to ``target`` of half ``store_half``.
+    """
+
+    def __init__(self, subwords: int) -> None:
+        bits = (PARTIALS * subwords - 1).bit_length()
+        super().__init__(
+            {
+                "fill": Out(1),
+                "touch": Out(1),
+                "read": Out(1),
+                "address": Out(bits),
+                "other": Out(bits),
+                "touch_address": Out(bits),
+                "accumulating": Out(1),
+                "folded_half": Out(1),
+                "blank": Out(1),
+                "enables": Out(4),
+                "store": Out(1),
+                "store_half": Out(1),
+                "target": Out(bits),
+            }
+        )
+
+
+class PartialSums(wiring.Component):
+    """The partial sums of one lane: two halves of 64 * subwords words, and one adder for rows and trees.
+
+    Ports
+    -----
+    controls : In(SumControls). ``x`` : In(32) with ``valid`` In(1), in cycle 0.
+    sum : Out(32), the adder's result, five cycles behind its read.
+
+    The first 64 columns of a row only fill their half, so the adder folds the other half, that of the row before,
+    meanwhile. What is filled in has not passed the adder; every partial sum does before the end, where signs of zero,
+    subnormals and NaNs become what the contract says.
+    """
+
+    def __init__(self, subwords: int) -> None:
+        self.subwords = subwords
+        super().__init__({"controls": In(SumControls(subwords)), "x": In(32), "valid": In(1), "sum": Out(32)})
+
+    def elaborate(self, platform):
+        m = Module()
+        c = self.controls
+        m.submodules.adder = adder = FloatAdd()
+
+        # Cycle 0: fill, or read.
+        firsts, seconds = [], []
+        for half in range(2):
+            name = f"half{half}"
+            m.submodules[name] = memory = Memory(shape=Shape(32), depth=PARTIALS * self.subwords, init=[])
+            write, first, second = memory.write_port(), memory.read_port(), memory.read_port()
+            fill = c.touch & (c.fill == half)
+            m.d.comb += [
+                write.en.eq(fill | (c.store & (c.store_half == half))),
+                write.addr.eq(Mux(fill, c.touch_address, c.target)),
+                write.data.eq(Mux(fill, self.x, adder.z)),
+                first.en.eq(c.read),
+                first.addr.eq(c.address),
+                second.en.eq(c.read),
+                second.addr.eq(c.other),
+            ]
+            firsts.append(first.data)
+            seconds.append(second.data)
+        x = Signal(32)
+        with m.If(self.valid):
+            m.d.sync += x.eq(self.x)
+
+        # Cycles 1 to 4: add.
+        half = c.folded_half
+        folded = Mux(c.blank, 0, Mux(half, seconds[1], seconds[0]))
+        m.d.comb += [
+            adder.a.eq(Mux(half, firsts[1], firsts[0])),
+            adder.b.eq(Mux(c.accumulating, x, folded)),
+            adder.enables.eq(c.enables),
+            self.sum.eq(adder.z),
+        ]
+        return m
+
+
+class SumControl(wiring.Component):
+    """Addresses and timing of the row sums of all lanes.
+
+    Ports
+    -----
+    valid, last : In(1), a beat enters, of the row's last column; ``sub`` : In(log2 subwords), which lanes.
+    columns : In(16), of a row, holds still during a pass.
+    controls : Out(SumControls). ``done`` : Out(1) with ``done_sub``: a sum is on its way out of the adders now.
+    idle : Out(1), nothing is left to add.
+
+    SUM_TURNAROUND cycles behind the last beat of a row its tree starts: levels of 32, 16, ..., 1 additions per row
+    (fewer where fewer columns were touched; the others count as +0), then + (+0). A level starts when its first
+    addition's operands are there (``level_cycles``). The issue stage keeps the next rows far enough behind.
+    """
+
+    def __init__(self, subwords: int) -> None:
+        self.subwords = subwords
+        super().__init__(
+            {
+                "valid": In(1),
+                "last": In(1),
+                "sub": In(range(subwords)),
+                "columns": In(16),
+                "controls": Out(SumControls(subwords)),
+                "done": Out(1),
+                "done_sub": Out(range(subwords)),
+                "idle": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        c = self.controls
+        subwords = self.subwords
+        sub_bits = (subwords - 1).bit_length()
+        bits = len(c.address)
+        ends = self.sub == subwords - 1
+
+        # The row that comes in: where its column goes, and whether it is the first one there.
+        column = Signal(6)
+        again = Signal()
+        fill = Signal()
+        with m.If(self.valid & ends):
+            m.d.sync += [column.eq(column + 1), again.eq(again | column.all())]
+            with m.If(self.last):
+                m.d.sync += [column.eq(0), again.eq(0), fill.eq(~fill)]
+        here = Cat(self.sub, column)
+        accumulate = self.valid & again
+        m.d.comb += [c.fill.eq(fill), c.touch.eq(self.valid & ~again), c.touch_address.eq(here)]
+
+        # The tree: SUM_TURNAROUND - 1 cycles of waiting, then the levels, then the final + (+0).
+        partials = Signal(7)
+        m.d.comb += partials.eq(Mux(self.columns[6:].any(), PARTIALS, self.columns[:6]))
+        levels = Signal(range(7))
+        for level in range(6):
+            with m.If(partials > 1 << level):
+                m.d.comb += levels.eq(level + 1)
+        wait = Signal(range(SUM_TURNAROUND))
+        level = Signal(range(7))
+        final, first_level = Signal(), Signal()
+        position = Signal(range(32 * subwords + 1))
+        folding = Signal()
+        tree_half = Signal()
+        fold, finish = Signal(), Signal()
+        with m.If(self.valid & self.last & ends):
+            m.d.sync += [wait.eq(SUM_TURNAROUND - 1), tree_half.eq(fill)]
+        with m.If(wait.any()):
+            m.d.sync += wait.eq(wait - 1)
+            with m.If(wait == 1):
+                m.d.sync += [
+                    folding.eq(1),
+                    position.eq(0),
+                    first_level.eq(1),
+                    final.eq(levels == 0),
+                    level.eq(Mux(levels == 0, 0, levels - 1)),
+                ]
+        lengths = Array(level_cycles(i, subwords) - 1 for i in range(6))
+        counts = Array(subwords << i for i in range(6))
+        j = position[sub_bits:]
+        partner = Signal(6)
+        m.d.comb += [
+            partner.eq(j | Mux(final, 0, Const(1, 6) << level)),
+            fold.eq(folding & (position < Mux(final, subwords, counts[level]))),
+            finish.eq(fold & final),
+        ]
+        with m.If(folding):
+            m.d.sync += position.eq(position + 1)
+            with m.If(final), m.If(position == subwords - 1):
+                m.d.sync += folding.eq(0)
+            with m.Elif(position == lengths[level]):
+                m.d.sync += [position.eq(0), first_level.eq(0), level.eq(level - 1)]
+                with m.If(level == 0):
+                    m.d.sync += [final.eq(1), level.eq(0)]
+        own = Cat(position[:sub_bits], j[:6])
+        pair = Cat(position[:sub_bits], partner)
+        m.d.comb += [
+            c.read.eq(accumulate | fold),
+            c.address.eq(Mux(accumulate, here, own)),
+            c.other.eq(pair),
+        ]
+
+        # What follows an addition through the adder.
+        stages = SUM_TURNAROUND - 1
+        active = Signal(stages + 1)
+        targets = [Signal(bits, name=f"target{i}") for i in range(stages)]
+        halves = Signal(stages)
+        finishing = Signal(stages)
+        half = Mux(accumulate, fill, tree_half)
+        m.d.comb += active[0].eq(accumulate | fold)
+        m.d.sync += [
+            active[1:].eq(active[:stages]),
+            c.accumulating.eq(accumulate),
+            c.folded_half.eq(half),
+            c.blank.eq(final | (first_level & (partner >= partials))),
+            halves.eq(Cat(half, halves)),
+            finishing.eq(Cat(finish, finishing)),
+        ]
+        for i in range(stages):
+            with m.If(active[i]):
+                m.d.sync += targets[i].eq(c.address if i == 0 else targets[i - 1])
+        m.d.comb += [
+            c.enables.eq(active[1:5]),
+            c.store.eq(active[stages] & ~finishing[-1]),
+            c.store_half.eq(halves[-1]),
+            c.target.eq(targets[-1]),
+            self.done.eq(active[stages] & finishing[-1]),
+            self.done_sub.eq(targets[-1][:sub_bits]),
+            self.idle.eq(~self.valid & ~wait.any() & ~folding & ~active[1:].any()),
+        ]
+        return m
+
+
+class RunningMaximum(wiring.Component):
+    """The maximum over a row: of abs(x) as bit patterns, or of integer exponents.
+
+    Ports
+    -----
+    x : In(32) and ``exponent`` : In(signed(16)), in cycle 0; ``use_exponent`` and ``resume`` : In(1), hold still.
+    valid : In(2), bit i: a beat is in cycle i.
+    first : In(1), ``sub`` : In, ``start`` : In(32), in cycle 1: the row's first column, which row of the lane, and
+        where the maximum starts if ``resume``.
+    maximum : Out(32 * subwords), two cycles behind x.
+    """
+
+    def __init__(self, subwords: int) -> None:
+        self.subwords = subwords
+        super().__init__(
+            {
+                "x": In(32),
+                "exponent": In(signed(16)),
+                "use_exponent": In(1),
+                "resume": In(1),
+                "valid": In(2),
+                "first": In(1),
+                "sub": In(range(subwords)),
+                "start": In(32),
+                "maximum": Out(32 * subwords),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+
+        # Cycle 0: a key whose order as an integer is the one wanted.
+        x = Parts(self.x)
+        magnitude = Mux(x.nan, QUIET_NAN, Mux(x.nonzero, self.x[:31], 0))
+        key = Signal(signed(32))
+        with m.If(self.valid[0]):
+            m.d.sync += key.eq(Mux(self.use_exponent, self.exponent, magnitude))
+
+        # Cycle 1: compare.
+        current, begin = Signal(signed(32)), Signal(signed(32))
+        least = Mux(self.use_exponent, -(2**31), 0)
+        m.d.comb += [
+            begin.eq(Mux(self.resume, self.start.as_signed(), least)),
+            current.eq(Mux(self.first, begin, self.maximum.word_select(self.sub, 32).as_signed())),
+        ]
+        with m.If(self.valid[1] & ((key > current) | self.first)):
+            m.d.sync += self.maximum.word_select(self.sub, 32).eq(Mux(key > current, key, current))
+        return m

@@ -1,0 +1,144 @@
+"""When things happen in the VECTOR unit: the stages of its pipeline, and the exact cycles of a pass without stalls.
+
+A beat is one column, or one group of ``lanes`` rows of it. Beats leave the issue stage in cycle 0 and never stall
+behind it; all numbers are cycles behind the issue.
+"""
+
+from __future__ import annotations
+
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import (
+    Destination,
+    FirstAdd,
+    FirstMultiply,
+    Function,
+    Instruction,
+    SecondAdd,
+    SecondMultiply,
+    Source,
+    ThirdMultiply,
+)
+
+#: First stage of each step; a step ends where the next one begins.
+SELECT = 1  #: memory data are there; lanes take their operands
+CONVERT = 2
+ADD1 = 5
+MUL1 = 9
+MUL2 = 12
+ADD2 = 15
+FUNCTION = 19
+MUL3 = 42
+RESULT = 45
+ROUNDED = 47
+#: In the cycle DEPTH behind the last beat nothing of it is left in the pipeline.
+DEPTH = 48
+
+#: Partial sums of a row.
+PARTIALS = 64
+#: From the read of a partial sum to the first read that sees it changed.
+SUM_TURNAROUND = 6
+#: Sums enter the row sum here.
+SUM = MUL3
+
+#: Rows whose running maximum waits in front of the maxima, in units of their least pitch, bound this.
+CONTINUE_PROLOGUE = 4
+
+
+def sum_levels(columns: int) -> int:
+    """Levels of the tree that adds the partial sums that ``columns`` columns touch."""
+    return (min(columns, PARTIALS) - 1).bit_length()
+
+
+def level_cycles(level: int, subwords: int) -> int:
+    """Cycles from the start of the tree level with ``2**level`` additions per row to the start of the next one.
+
+    The next level's first addition needs the first result of this level and the one in its middle.
+    """
+    half = (1 << level) // 2
+    return max(subwords << level, half * subwords + SUM_TURNAROUND)
+
+
+def tree_cycles(columns: int, subwords: int) -> int:
+    """Cycles in which the tree of a row with ``columns`` columns keeps the adder, the final + (+0) included."""
+    return sum(level_cycles(level, subwords) for level in range(sum_levels(columns))) + subwords
+
+
+def row_pause(columns: int, subwords: int) -> int:
+    """From the last beat of a row to the earliest beat of the next row's column min(64, columns - 1)."""
+    return SUM_TURNAROUND + tree_cycles(columns, subwords)
+
+
+def uses_lane0(i: Instruction) -> bool:
+    return i.add1 == FirstAdd.LANE0 or i.mul2 == SecondMultiply.LANE0 or i.function == Function.EXP2
+
+
+def column_words(i: Instruction) -> int:
+    """PARAMETER words that one group of ``rows`` columns needs."""
+    column0 = i.mul1 == FirstMultiply.COLUMN0 or i.mul2 == SecondMultiply.COLUMN0
+    return column0 + (i.add2 == SecondAdd.COLUMN1) + (i.mul3 == ThirdMultiply.COLUMN2)
+
+
+def uses_y(i: Instruction) -> bool:
+    return i.add1 == FirstAdd.Y or i.mul3 == ThirdMultiply.Y
+
+
+def prologue_cycles(i: Instruction) -> int:
+    """Cycles in front of each row tile: one per PARAMETER word, and room for the row's own words to be written."""
+    words = uses_lane0(i) + (i.mul1 == FirstMultiply.LANE1) + column_words(i)
+    least = 1
+    if i.destination == Destination.PARAMETER and (i.sum or i.maximum):
+        least = 2
+    if i.maximum and i.max_continue:
+        words, least = words + 1, CONTINUE_PROLOGUE
+    return max(words, least)
+
+
+def column_cycles(config: CoreConfig, i: Instruction) -> int:
+    """Cycles from one column to the next: the beats, and one more where y shares the port with x."""
+    return config.subwords + (uses_y(i) and i.source == Source.VECTOR)
+
+
+def _row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
+    """Cycles of one row tile, prologue included; ``first`` where no other row precedes it."""
+    per_column, words = column_cycles(config, i), column_words(i)
+    transposed = i.destination == Destination.WEIGHT_TRANSPOSED
+    paced = i.sum and not first
+    pause = row_pause(i.columns, config.subwords) - 1
+    # Time 0 is the first cycle of the prologue, so the last beat of the row before was at -1.
+    now = entered = prologue_cycles(i)
+    group_end = -1 if not first else -(10**6)
+    for start in range(0, i.columns, config.rows):
+        columns = min(config.rows, i.columns - start)
+        if start:
+            now = now + words if i.source == Source.PARAMETER else max(now, entered + words)
+            entered = now
+        if paced and start == PARTIALS:
+            now = max(now, pause)
+        last = now + (columns - 1) * per_column
+        if transposed:
+            last = max(last, group_end + config.rows)
+        if paced and i.columns <= PARTIALS and start + columns == i.columns:
+            last = max(last, pause)
+        now = last + per_column
+        group_end = now - 1
+    return now
+
+
+def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
+    """Cycles from the acceptance of a VECTOR instruction to ``done``, if its tiles are there when it wants them.
+
+    1 to start, then per row tile the prologue and the columns (plus, between groups of ``rows`` columns, the fetch of
+    their words where x comes from PARAMETER too), then DEPTH for the last beat, and the end of the last row sum or
+    of the last transposed group.
+    """
+    i = instruction
+    rows = _row_cycles(config, i, True)
+    if i.tiles > 1:
+        rows += (i.tiles - 1) * _row_cycles(config, i, False)
+    tail = DEPTH
+    if i.sum:
+        # The tree, the adder, the assembled word, its write.
+        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
+    if i.destination == Destination.WEIGHT_TRANSPOSED:
+        tail = max(tail, ROUNDED + config.rows + 2)
+    return 1 + rows + tail

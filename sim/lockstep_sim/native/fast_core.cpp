@@ -1,0 +1,97 @@
+// The fast core behind a C interface: programs from device memory, their result and their predicted time.
+#include "fast_core.hpp"
+
+#include "lockstep/flush_to_zero.hpp"
+#include "timing.hpp"
+
+using namespace lockstep;
+
+namespace {
+
+struct Outcome {
+    uint32_t code, instruction, address, unit, flags;
+    uint32_t unused;
+    Prediction prediction;
+};
+
+constexpr uint32_t kControlUnit = 4;
+
+}  // namespace
+
+extern "C" {
+
+void* lockstep_fast_create(uint64_t bytes) { return new FastCore(bytes); }
+
+void lockstep_fast_destroy(void* core) { delete static_cast<FastCore*>(core); }
+
+uint8_t* lockstep_fast_memory(void* core) { return static_cast<FastCore*>(core)->memory.data(); }
+
+// Execute `count` instructions at `address`. `shapes` has one row per instruction (used for VECTOR only).
+void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const VectorShape* shapes,
+                           uint64_t window_base, uint64_t window_limit, BusTiming bus, Outcome* outcome) {
+    FastCore& core = *static_cast<FastCore*>(handle);
+    const FlushToZero mode;
+    core.window_base = window_base;
+    core.window_limit = window_limit;
+    core.flags = 0;
+    core.reset();
+    TimingModel timing(bus);
+    *outcome = Outcome{};
+    Failure failure;
+    uint32_t n = 0;
+    auto refuse = [](ErrorCode code, uint32_t at) {
+        Failure f{code, at, isa::Unit::kLoad, true};
+        return f;
+    };
+    for (; n < count && !failure; n++) {
+        const uint64_t at = uint64_t(address) + uint64_t(n) * isa::kInstructionBytes;
+        if (at % isa::kInstructionBytes) failure = refuse(ErrorCode::kMisaligned, uint32_t(at));
+        else if (at < window_base || at + isa::kInstructionBytes > window_limit)
+            failure = refuse(ErrorCode::kOutOfWindow, uint32_t(at));
+        if (failure) break;
+        const isa::Word word(core.memory.data() + at);
+        const Failure malformed = refuse(ErrorCode::kBadField, uint32_t(at));
+        switch (word.bits(0, 4)) {
+            case isa::Load::kOpcode: {
+                const isa::Load i(word);
+                failure = i.well_formed(word) ? core.load(i) : malformed;
+                timing.add_load(i);
+                break;
+            }
+            case isa::Matrix::kOpcode: {
+                const isa::Matrix i(word);
+                failure = i.well_formed(word) ? core.matrix(i) : malformed;
+                timing.add_matrix(i);
+                break;
+            }
+            case isa::Vector::kOpcode: {
+                const isa::Vector i(word);
+                const bool starved = i.source == Source::kAccumulator &&
+                                     !core.has_tiles(i.tiles * ((i.columns + kRows - 1) / kRows));
+                failure = !i.well_formed(word) ? malformed
+                          : starved            ? Failure{ErrorCode::kWatchdog, 0, isa::Unit::kVector, false}
+                                               : core.vector(i);
+                timing.add_vector(i, shapes[n]);
+                break;
+            }
+            case isa::Store::kOpcode: {
+                const isa::Store i(word);
+                failure = i.well_formed(word) ? core.store(i) : malformed;
+                timing.add_store(i);
+                break;
+            }
+            default: failure = refuse(ErrorCode::kBadOpcode, uint32_t(at));
+        }
+        if (failure) break;
+    }
+    outcome->flags = core.flags;
+    if (!failure && !timing.solve()) failure = {ErrorCode::kWatchdog, 0, isa::Unit::kLoad, true}, n = 0;
+    outcome->prediction = timing.prediction();
+    if (failure) {
+        outcome->code = uint32_t(failure.code);
+        outcome->instruction = n;
+        outcome->address = failure.address;
+        outcome->unit = failure.control ? kControlUnit : uint32_t(failure.unit);
+    }
+}
+}

@@ -1,0 +1,315 @@
+// The timing model: when each instruction of a program starts and ends on the RTL, without simulating the RTL.
+//
+// Units are in order, and whatever one waits for (a token, a result tile, room in the accumulator queue, a place in a
+// queue) has one time, so times can be computed unit by unit in any order that respects the waiting: no events, no
+// cycles, a few operations per result tile and per burst. What it leaves out: bus beats of instruction fetch that meet
+// beats of LOAD are charged one by one, and the phase of refresh is that of a core that starts in cycle 0.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "instructions.hpp"  // generated
+
+namespace lockstep {
+
+struct BusTiming {
+    uint32_t latency, refresh_interval, refresh_cycles;
+};
+
+// Cycles of a VECTOR instruction's row tiles and tail, as the RTL's own formula gives them.
+struct VectorShape {
+    int32_t first_row, other_row, tail, column;
+};
+
+struct UnitCycles {
+    uint64_t busy = 0, wait_token = 0, wait_data = 0, idle = 0;
+};
+
+struct Prediction {
+    uint64_t cycles = 0, instructions = 0, read_beats = 0, write_beats = 0, mac_cycles = 0;
+    UnitCycles units[4];
+};
+
+class TimingModel {
+  public:
+    using Time = int64_t;
+
+    explicit TimingModel(BusTiming bus) : bus_(bus) {}
+
+    void add_load(const isa::Load& i) {
+        const uint32_t word = i.memory == isa::Memory::kTable ? isa::kTableEntryBytes
+                              : i.memory == isa::Memory::kVector || i.memory == isa::Memory::kParameter ? 4 * isa::kRows
+                                                                                                        : isa::kRows;
+        Item& item = add(isa::Unit::kLoad, i.wait_, i.signal_);
+        item.address = i.address, item.stride = i.stride, item.rows = i.rows, item.beats = i.words * word / isa::kBusBytes;
+        result_.read_beats += uint64_t(item.rows) * item.beats;
+    }
+    void add_store(const isa::Store& i) {
+        Item& item = add(isa::Unit::kStore, i.wait_, i.signal_);
+        item.address = i.address, item.stride = i.stride, item.rows = i.rows;
+        item.words = i.words, item.beats = i.words * 4 * isa::kRows / isa::kBusBytes;
+        result_.write_beats += uint64_t(item.rows) * item.beats;
+    }
+    void add_matrix(const isa::Matrix& i) {
+        Item& item = add(isa::Unit::kMatrix, i.wait_, i.signal_);
+        item.depth = i.depth, item.tiles = i.outer * i.inner;
+        result_.mac_cycles += uint64_t(item.depth) * item.tiles;
+    }
+    void add_vector(const isa::Vector& i, const VectorShape& shape) {
+        Item& item = add(isa::Unit::kVector, i.wait_, i.signal_);
+        item.shape = shape, item.rows = i.tiles, item.columns = i.columns;
+        item.tiles = i.source == isa::Source::kAccumulator ? (i.columns + isa::kRows - 1) / isa::kRows : 0;
+    }
+
+    // Times of everything added so far; false where the program waits for itself.
+    bool solve() {
+        const Time fetch = isa::kInstructionBytes / isa::kBusBytes;
+        // Doorbell, descriptor, check, first instruction.
+        Time now = 2 * (Time(bus_.latency) + kFetchPipeline + fetch);
+        bus_free_ = now;
+        size_t dispatched = 0, done = 0;
+        std::vector<Time> dispatch_times;
+        dispatch_times.reserve(items_.size());
+        while (done < items_.size()) {
+            bool progress = false;
+            while (dispatched < items_.size()) {
+                Item& item = items_[dispatched];
+                Lane& lane = lanes_[item.unit];
+                // The queue holds kQueueDepth waiting instructions; a place is free once an earlier one was accepted.
+                Time room = 0;
+                if (lane.queue.size() >= isa::kQueueDepth) {
+                    const size_t before = lane.queue.size() - isa::kQueueDepth;
+                    if (before >= lane.next) break;
+                    room = items_[lane.queue[before]].start + 1;
+                }
+                // Fetches run ahead by eight instructions.
+                const Time arrived = dispatched >= kFetchAhead
+                                         ? dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch
+                                         : now;
+                now = std::max({now + 1, room, arrived});
+                dispatch_times.push_back(now);
+                fetched_.push_back(now);
+                item.dispatched = now + kQueueLatency;
+                lane.queue.push_back(dispatched++);
+                progress = true;
+            }
+            for (int unit = 0; unit < 4; unit++)
+                while (lanes_[unit].next < lanes_[unit].queue.size() && advance(unit)) {
+                    if (partial_) {
+                        progress = true;
+                        break;
+                    }
+                    done++;
+                    progress = true;
+                }
+            if (!progress) return false;
+        }
+        for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
+        result_.instructions = items_.size();
+        result_.read_beats += (items_.size() + 1) * uint64_t(fetch);
+        for (UnitCycles& u : result_.units) u.idle = result_.cycles - u.busy - u.wait_token - u.wait_data;
+        return true;
+    }
+
+    const Prediction& prediction() const { return result_; }
+
+  private:
+    // Latencies of the RTL, in cycles.
+    static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
+    static constexpr Time kQueueLatency = 2;    // dispatcher to the head of a unit's queue
+    static constexpr Time kTokenLatency = 2;    // done to the accepted instruction that waited for it
+    static constexpr Time kSettle = 2;          // last done to the fence
+    static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
+    static constexpr Time kLoadLatency = 2;     // last beat to done
+    static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;
+    static constexpr uint32_t kBurstBeats = 32;
+
+    struct Item {
+        int unit;
+        uint32_t wait, signal;
+        uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, depth = 0, tiles = 0, columns = 0;
+        VectorShape shape{};
+        Time dispatched = 0, start = -1, end = -1;
+        // Progress of an instruction that waits in its middle.
+        uint32_t row = 0, tile = 0;
+        Time now = 0;
+    };
+    struct Lane {
+        std::vector<size_t> queue;  // all items of the unit so far, in order
+        size_t next = 0;            // the first that has not ended
+        Time free = 0;              // when the unit can accept the next one
+        std::vector<Time> given[4]; // times of tokens given to each unit
+        size_t taken[4] = {};       // tokens taken from each unit
+    };
+
+    Item& add(isa::Unit unit, uint32_t wait, uint32_t signal) {
+        items_.push_back({int(unit), wait, signal});
+        return items_.back();
+    }
+
+    // Try to carry the next instruction of a unit further. False: it waits for something without a time yet.
+    // `partial_` is set where it went on but did not end.
+    bool advance(int unit) {
+        Lane& lane = lanes_[unit];
+        Item& item = items_[lane.queue[lane.next]];
+        UnitCycles& cycles = result_.units[unit];
+        partial_ = false;
+        if (item.start < 0) {
+            Time ready = 0;
+            for (int source = 0; source < 4; source++)
+                if (item.wait >> source & 1) {
+                    const auto& given = lanes_[source].given[unit];
+                    if (lane.taken[source] >= given.size()) return false;
+                    ready = std::max(ready, given[lane.taken[source]] + kTokenLatency);
+                }
+            for (int source = 0; source < 4; source++) lane.taken[source] += item.wait >> source & 1;
+            const Time earliest = std::max(item.dispatched, lane.free);
+            item.start = item.now = std::max(earliest, ready);
+            cycles.wait_token += uint64_t(item.start - earliest);
+        }
+        const uint32_t row = item.row, tile = item.tile;
+        bool ended = true;
+        switch (isa::Unit(unit)) {
+            case isa::Unit::kLoad: load(item, lane, cycles); break;
+            case isa::Unit::kMatrix: ended = matrix(item, lane, cycles); break;
+            case isa::Unit::kVector: ended = vector(item, lane, cycles); break;
+            case isa::Unit::kStore: store(item, lane, cycles); break;
+        }
+        if (!ended) {
+            partial_ = item.row != row || item.tile != tile;
+            return partial_;
+        }
+        for (int target = 0; target < 4; target++)
+            if (item.signal >> target & 1) lane.given[target].push_back(item.end);
+        lane.next++;
+        return true;
+    }
+
+    // The cycle behind `beats` bus beats from `now` on, refresh included.
+    Time transfer(Time now, uint64_t beats) const {
+        if (!bus_.refresh_interval) return now + Time(beats);
+        const Time interval = bus_.refresh_interval, rest = bus_.refresh_cycles, useful = interval - rest;
+        auto phase = now % interval;
+        if (phase < rest) now += rest - phase, phase = rest;
+        const Time into = phase - rest + Time(beats);
+        if (beats == 0) return now;
+        return now - (phase - rest) + (into - 1) / useful * interval + (into - 1) % useful + 1;
+    }
+
+    // Instruction words that were fetched until `now` took their beats.
+    void charge_fetches(Time now) {
+        const uint64_t beats = isa::kInstructionBytes / isa::kBusBytes;
+        for (; charged_ < fetched_.size() && fetched_[charged_] <= now; charged_++) bus_free_ = transfer(bus_free_, beats);
+    }
+
+    template <class Visit>
+    static void bursts(const Item& item, Visit visit) {
+        for (uint32_t row = 0; row < item.rows; row++) {
+            uint32_t beat = (item.address + row * item.stride) / isa::kBusBytes;
+            for (uint32_t left = item.beats; left;) {
+                const uint32_t length = std::min(left, kBurstBeats - beat % kBurstBeats);
+                visit(length);
+                beat += length, left -= length;
+            }
+        }
+    }
+
+    void load(Item& item, Lane& lane, UnitCycles& cycles) {
+        if (lane.next >= kLoadsInFlight)
+            item.start = std::max(item.start, items_[lane.queue[lane.next - kLoadsInFlight]].end + 1);
+        Time asked = item.start + 1, first_beat = -1;
+        bursts(item, [&](uint32_t length) {
+            if (burst_ends_.size() >= kOutstandingBursts)
+                asked = std::max(asked, burst_ends_[burst_ends_.size() - kOutstandingBursts] + 1);
+            charge_fetches(asked);
+            const Time begin = std::max(asked + Time(bus_.latency), bus_free_);
+            bus_free_ = transfer(begin, length);
+            burst_ends_.push_back(bus_free_);
+            if (first_beat < 0) first_beat = begin;
+            asked++;
+        });
+        item.end = bus_free_ + kLoadLatency;
+        lane.free = asked;
+        const Time begin = std::max(item.start, load_busy_until_);
+        const uint64_t useful = uint64_t(item.rows) * item.beats;
+        const uint64_t span = item.end > begin ? uint64_t(item.end - begin) : 0;
+        cycles.busy += std::min(useful, span);
+        cycles.wait_data += span - std::min(useful, span);
+        load_busy_until_ = std::max(load_busy_until_, item.end);
+    }
+
+    void store(Item& item, Lane& lane, UnitCycles& cycles) {
+        const uint64_t word_beats = item.words ? item.beats / item.words : 0;
+        Time now = item.start + 2;
+        for (uint32_t n = 0; n < item.rows * item.words; n++) now = transfer(now + 2, word_beats);
+        item.end = now + Time(bus_.latency) + 1;
+        cycles.busy += uint64_t(now - item.start);
+        cycles.wait_data += uint64_t(item.end - now);
+        lane.free = item.end + 1;
+    }
+
+    bool matrix(Item& item, Lane& lane, UnitCycles& cycles) {
+        const Time period = std::max<Time>(item.depth, isa::kRows);
+        for (; item.tile < item.tiles; item.tile++) {
+            const size_t number = available_.size();
+            if (number >= isa::kAccumulatorTiles) {
+                const size_t before = number - isa::kAccumulatorTiles;
+                if (before >= popped_.size()) return false;
+                if (popped_[before] > item.now) {
+                    cycles.wait_data += uint64_t(popped_[before] - item.now);
+                    item.now = popped_[before];
+                }
+            }
+            available_.push_back(item.now + item.depth + kArrayLatency + 2 * isa::kRows - 2);
+            item.now += period;
+            cycles.busy += uint64_t(period);
+        }
+        item.end = item.now;  // done pulses in the last cycle of the last tile
+        lane.free = item.now;
+        return true;
+    }
+
+    bool vector(Item& item, Lane& lane, UnitCycles& cycles) {
+        for (; item.row < item.rows; item.row++) {
+            const Time row_cycles = item.row ? item.shape.other_row : item.shape.first_row;
+            if (!item.tiles) {
+                item.now += row_cycles;
+                cycles.busy += uint64_t(row_cycles);
+                continue;
+            }
+            const Time prologue = row_cycles - Time(item.columns) * item.shape.column;
+            if (item.tile == 0) item.now += prologue, cycles.busy += uint64_t(prologue);
+            for (; item.tile < item.tiles; item.tile++) {
+                const size_t number = popped_.size();
+                if (number >= available_.size()) return false;
+                if (available_[number] > item.now) {
+                    cycles.wait_data += uint64_t(available_[number] - item.now);
+                    item.now = available_[number];
+                }
+                const Time columns = std::min<Time>(isa::kRows, Time(item.columns) - Time(item.tile) * isa::kRows);
+                item.now += columns * item.shape.column;
+                cycles.busy += uint64_t(columns * item.shape.column);
+                popped_.push_back(item.now);
+            }
+            item.tile = 0;
+        }
+        item.end = item.now + item.shape.tail;
+        cycles.busy += uint64_t(item.shape.tail);
+        lane.free = item.end + 1;
+        return true;
+    }
+
+    BusTiming bus_;
+    std::vector<Item> items_;
+    Lane lanes_[4];
+    std::vector<Time> available_, popped_;  // result tiles: complete, discarded
+    std::vector<Time> burst_ends_, fetched_;
+    size_t charged_ = 0;
+    Time bus_free_ = 0, load_busy_until_ = 0;
+    bool partial_ = false;
+    Prediction result_;
+};
+
+}  // namespace lockstep

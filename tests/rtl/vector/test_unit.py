@@ -1,0 +1,199 @@
+"""The whole VECTOR unit against the golden executor: random passes of every mode, their results and their cycles."""
+
+import cocotb
+import numpy as np
+import pytest
+from cocotb.triggers import RisingEdge
+from lockstep_isa.instructions import (
+    VECTOR,
+    Destination,
+    FirstAdd,
+    FirstMultiply,
+    Function,
+    Instruction,
+    Maximum,
+    SecondAdd,
+    SecondMultiply,
+    Source,
+    Tap,
+    ThirdMultiply,
+)
+from lockstep_isa.tables import FUNCTIONS
+from lockstep_rtl.vector.timing import vector_cycles
+from lockstep_rtl.vector.unit import VectorUnit
+from rtl.harness import parameters, run_cocotb, stalls, start
+from rtl.vector.machine import Machine, config_of
+
+TABLES = {
+    Function.EXP2: ["exp2"],
+    Function.RECIP: ["recip"],
+    Function.RSQRT: ["rsqrt"],
+    Function.RELU_MINUS: ["gelu_erf", "gelu_tanh", "silu"],
+    Function.ODD: ["tanh"],
+    Function.SIGMOID: ["sigmoid"],
+}
+# Where random passes read and write PARAMETER (512 words): operands, results, row statistics.
+OPERANDS, RESULTS, SUMS, MAXIMA = 256, 256, 480, 496
+
+
+async def machine_of(dut, seed, probability=0.0):
+    given = parameters()
+    dut.table_write__enable.value = 0
+    await start(dut)
+    await RisingEdge(dut.clk)
+    return Machine(dut, config_of(given["rows"], given["lanes"]), seed, stalls(probability, seed))
+
+
+def float_bits(value):
+    return int(np.float32(value).view(np.uint32))
+
+
+def random_pass(random, config, function=None):
+    """An instruction with everything chosen at random, within memories of 1024, 512, 256 and 256 words."""
+    rows = config.rows
+
+    def choose(enumeration, none=0.4):
+        members = list(enumeration)
+        return members[0] if random.random() < none else members[random.integers(len(members))]
+
+    def upto(limit):
+        return int(random.integers(0, limit))
+
+    source = choose(Source, 0)
+    destination = choose(Destination, 0)
+    columns = int(random.choice([1, 2, 3, rows, rows + 1, 2 * rows, 15, 31, 63, 64, 65, 70]))
+    tiles = int(random.integers(1, 4))
+    if source == Source.PARAMETER or destination not in (Destination.NONE, Destination.VECTOR):
+        columns = min(columns, 66)
+    function = choose(Function, 0.2) if function is None else function
+    maximum = choose(Maximum, 0.5)
+    to_stride = columns + upto(3)
+    if destination == Destination.WEIGHT_TRANSPOSED:
+        to_stride = -(-columns // rows) * rows + upto(3)
+    return Instruction(
+        VECTOR,
+        source=source,
+        destination=destination,
+        add1=choose(FirstAdd),
+        mul1=choose(FirstMultiply),
+        mul2=choose(SecondMultiply),
+        add2=choose(SecondAdd),
+        function=function,
+        table=upto(4),
+        mul3=choose(ThirdMultiply),
+        tap=choose(Tap, 0),
+        sum=upto(2),
+        maximum=maximum,
+        max_continue=upto(2),
+        tiles=tiles,
+        columns=columns,
+        x=upto(40),
+        x_stride=upto(70),
+        y=upto(100),
+        y_stride=upto(100),
+        to={Destination.VECTOR: 600, Destination.PARAMETER: RESULTS}.get(destination, 0) + upto(3),
+        to_stride=to_stride,
+        to_group=rows,
+        lane0=upto(OPERANDS - 4),
+        lane1=upto(OPERANDS - 4),
+        column0=upto(200),
+        column1=upto(200),
+        column2=upto(200),
+        sum_to=SUMS + upto(8),
+        max_to=MAXIMA + upto(8),
+        immediate0=float_bits(random.standard_normal() * 2.0 ** random.integers(-4, 5)),
+        immediate1=float_bits(random.standard_normal()),
+    )
+
+
+async def prepare(machine, instruction):
+    """Table and accumulator tiles that the instruction uses; the instruction, with its table's k."""
+    names = TABLES.get(Function(instruction.function))
+    if names:
+        name = str(machine.random.choice(names))
+        await machine.load_table(instruction.table, name)
+        instruction = instruction.replace(shift=FUNCTIONS[name].k)
+    if instruction.source == Source.ACCUMULATOR:
+        machine.push_tiles(instruction.tiles * -(-instruction.columns // machine.config.columns))
+    return instruction
+
+
+async def check(machine, instruction, exact_cycles=True):
+    instruction = await prepare(machine, instruction)
+    cycles = await machine.execute(instruction)
+    if exact_cycles:
+        expected = vector_cycles(machine.config, instruction)
+        assert cycles == expected, f"{instruction!r} takes {cycles} cycles, predicted {expected}"
+    return cycles
+
+
+@cocotb.test()
+async def random_passes_equal_golden_in_the_predicted_cycles(dut):
+    machine = await machine_of(dut, 1)
+    for function in [*Function] * 4 + [None] * parameters()["passes"]:
+        await machine.step()
+        # All tiles are there before the pass starts, so that nothing stalls it.
+        await check(machine, random_pass(machine.random, machine.config, function))
+
+
+@cocotb.test()
+async def random_passes_wait_for_late_accumulator_tiles(dut):
+    machine = await machine_of(dut, 2, probability=0.8)
+    stalled = 0
+    for _ in range(parameters()["passes"] // 3):
+        instruction = random_pass(machine.random, machine.config).replace(source=Source.ACCUMULATOR)
+        await check(machine, instruction, exact_cycles=False)
+        stalled += machine.stalled
+    assert stalled > 50, "the stalls of this test did not happen"
+
+
+@cocotb.test()
+async def untouched_words_stay_untouched(dut):
+    machine = await machine_of(dut, 3)
+    # Integers and NaNs with payloads: no arithmetic is asked for, so none may show.
+    anything = machine.random.integers(0, 2**32, (40, machine.config.rows), np.uint32)
+    anything[::3] &= 0x807FFFFF
+    machine.memories["parameter"][:40] = anything
+    machine.golden.parameter.view(np.uint32)[:40] = anything
+    copy = Instruction(VECTOR, source=Source.PARAMETER, destination=Destination.VECTOR, columns=40, to=600)
+    await check(machine, copy)
+    assert (machine.memories["vector"][600:640] == anything).all()
+
+
+@cocotb.test()
+async def plain_columns_flow_one_per_beat(dut):
+    machine = await machine_of(dut, 4)
+    columns, tiles = 64, 3
+    copy = Instruction(
+        VECTOR,
+        source=Source.VECTOR,
+        destination=Destination.ACTIVATION,
+        columns=columns,
+        tiles=tiles,
+        to_stride=columns,
+    )
+    cycles = await check(machine, copy)
+    assert cycles == 49 + tiles * (1 + columns * machine.config.subwords)
+
+
+@cocotb.test()
+async def reciprocals_of_bad_rows_raise_their_flags(dut):
+    machine = await machine_of(dut, 5)
+    words = machine.golden.vector.view(np.uint32)
+    for value, flags in ((0x3F800000, 0), (0x80000000, 1), (0x7F800000, 2), (0x7FC00000, 2)):
+        words[0] = machine.memories["vector"][0] = [0x40000000, value, 0x40400000, 0x3F000000]
+        recip = Instruction(
+            VECTOR, source=Source.VECTOR, destination=Destination.VECTOR, function=Function.RECIP, to=900
+        )
+        await check(machine, recip)
+        assert machine.flags == flags, f"1 / {value:#x} raises {machine.flags}, expected {flags}"
+
+
+@pytest.mark.parametrize("lanes", [4, 2])
+def test_vector_unit_equals_golden(lanes):
+    run_cocotb(
+        lambda: VectorUnit(config_of(4, lanes)),
+        __name__,
+        f"vector_unit_4x{lanes}",
+        {"rows": 4, "lanes": lanes, "passes": 400},
+    )
