@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _MAKE_VARIABLES = {
     "OPT_GLOBAL": "-O1",
 }
 #: Verilator's own sources, the same for every build and so compiled once.
-_RUNTIME_OBJECTS = ("verilated", "verilated_dpi", "verilated_vpi", "verilated_threads", "verilated_vcd_c", "verilator")
+_RUNTIME_OBJECTS = ("verilated", "verilated_dpi", "verilated_vpi", "verilated_threads", "verilated_vcd_c")
 
 
 def _version(executable: str, environment: dict[str, str]) -> tuple[int, int]:
@@ -95,6 +96,9 @@ def _share_runtime(directory: Path, restore: bool) -> None:
             if file.exists() and not (target / file.name).exists():
                 temporary = target / f".{file.name}.{os.getpid()}"
                 shutil.copy(file, temporary)
+                # The makefile is a prerequisite of every object and is written after this: stay newer than it.
+                ahead = time.time() + 600
+                os.utime(temporary, (ahead, ahead))
                 temporary.replace(target / file.name)
 
 

@@ -32,8 +32,8 @@ class Sequencer(wiring.Component):
     dispatched : Out(1), an instruction leaves. outstanding : Out(1), fetches are under way.
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
-    A program whose descriptor names another configuration, an unknown opcode, a count of zero and stray bits are
-    refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches never
+    A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
+    enumeration does not have and stray bits are refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches never
     ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
     """
 
@@ -112,11 +112,16 @@ class Sequencer(wiring.Component):
             push = getattr(self, f"push_{t.name.lower()}")
             view = data.View(instruction_layout(t), head[: t.width])
             m.d.comb += [push.payload.index.eq(index), push.payload.instruction.eq(view)]
-            zero_counts = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            wrong = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            wrong += [
+                ~getattr(view, f.name).matches(*map(int, f.choices))
+                for f in t.fields
+                if f.choices is not None and len(f.choices) < 1 << f.width
+            ]
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),
-                    malformed.eq(Cat(head[t.width :].any(), *zero_counts).any()),
+                    malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
                     push.valid.eq(dispatch & ~malformed),
                     pushed.eq(push.valid & push.ready),
                 ]
@@ -170,12 +175,14 @@ class Sequencer(wiring.Component):
             with m.State("STOP"):
                 pass
 
-        leaves = want & ~inside
+        leaves, bus_error = want & ~inside, r.valid & r.resp.any()
         m.d.comb += [
-            self.error.valid.eq(fail | leaves),
-            self.error.code.eq(
-                Mux(fail, code, Mux(address[:6].any(), ErrorCode.MISALIGNED, ErrorCode.OUT_OF_WINDOW))
-            ),
+            self.error.valid.eq(fail | bus_error | leaves),
+            self.error.code.eq(Mux(address[:6].any(), ErrorCode.MISALIGNED, ErrorCode.OUT_OF_WINDOW)),
             self.error.address.eq(address),
         ]
+        with m.If(bus_error):
+            m.d.comb += self.error.code.eq(ErrorCode.BUS_READ)
+        with m.Elif(fail):
+            m.d.comb += self.error.code.eq(code)
         return m

@@ -4,13 +4,12 @@ import random
 
 import cocotb
 from lockstep_isa.instructions import LOAD, Instruction, Memory
-from lockstep_rtl.control.queue import UnitQueue
+from lockstep_rtl.control.queue import INDEX_BITS, UnitQueue
 from lockstep_rtl.generate import component_verilog
-from rtl.axi_models import Sink, Source, bench, never, pack, small, word_of
+from rtl.axi_models import Sink, Source, bench, never, small, word_of
 from rtl.harness import run_cocotb, stalls
 
 CONFIG = small()
-QUEUE = UnitQueue(CONFIG, LOAD)
 IN_FLIGHT = 5
 
 
@@ -64,7 +63,7 @@ async def flow(dut, gap=never, granted=never, source_gap=never, count=60):
     rand = random.Random(7)
     instructions = [instruction(n, rand) for n in range(count)]
     world = await bench(dut)
-    pushes = [pack(QUEUE.entry, index=n, instruction=0) | word_of(i) << 24 for n, i in enumerate(instructions)]
+    pushes = [n | word_of(i) << INDEX_BITS for n, i in enumerate(instructions)]
     source = world.add(Source(dut, "push", pushes, source_gap))
     unit = world.add(Unit(dut, instructions, gap, granted, 1))
     await world.until(lambda: unit.done == count, 5000, "completion")
@@ -90,7 +89,7 @@ async def waits_for_tokens_and_says_so(dut):
     closed = True
     world = await bench(dut)
     load = Instruction(LOAD, memory=Memory.WEIGHT, wait=0b0110)
-    source = world.add(Source(dut, "push", [word_of(load) << 24] * (CONFIG.queue_depth + 3)))
+    source = world.add(Source(dut, "push", [n | word_of(load) << INDEX_BITS for n in range(CONFIG.queue_depth + 3)]))
     unit = world.add(Unit(dut, [load] * 20, never, lambda: closed, 1))
     await world.step(40)
     assert len(source.taken) == CONFIG.queue_depth, "the queue holds queue_depth instructions"
@@ -105,7 +104,7 @@ async def waits_for_tokens_and_says_so(dut):
 async def halt_offers_nothing(dut):
     world = await bench(dut)
     load = Instruction(LOAD, memory=Memory.WEIGHT)
-    world.add(Source(dut, "push", [word_of(load) << 24] * 5))
+    world.add(Source(dut, "push", [n | word_of(load) << INDEX_BITS for n in range(5)]))
     unit = world.add(Unit(dut, [load] * 20, never, never, 1))
     dut.halt.value = 1
     await world.step(30)

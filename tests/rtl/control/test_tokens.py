@@ -50,7 +50,7 @@ class Traffic:
 @cocotb.test()
 async def random_traffic_agrees_with_counting(dut):
     world = await bench(dut)
-    traffic = world.add(Traffic(dut, 1))
+    traffic = world.add(Traffic(dut, 1, generosity=0.15))
     await world.step(1200)
     assert traffic.taken > 300 and traffic.refused > 300
 
