@@ -1,7 +1,8 @@
 """The world around a block: clocked agents for streams, memory ports and AXI, and what drives them all.
 
-A test builds a :class:`Bench`, adds agents and calls ``step``. In each cycle every agent first drives its inputs, behind
-the falling edge; then the design settles; then every agent looks at the handshakes that the next rising edge completes.
+A test builds a :class:`Bench`, adds agents and calls ``step``. In each cycle every agent first drives its inputs,
+behind the falling edge; then the design settles; then every agent looks at the handshakes that the next rising edge
+completes.
 """
 
 from __future__ import annotations
@@ -222,7 +223,11 @@ class ReadMemory:
         def get(port: str) -> Any:
             return getattr(dut, f"{name}_{port}")
 
-        self.ar_valid, self.ar_ready, self.stable = get("ar_valid"), get("ar_ready"), Stable(dut, f"{name}_ar", ("addr", "len"))
+        self.ar_valid, self.ar_ready, self.stable = (
+            get("ar_valid"),
+            get("ar_ready"),
+            Stable(dut, f"{name}_ar", ("addr", "len")),
+        )
         self.valid, self.ready, self.data = get("r_valid"), get("r_ready"), get("r_data")
         self.resp, self.last = get("r_resp"), get("r_last")
         self.id = getattr(dut, f"{name}_ar_id", None)
@@ -285,8 +290,16 @@ class WriteMemory:
         def get(port: str) -> Any:
             return getattr(dut, f"{name}_{port}")
 
-        self.aw_valid, self.aw_ready, self.aw = get("aw_valid"), get("aw_ready"), Stable(dut, f"{name}_aw", ("addr", "len"))
-        self.w_valid, self.w_ready, self.w = get("w_valid"), get("w_ready"), Stable(dut, f"{name}_w", ("data", "strb", "last"))
+        self.aw_valid, self.aw_ready, self.aw = (
+            get("aw_valid"),
+            get("aw_ready"),
+            Stable(dut, f"{name}_aw", ("addr", "len")),
+        )
+        self.w_valid, self.w_ready, self.w = (
+            get("w_valid"),
+            get("w_ready"),
+            Stable(dut, f"{name}_w", ("data", "strb", "last")),
+        )
         self.b_valid, self.b_ready, self.b_resp = get("b_valid"), get("b_ready"), get("b_resp")
         self.memory, self.bus_bytes, self.latency, self.bad = memory, bus_bytes, latency, set(bad)
         self.stall_aw, self.stall_w, self.stall_b = stall_aw, stall_w, stall_b

@@ -17,9 +17,10 @@ class Master:
     """Asks for bursts of (address, beats) and collects words."""
 
     def __init__(self, dut, name, bursts, gap=never, gap_r=never):
-        self.port = {p: getattr(dut, f"{name}_{p}") for p in (
-            "ar_valid", "ar_ready", "ar_addr", "ar_len", "r_valid", "r_ready", "r_data", "r_last"
-        )}
+        self.port = {
+            p: getattr(dut, f"{name}_{p}")
+            for p in ("ar_valid", "ar_ready", "ar_addr", "ar_len", "r_valid", "r_ready", "r_data", "r_last")
+        }
         self.bursts, self.gap, self.gap_r = list(bursts), gap, gap_r
         self.shown, self.words, self.lasts, self.taken = False, [], [], []
 

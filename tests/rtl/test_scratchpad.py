@@ -26,7 +26,11 @@ class Traffic:
         self.expected, self.fill_waits, self.served = None, None, dict.fromkeys(BOUNDS, 0)
 
     def address(self):
-        return self.random.randrange(DEPTH, 1 << 16) if self.random.random() < self.beyond else self.random.randrange(DEPTH)
+        return (
+            self.random.randrange(DEPTH, 1 << 16)
+            if self.random.random() < self.beyond
+            else self.random.randrange(DEPTH)
+        )
 
     def drive(self):
         dut, chance = self.dut, self.random.random

@@ -33,8 +33,9 @@ class Sequencer(wiring.Component):
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
     A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
-    enumeration does not have and stray bits are refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches never
-    ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
+    enumeration does not have and stray bits are refused here, before any unit sees them. A descriptor is complete when
+    all its instructions are. Fetches never ask for more than the buffer holds, so that data for LOAD is never stuck
+    behind them on the shared bus.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -143,21 +144,20 @@ class Sequencer(wiring.Component):
                         remaining.eq(1),
                     ]
                     m.next = "READ"
-            with m.State("READ"):
-                with m.If(buffer.r_rdy):
-                    m.d.comb += buffer.r_en.eq(1)
-                    m.d.sync += [
-                        address.eq(fields["program"]),
-                        remaining.eq(fields["count"]),
-                        left.eq(fields["count"]),
-                        fence.eq(fields["fence"]),
-                        index.eq(0),
-                    ]
-                    m.next = "DISPATCH"
-                    with m.If(fields["config_crc"] != self.config.crc):
-                        m.d.sync += remaining.eq(0)
-                        m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
-                        m.next = "STOP"
+            with m.State("READ"), m.If(buffer.r_rdy):
+                m.d.comb += buffer.r_en.eq(1)
+                m.d.sync += [
+                    address.eq(fields["program"]),
+                    remaining.eq(fields["count"]),
+                    left.eq(fields["count"]),
+                    fence.eq(fields["fence"]),
+                    index.eq(0),
+                ]
+                m.next = "DISPATCH"
+                with m.If(fields["config_crc"] != self.config.crc):
+                    m.d.sync += remaining.eq(0)
+                    m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
+                    m.next = "STOP"
             with m.State("DISPATCH"):
                 m.d.comb += dispatch.eq(buffer.r_rdy & ~self.halt)
                 with m.If(dispatch & ~(known & ~malformed)):
@@ -168,10 +168,9 @@ class Sequencer(wiring.Component):
                     m.d.sync += [index.eq(index + 1), left.eq(left - 1)]
                 with m.If(left == 0):
                     m.next = "SETTLE"
-            with m.State("SETTLE"):
-                with m.If(self.units_idle):
-                    m.d.sync += [self.fence.eq(fence), self.ring_head.eq(self.ring_head + 1)]
-                    m.next = "WAIT"
+            with m.State("SETTLE"), m.If(self.units_idle):
+                m.d.sync += [self.fence.eq(fence), self.ring_head.eq(self.ring_head + 1)]
+                m.next = "WAIT"
             with m.State("STOP"):
                 pass
 

@@ -61,7 +61,9 @@ class MatrixUnit(wiring.Component):
         a, a_tile, a_outer = (Signal(ADDRESS_BITS, name=f"a{n}") for n in ("", "_tile", "_outer"))
         w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
 
-        first, last_word, step, go, tile_end = (Signal(name=n) for n in ("first", "last_word", "step", "go", "tile_end"))
+        first, last_word, step, go, tile_end = (
+            Signal(name=n) for n in ("first", "last_word", "step", "go", "tile_end")
+        )
         m.d.comb += [
             first.eq(k == 0),
             last_word.eq(k == i.depth - 1),
@@ -112,7 +114,9 @@ class MatrixUnit(wiring.Component):
             m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]
 
         # The scratchpads answer one cycle later; control waits with them.
-        valid, tile_first, tile_last, unsigned = (Signal(name=n) for n in ("valid_1", "first_1", "last_1", "unsigned_1"))
+        valid, tile_first, tile_last, unsigned = (
+            Signal(name=n) for n in ("valid_1", "first_1", "last_1", "unsigned_1")
+        )
         m.d.sync += [valid.eq(go), tile_first.eq(first), tile_last.eq(last_word), unsigned.eq(i.unsigned)]
         m.d.comb += [
             array.a.eq(self.activation_read.data),

@@ -127,9 +127,7 @@ class LoadUnit(wiring.Component):
         for lane in range(bus_bits // 32):
             value = r.data.word_select(lane, 32)
             subnormal = is_float & ~value[23:31].any()
-            m.d.comb += beat_data.word_select(lane, 32).eq(
-                Mux(subnormal, Cat(C(0, 31), value[31]), value)
-            )
+            m.d.comb += beat_data.word_select(lane, 32).eq(Mux(subnormal, Cat(C(0, 31), value[31]), value))
 
         fills = {
             Memory.ACTIVATION: self.fill_activation,

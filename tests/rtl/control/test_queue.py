@@ -69,7 +69,8 @@ async def flow(dut, gap=never, granted=never, source_gap=never, count=60):
     await world.until(lambda: unit.done == count, 5000, "completion")
     assert unit.items == [word_of(i) for i in instructions]
     await world.step(2)
-    assert int(dut.empty.value) and not int(dut.running.value)
+    assert int(dut.empty.value)
+    assert not int(dut.running.value)
     return world, source, unit
 
 
@@ -93,8 +94,11 @@ async def waits_for_tokens_and_says_so(dut):
     unit = world.add(Unit(dut, [load] * 20, never, lambda: closed, 1))
     await world.step(40)
     assert len(source.taken) == CONFIG.queue_depth, "the queue holds queue_depth instructions"
-    assert int(dut.waiting.value) and not int(dut.running.value) and not unit.items
-    assert int(dut.want.value) == 0b0110 and not int(dut.empty.value)
+    assert int(dut.waiting.value)
+    assert not int(dut.running.value)
+    assert not unit.items
+    assert int(dut.want.value) == 0b0110
+    assert not int(dut.empty.value)
     closed = False
     await world.step(3)
     assert unit.items

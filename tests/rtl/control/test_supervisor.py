@@ -87,11 +87,14 @@ async def a_soft_reset_waits_for_a_quiet_bus(dut):
     await world.step()
     dut.reset_request.value = 0
     await world.step(25)
-    assert not probe.count("soft_reset") and all(probe.values["halt"])
+    assert not probe.count("soft_reset")
+    assert all(probe.values["halt"])
     dut.bus_quiet.value = 1
     await world.step(6)
     assert probe.count("soft_reset") == 1, "one pulse"
-    assert error(dut)[0] == ErrorCode.NONE and not int(dut.halt.value) and not int(dut.error_address.value)
+    assert error(dut)[0] == ErrorCode.NONE
+    assert not int(dut.halt.value)
+    assert not int(dut.error_address.value)
 
 
 @cocotb.test()

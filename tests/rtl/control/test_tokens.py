@@ -39,7 +39,9 @@ class Traffic:
     def sample(self):
         for u in Unit:
             granted = all(self.count[a, u] for a in Unit if self.want[u] >> a & 1)
-            assert int(self.port("granted", u).value) == granted, f"cycle {self.bench.cycle}: {u.name} wants {self.want[u]:04b}"
+            assert int(self.port("granted", u).value) == granted, (
+                f"cycle {self.bench.cycle}: {u.name} wants {self.want[u]:04b}"
+            )
             self.taken += self.take[u]
             self.refused += not granted
         for (a, b), count in self.count.items():
@@ -52,7 +54,8 @@ async def random_traffic_agrees_with_counting(dut):
     world = await bench(dut)
     traffic = world.add(Traffic(dut, 1, generosity=0.15))
     await world.step(1200)
-    assert traffic.taken > 300 and traffic.refused > 300
+    assert traffic.taken > 300
+    assert traffic.refused > 300
 
 
 @cocotb.test()

@@ -34,7 +34,7 @@ class ArrayAgent:
             a, w, first, last, unsigned = word
             self.dut.a.value, self.dut.w.value = a, w
             self.dut.first.value, self.dut.last.value = first, last
-            getattr(self.dut, "unsigned").value = unsigned
+            self.dut.unsigned.value = unsigned
             if last:
                 self.lasts.append(self.bench.cycle)
 
@@ -108,7 +108,9 @@ async def extremes_are_exact(dut):
     lowest = np.full((depth, SIZE), -128, np.int8)
     highest = np.full((depth, SIZE), 127, np.int8)
     ones = np.full((depth, SIZE), -1, np.int8)
-    await stream(dut, [(lowest, lowest, 0), (lowest, highest, 0), (ones, lowest, 1), (lowest, lowest, 1), (ones, ones, 1)])
+    await stream(
+        dut, [(lowest, lowest, 0), (lowest, highest, 0), (ones, lowest, 1), (lowest, lowest, 1), (ones, ones, 1)]
+    )
 
 
 def test_array_streams_tiles_without_bubbles_and_sums_exactly():

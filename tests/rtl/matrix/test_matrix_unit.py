@@ -85,10 +85,14 @@ LOOPS = [
     Instruction(MATRIX, depth=30, a=2, w=33, unsigned=1),
     Instruction(MATRIX, depth=2, a=62, w=62),
     Instruction(MATRIX, depth=1, a=63, w=0),
-    Instruction(MATRIX, depth=5, outer=2, inner=2, a=50, a_outer=0xFFF0, a_inner=0xFFFF, w=40, w_outer=2, w_inner=0xFFFE),
+    Instruction(
+        MATRIX, depth=5, outer=2, inner=2, a=50, a_outer=0xFFF0, a_inner=0xFFFF, w=40, w_outer=2, w_inner=0xFFFE
+    ),
 ]
 # Negative steps wrap in 16 bits; golden has no such addresses, so the last one is unrolled for it.
-NEGATIVE = [LOOPS[-1].replace(outer=1, inner=1, a=50 - 16 * o - i, w=40 + 2 * o - 2 * i) for o in (0, 1) for i in (0, 1)]
+NEGATIVE = [
+    LOOPS[-1].replace(outer=1, inner=1, a=50 - 16 * o - i, w=40 + 2 * o - 2 * i) for o in (0, 1) for i in (0, 1)
+]
 
 
 @cocotb.test()
@@ -139,7 +143,8 @@ async def full_queue_then_all_at_once(dut):
     probe = world.add(Probe(dut, "done", "stalled", "streaming"))
     await world.step(100)
     assert probe.count("streaming") == TILES * 5, "operands of as many tiles as there is room for"
-    assert probe.values["stalled"][-1] and not probe.count("done")
+    assert probe.values["stalled"][-1]
+    assert not probe.count("done")
     blocked = False
     await world.until(lambda: len(reader.tiles) == len(expected))
     assert_equal(reader.tiles, expected, "tile, row, column ")

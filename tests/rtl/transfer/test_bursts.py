@@ -23,7 +23,12 @@ def block(address, rows=1, beats=1, stride=0):
 def expected(blocks):
     """Addresses of all beats in order."""
     return np.array(
-        [(b["address"] + r * b["stride"] + n * BUS) % TOP for b in blocks for r in range(b["rows"]) for n in range(b["beats"])]
+        [
+            (b["address"] + r * b["stride"] + n * BUS) % TOP
+            for b in blocks
+            for r in range(b["rows"])
+            for n in range(b["beats"])
+        ]
     )
 
 
@@ -93,7 +98,8 @@ async def refused(dut, code, at, base=0x1000, limit=0x2000, **fields):
     assert found == (1, code, hex(at))
     for item in bursts.items:
         burst = BURST.from_bits(item)
-        assert base <= burst.addr and burst.addr + (burst.len + 1) * BUS <= limit
+        assert base <= burst.addr
+        assert burst.addr + (burst.len + 1) * BUS <= limit
     return len(bursts.items)
 
 
