@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _MAKE_VARIABLES = {
     "OPT_GLOBAL": "-O1",
 }
 #: Verilator's own sources, the same for every build and so compiled once.
-_RUNTIME_OBJECTS = ("verilated", "verilated_vpi", "verilated_threads", "verilated_vcd_c", "verilator")
+_RUNTIME_OBJECTS = ("verilated", "verilated_dpi", "verilated_vpi", "verilated_threads", "verilated_vcd_c")
 
 
 def _version(executable: str, environment: dict[str, str]) -> tuple[int, int]:
@@ -95,21 +96,31 @@ def _share_runtime(directory: Path, restore: bool) -> None:
             if file.exists() and not (target / file.name).exists():
                 temporary = target / f".{file.name}.{os.getpid()}"
                 shutil.copy(file, temporary)
+                # The makefile is a prerequisite of every object and is written after this: stay newer than it.
+                ahead = time.time() + 600
+                os.utime(temporary, (ahead, ahead))
                 temporary.replace(target / file.name)
 
 
 def verilog_of(component: Any, name: str) -> str:
-    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``."""
+    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``.
+
+    Text is Verilog already, for components whose ports :func:`lockstep_rtl.generate.component_verilog` names.
+    """
     from amaranth.back import verilog
 
+    if isinstance(component, str):
+        return component
     if isinstance(component, type) or not hasattr(component, "elaborate"):
         component = component()
     return verilog.convert(component, name=name, strip_internal_attrs=True)
 
 
-def _top_module(text: str) -> str:
-    """The Verilog of the module ``top``."""
-    return re.search(r"^module top\b.*?^endmodule", text, re.MULTILINE | re.DOTALL)[0]
+def _inputs(text: str) -> list[str]:
+    """Inputs of module ``top``."""
+    top = re.search(r"^module top\b.*?^endmodule", text, re.MULTILINE | re.DOTALL)
+    assert top, "no module top"
+    return re.findall(r"^\s*input (?:wire )?(?:signed )?(?:\[[^]]*\] )?(\w+);", top[0], re.MULTILINE)
 
 
 def run_cocotb(
@@ -125,7 +136,7 @@ def run_cocotb(
 
     Parameters
     ----------
-    component : a ``wiring.Component``, or a function without arguments that makes one.
+    component : a ``wiring.Component``, a function without arguments that makes one, or Verilog with module ``top``.
     test_module : importable name of the module with the cocotb tests; a test file passes its ``__name__``.
     name : names the build folder and the Verilog top; builds with different parameters need different names.
     parameters : JSON-able values that the cocotb side reads with :func:`parameters`.
@@ -144,7 +155,7 @@ def run_cocotb(
     previous = dict(os.environ)
     os.environ.update(environment)
     os.environ[_PARAMETERS] = json.dumps(parameters or {})
-    os.environ[_INPUTS] = " ".join(re.findall(r"^  input (?:\[[^]]*\] )?(\w+);", _top_module(text), re.MULTILINE))
+    os.environ[_INPUTS] = json.dumps(_inputs(text))
     try:
         runner = get_runner("verilator")
         if not (stamp.exists() and stamp.read_text() == digest):
@@ -192,8 +203,7 @@ async def start(dut: Any, period_ns: int = 10) -> None:
     from cocotb.clock import Clock
     from cocotb.triggers import FallingEdge
 
-    # Only inputs: an output that never changes would keep what is written over it.
-    for name in os.environ[_INPUTS].split():
+    for name in json.loads(os.environ[_INPUTS]):
         getattr(dut, name).value = 0
     dut.rst.value = 1
     dut.clk.value = 0
