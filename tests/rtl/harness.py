@@ -99,12 +99,17 @@ def _share_runtime(directory: Path, restore: bool) -> None:
 
 
 def verilog_of(component: Any, name: str) -> str:
-    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``."""
+    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``.
+
+    Ports are called by their path with double underscores, ``vector_read__enable``. Library modules are added.
+    """
     from amaranth.back import verilog
+    from lockstep_rtl.generate import library_verilog
 
     if isinstance(component, type) or not hasattr(component, "elaborate"):
         component = component()
-    return verilog.convert(component, name=name, strip_internal_attrs=True)
+    text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
+    return text + library_verilog(text)
 
 
 def _top_module(text: str) -> str:
