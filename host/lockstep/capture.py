@@ -40,7 +40,7 @@ class Captured:
     parameters : placeholders that stand for parameters, buffers and lifted constants, with name and contents.
     inputs : placeholders that stand for the model's inputs, with their names.
     output : the node whose result the model returns first.
-    max_tokens : longest sequence that the export allowed; equal to the only one if the length is fixed.
+    min_tokens, max_tokens : shortest and longest sequence that the capture is good for.
     fixed : the length of a sequence is fixed.
     """
 
@@ -48,6 +48,7 @@ class Captured:
     parameters: dict[fx.Node, tuple[str, torch.Tensor]]
     inputs: dict[fx.Node, str]
     output: fx.Node
+    min_tokens: int
     max_tokens: int
     fixed: bool
 
@@ -76,24 +77,24 @@ def capture(module: torch.nn.Module, example: Mapping[str, torch.Tensor], max_to
         raise CaptureError(f"example input {name!r} has shape {list(shape)}: the first size must be a batch of 1")
     module = _ready(module)
     bound = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-    tokens = Dim("tokens", min=2, max=bound)
-    dynamic = {name: {1: tokens} if _has_tokens(tensor) else None for name, tensor in example.items()}
-    fixed = not any(dynamic.values())
-    try:
-        program = _export(module, example, dynamic)
-    except Exception as error:
-        # A module on features may fix its length (learnt positions added whole); it is then captured for that length
-        # only.
-        retry = None
-        if all(tensor.is_floating_point() for tensor in example.values()):
-            with contextlib.suppress(Exception):
-                retry = _export(module, example, dict.fromkeys(example))
-        if retry is None:
-            raise CaptureError(_explain(module, error)) from None
-        program, fixed = retry, True
-    if fixed:
-        bound = next((tensor.shape[1] for tensor in example.values() if _has_tokens(tensor)), bound)
-    return _captured(program, bound, fixed)
+    lengths = {tensor.shape[1] for tensor in example.values() if _has_tokens(tensor)}
+    failures: list[Exception] = []
+    # Some modules treat the shortest sequences as a case of their own; they are captured for longer ones.
+    for least in (2, 3) if lengths else (2,):
+        tokens = Dim("tokens", min=least, max=bound)
+        dynamic = {name: {1: tokens} if _has_tokens(tensor) else None for name, tensor in example.items()}
+        try:
+            program = _export(module, example, dynamic)
+        except Exception as error:
+            failures.append(error)
+            continue
+        return _captured(program, 1 if least == 2 else least, bound, fixed=not lengths)
+    # A module on features may fix its length (learnt positions added whole); it then serves that length only.
+    if len(lengths) == 1 and all(tensor.is_floating_point() for tensor in example.values()):
+        with contextlib.suppress(Exception):
+            (length,) = lengths
+            return _captured(_export(module, example, dict.fromkeys(example)), length, length, fixed=True)
+    raise CaptureError(_explain(module, failures[0])) from None
 
 
 def _has_tokens(tensor: torch.Tensor) -> bool:
@@ -130,7 +131,7 @@ def _explain(module: torch.nn.Module, error: Exception) -> str:
     return f"{type(module).__name__} cannot be captured by torch.export{hint}: {detail}"
 
 
-def _captured(program: ExportedProgram, bound: int, fixed: bool) -> Captured:
+def _captured(program: ExportedProgram, least: int, bound: int, fixed: bool) -> Captured:
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     parameters: dict[fx.Node, tuple[str, torch.Tensor]] = {}
     inputs: dict[fx.Node, str] = {}
@@ -146,7 +147,7 @@ def _captured(program: ExportedProgram, bound: int, fixed: bool) -> Captured:
     for output in outputs:
         value = output.meta.get("val") if isinstance(output, fx.Node) else None
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return Captured(program.graph, parameters, inputs, output, bound, fixed)
+            return Captured(program.graph, parameters, inputs, output, least, bound, fixed)
     raise CaptureError("the module returns no floating-point tensor, so there is nothing to compute")
 
 

@@ -114,6 +114,11 @@ def check_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, np.ndarra
     for tokens in lengths:
         if tokens == 0:
             raise SequenceLengthError("the sequence is empty; give at least one token")
+        if tokens < graph.min_tokens:
+            raise SequenceLengthError(
+                f"the sequence has {tokens} tokens, but the model can only be captured for {graph.min_tokens} or more;"
+                " give a longer one, or run it in PyTorch"
+            )
         if tokens > graph.max_tokens:
             raise SequenceLengthError(
                 f"the sequence has {tokens} tokens, but the model has positions for {graph.max_tokens}; shorten or "

@@ -230,6 +230,7 @@ class Graph:
     output : the value that the model returns.
     tensors : parameters by name; one entry per array, however many nodes use it.
     max_tokens : longest sequence for which the graph was shown to hold (positions exist, masks hide nothing).
+    min_tokens : shortest sequence for which it was.
     source : where the model came from, for reports.
     """
 
@@ -237,6 +238,7 @@ class Graph:
     output: Value
     tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     max_tokens: int
+    min_tokens: int = 1
     source: str = "module"
 
     def __post_init__(self) -> None:

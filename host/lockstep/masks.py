@@ -29,9 +29,13 @@ def why_not_trivial(state: Recogniser, mask: fx.Node) -> str | None:
             and not _only_sized(node, fragment.nodes)
         ):
             return "the attention mask depends on more than the length of the sequence"
-    for tokens in [state.max_tokens] if state.fixed else range(state.max_tokens, 0, -1):
+    for tokens in [state.max_tokens] if state.fixed else range(state.max_tokens, state.min_tokens - 1, -1):
         arrays = [_blank(state, value, tokens) for value in fragment.reads]
-        if not _hides_nothing(fragment.tensor(*arrays)):
+        try:
+            mask_value = fragment.tensor(*arrays)
+        except (RuntimeError, IndexError):
+            return f"the attention mask cannot be computed for {tokens} tokens"
+        if not _hides_nothing(mask_value):
             return f"the attention mask hides keys in a sequence of {tokens} tokens"
     return None
 

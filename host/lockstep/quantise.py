@@ -27,7 +27,7 @@ from lockstep.evaluate import run_float
 from lockstep.graph import Add, Dense, Graph, Linear, Node, Quantise, Value, live, tensor_names
 
 #: Migration strengths that ``fit_prescales`` tries at every quantise point, besides no pre-scale at all.
-ALPHAS = tuple(step / 20 for step in range(2, 20))
+ALPHAS = tuple(step / 10 for step in range(1, 10))
 #: Most calibration tokens that are kept for a quantise point.
 CALIBRATION_ROWS = 2048
 
@@ -105,6 +105,7 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
         graph.output,
         {name: tensors[name] for name in tensors if name in used},
         graph.max_tokens,
+        graph.min_tokens,
         graph.source,
     )
 

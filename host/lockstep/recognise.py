@@ -32,4 +32,4 @@ def recognise(captured: Captured, source: str = "module") -> Graph:
     used = {name for node in nodes for name in tensor_names(node)}
     tensors = {name: array for name, array in recogniser.tensors.items() if name in used}
     limit = longest_sequence(nodes, tensors, captured.max_tokens, captured.fixed)
-    return Graph(tuple(nodes), output, tensors, limit, source)
+    return Graph(tuple(nodes), output, tensors, limit, captured.min_tokens, source)

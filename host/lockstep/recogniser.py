@@ -53,6 +53,7 @@ class Recogniser:
         self._rules = rules
         self.nodes: list[Node] = []
         self.tensors: dict[str, np.ndarray] = {}
+        self.min_tokens = captured.min_tokens
         self.max_tokens = captured.max_tokens
         self.fixed = captured.fixed
         self.constants = {node: tensor for node, (_, tensor) in captured.parameters.items()}

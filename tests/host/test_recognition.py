@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lockstep.capture import capture
-from lockstep.errors import CaptureError
+from lockstep.errors import CaptureError, SequenceLengthError
 from lockstep.evaluate import run_float
 from lockstep.graph import Attention, Dense, Fallback, Graph
 from lockstep.model import Model
@@ -217,6 +217,24 @@ def test_a_fixed_length_is_captured_as_one() -> None:
     assert graph.max_tokens == 12
     assert graph.inputs["x"].shape == (12, FEATURES)
     assert difference(module, graph, torch.randn(1, 12, FEATURES)) < 1e-4
+
+
+def test_a_module_with_a_case_of_its_own_for_short_sequences_serves_longer_ones() -> None:
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            later = x[:, 1:]
+            return self.block(x) if later.shape[1] == 1 else self.block(torch.cat([later, x[:, :1]], 1))
+
+    module = Shifting().eval()
+    graph = rows(module)
+    assert graph.min_tokens == 3
+    assert difference(module, graph, torch.randn(1, 3, FEATURES)) < 1e-4
+    with pytest.raises(SequenceLengthError, match="only be captured for 3 or more"):
+        run_float(graph, {"x": np.zeros((2, FEATURES), np.float32)})
 
 
 def test_capture_leaves_a_training_module_as_it_was() -> None:

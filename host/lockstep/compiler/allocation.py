@@ -22,6 +22,11 @@ class Pieces:
         self._free = [(start, end)]
         self._used: dict[int, int] = {}
 
+    @property
+    def largest(self) -> int:
+        """Words of the largest free piece."""
+        return max((end - begin for begin, end in self._free), default=0)
+
     def take(self, words: int) -> int:
         """The first word of a piece; raises :class:`CapacityError`."""
         for n, (begin, end) in enumerate(self._free):
@@ -29,9 +34,8 @@ class Pieces:
                 self._free[n] = (begin + words, end)
                 self._used[begin] = words
                 return begin
-        largest = max((end - begin for begin, end in self._free), default=0)
         raise CapacityError(
-            f"{words} words of {self.name} memory are needed and {largest} of {self._size} are free: "
+            f"{words} words of {self.name} memory are needed and {self.largest} of {self._size} are free: "
             "the sequence is too long for this core; split it, or choose a core with more memory"
         )
 

@@ -24,7 +24,7 @@ from lockstep_isa.instructions import (
 )
 
 from .image import LinearImage
-from .lowering import SLOTS, Lowering, Panels, QuantisedPanels, float_bits
+from .lowering import SLOTS, Lowering, Panels, QuantisedPanels, float_bits, rows_of
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,24 @@ class AttentionLowering:
         for step in self._project(heads[0]):
             step()
         for n, head in enumerate(heads):
-            self._scores(head)
-            drains = list(self._project(heads[n + 1])) if n + 1 < len(heads) else []
-            probabilities, scale, total = self._softmax(head)
-            for drain in drains:
-                drain()
-            self._mix(head, probabilities, scale, total)
+            blocks = self._query_blocks(head.sequence)
+            for b, (first, tiles) in enumerate(blocks):
+                self._scores(head, first, tiles)
+                following = b == 0 and n + 1 < len(heads)
+                drains = list(self._project(heads[n + 1])) if following else []
+                mixture = self._softmax(head, first, tiles)
+                for drain in drains:
+                    drain()
+                self._mix(head, first, tiles, *mixture)
+            self._forget(head)
         if self.absmax is not None:
             self.low.drop_columns(self.absmax[0])
+
+    def _query_blocks(self, s: Sequence) -> list[tuple[int, int]]:
+        """Row tiles of queries whose scores fit the VECTOR memory together, beside the next head's projections."""
+        room = self.low.vectors.largest - s.tiles * self.head_dim
+        tiles = max(1, min(s.tiles, room // s.tokens))
+        return [(first, min(tiles, s.tiles - first)) for first in range(0, s.tiles, tiles)]
 
     # --- Projections -------------------------------------------------------------------------------------------
 
@@ -132,9 +142,7 @@ class AttentionLowering:
                 continue
             quantised, linear = projection.quantised, projection.linear
             assert quantised is not None
-            rows = QuantisedPanels(
-                quantised.start + s.first * quantised.features, quantised.features, s.tiles, quantised.scales + s.first
-            )
+            rows = rows_of(quantised, s.first, s.tiles)
             per_head = len(linear.chunks) // self.heads
             chunks = linear.chunks[head.head * per_head : (head.head + 1) * per_head]
             words = [low.product(rows, linear, chunk) for chunk in chunks]
@@ -201,30 +209,37 @@ class AttentionLowering:
 
     # --- Products and softmax ----------------------------------------------------------------------------------
 
-    def _scores(self, head: _Head) -> None:
-        q, s = head.q, head.sequence
-        assert q is not None
+    def _scores(self, head: _Head, first: int, tiles: int) -> None:
+        """Queries of some row tiles times all keys."""
+        assert head.q is not None
+        q = rows_of(head.q, first, tiles)
         self.low.builder.emit(
-            MATRIX, depth=self.head_dim, outer=s.tiles, inner=s.tiles, a=q.start, a_outer=q.features, w=head.k, w_inner=q.features
+            MATRIX,
+            depth=self.head_dim,
+            outer=tiles,
+            inner=head.sequence.tiles,
+            a=q.start,
+            a_outer=q.features,
+            w=head.k,
+            w_inner=q.features,
         )
 
-    def _softmax(self, head: _Head) -> tuple[int, int, int]:
+    def _softmax(self, head: _Head, first: int, tiles: int) -> tuple[int, int, int]:
         """Scores to uint8 probabilities: ACTIVATION words, and PARAMETER words of their scales and reciprocal sums."""
-        low, s = self.low, head.sequence
-        keys = s.tokens
-        weights = low.vectors.take(s.tiles * keys)
-        peak, total, most = (low.parameters.take(s.tiles) for _ in range(3))
+        low, keys = self.low, head.sequence.tokens
+        weights = low.vectors.take(tiles * keys)
+        peak, total, most = (low.parameters.take(tiles) for _ in range(3))
         low.emit_pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
             mul1=FirstMultiply.COLUMN0,
             column0=head.sk,
             mul2=SecondMultiply.LANE0,
-            lane0=head.c,
+            lane0=head.c + first,
             function=Function.SCORE,
             maximum=Maximum.EXPONENT,
             max_to=peak,
-            tiles=s.tiles,
+            tiles=tiles,
             columns=keys,
             to=weights,
             to_stride=keys,
@@ -242,23 +257,23 @@ class AttentionLowering:
             tap=Tap.AFTER,
             maximum=Maximum.ABSOLUTE,
             max_to=most,
-            tiles=s.tiles,
+            tiles=tiles,
             columns=keys,
             x=weights,
             x_stride=keys,
             to=weights,
             to_stride=keys,
         )
-        scale, inverse = low.parameters.take(s.tiles), low.parameters.take(s.tiles)
-        low.scale_and_inverse(most, s.tiles, 255, scale, inverse)
-        low.scalars(total, total, s.tiles, function=Function.RECIP, table=SLOTS["recip"])
-        probabilities = low.activations.take(s.tiles * keys)
+        scale, inverse = low.parameters.take(tiles), low.parameters.take(tiles)
+        low.scale_and_inverse(most, tiles, 255, scale, inverse)
+        low.scalars(total, total, tiles, function=Function.RECIP, table=SLOTS["recip"])
+        probabilities = low.activations.take(tiles * keys)
         low.emit_pass(
             source=Source.VECTOR,
             destination=Destination.ACTIVATION,
             mul2=SecondMultiply.LANE0,
             lane0=inverse,
-            tiles=s.tiles,
+            tiles=tiles,
             columns=keys,
             x=weights,
             x_stride=keys,
@@ -266,21 +281,28 @@ class AttentionLowering:
             to_stride=keys,
         )
         low.vectors.give(weights)
-        assert head.q is not None
-        low.activations.give(head.q.start)
-        low.weights.give(head.k)
-        for words in (peak, most, inverse, head.q.scales, head.c, head.sk, head.sv):
+        for words in (peak, most, inverse):
             low.parameters.give(words)
         return probabilities, scale, total
 
-    def _mix(self, head: _Head, probabilities: int, scale: int, total: int) -> None:
+    def _forget(self, head: _Head) -> None:
+        """The head's operands are not needed any more."""
+        low = self.low
+        assert head.q is not None
+        low.activations.give(head.q.start)
+        for words in (head.k, head.v):
+            low.weights.give(words)
+        for words in (head.q.scales, head.c, head.sk, head.sv):
+            low.parameters.give(words)
+
+    def _mix(self, head: _Head, first: int, tiles: int, probabilities: int, scale: int, total: int) -> None:
         """Probabilities times values, into the head's columns of the result."""
         low, s, d = self.low, head.sequence, self.head_dim
         rows = low.config.rows
         low.builder.emit(
             MATRIX,
             depth=s.tokens,
-            outer=s.tiles,
+            outer=tiles,
             inner=-(-d // rows),
             a=probabilities,
             a_outer=s.tokens,
@@ -288,11 +310,11 @@ class AttentionLowering:
             w_inner=s.tiles * rows,
             unsigned=1,
         )
-        first = head.head * d
+        column, row = head.head * d, s.first + first
         fields: dict[str, int] = {}
         if self.absmax is not None:
-            fields = low.absmax_fields(self.into, self.absmax[0], first, head.head > 0)
-            fields["max_to"] += s.first
+            fields = low.absmax_fields(self.into, self.absmax[0], column, head.head > 0)
+            fields["max_to"] += row
         low.emit_pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
@@ -300,13 +322,12 @@ class AttentionLowering:
             lane1=scale,
             mul2=SecondMultiply.LANE0,
             lane0=total,
-            tiles=s.tiles,
+            tiles=tiles,
             columns=d,
-            to=self.into.start + s.first * self.into.features + first,
+            to=self.into.start + row * self.into.features + column,
             to_stride=self.into.features,
             **fields,
         )
         low.activations.give(probabilities)
-        low.weights.give(head.v)
         low.parameters.give(scale)
         low.parameters.give(total)

@@ -12,9 +12,9 @@ from lockstep.graph import Activation, Add, Attention, Graph, LayerNorm, Linear,
 
 from .allocation import CapacityError
 from .attention import AttentionLowering, Projection, Sequence
-from .image import Image
+from .image import Image, LinearImage
 from .layout import panel_count
-from .lowering import Lowering, Panels, QuantisedPanels
+from .lowering import Lowering, Panels, QuantisedPanels, rows_of
 from .stages import Stage
 
 
@@ -58,6 +58,18 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
     return features
 
 
+#: Fewest row tiles in a block of a feed-forward layer: weights are streamed once per block.
+_LEAST_BLOCK = 3
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    first: Linear
+    activation: Activation | None
+    quantise: Quantise
+    second: Linear
+
+
 class StageCompiler:
     """Compiles the device work of a stage.
 
@@ -89,6 +101,7 @@ class StageCompiler:
         self.panels: dict[Value, Panels] = {}
         self.quantised: dict[Value, QuantisedPanels] = {}
         self.deferred: dict[Value, Node] = {}
+        self.chains: dict[Value, _FeedForward] = {}
         self.pending_reads = {v: len(r) for v, r in self.readers.items()}
         for value in stage.outputs:
             self.pending_reads[value] = self.pending_reads.get(value, 0) + 1
@@ -165,6 +178,12 @@ class StageCompiler:
     def _defer(self, node: Node) -> bool:
         """Whether a node is emitted together with its only reader."""
         reader = self._only_reader(node.value)
+        if node.value in self.deferred:
+            return True
+        if isinstance(node, Linear) and (chain := self._feed_forward_chain(node)):
+            self.chains[chain.second.value] = chain
+            self.deferred |= {n.value: n for n in (node, chain.activation, chain.quantise) if n is not None}
+            return True
         together = (
             (isinstance(node, Linear) and isinstance(reader, Attention) and self._per_head(node, reader))
             or (isinstance(node, Linear) and isinstance(reader, Activation))
@@ -173,6 +192,17 @@ class StageCompiler:
         if together:
             self.deferred[node.value] = node
         return together
+
+    def _feed_forward_chain(self, first: Linear) -> _FeedForward | None:
+        """Linear, perhaps an activation, Quantise, Linear, each read by the next only: done in blocks of rows."""
+        reader = self._only_reader(first.value)
+        activation = reader if isinstance(reader, Activation) else None
+        if activation is not None:
+            reader = self._only_reader(activation.value)
+        if not isinstance(reader, Quantise):
+            return None
+        second = self._only_reader(reader.value)
+        return _FeedForward(first, activation, reader, second) if isinstance(second, Linear) else None
 
     def _per_head(self, node: Linear, reader: Attention) -> bool:
         return self.graph.tensors[node.weight].shape[0] == reader.heads * reader.head_dim
@@ -188,6 +218,8 @@ class StageCompiler:
             case Quantise():
                 self.quantised[node.value] = self.low.quantise(self._read(node.x), node.prescale)
                 self._done(node.x)
+            case Linear() if node.value in self.chains:
+                self._feed_forward(self.chains[node.value])
             case Linear():
                 self._linear(node, node, None)
             case Attention():
@@ -244,6 +276,38 @@ class StageCompiler:
         self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
         self._done(node.quantised)
         self._finish(result, into)
+
+    def _feed_forward(self, chain: _FeedForward) -> None:
+        """A block's second product runs behind the next block's first one, so that requantisation hides behind that."""
+        low, first, second = self.low, chain.first, chain.second
+        q = self.quantised[first.quantised]
+        middle = self.graph.tensors[first.weight].shape[0]
+        image1 = self.image.linear(first.weight, first.scales, first.bias, None, low.panels_per_chunk(q.features))
+        image2 = self.image.linear(second.weight, second.scales, second.bias, None, low.panels_per_chunk(middle))
+        into = self._new(self.graph.tensors[second.weight].shape[0])
+        fits = min(low.vectors.largest // middle, low.activations.largest // (2 * middle))
+        tiles = max(1, min(fits, max(_LEAST_BLOCK, -(-self.tiles // 2))))
+        before: tuple[int, QuantisedPanels] | None = None
+        for start in range(0, self.tiles, tiles):
+            count = min(tiles, self.tiles - start)
+            block = Panels(low.vectors.take(count * middle), middle, count)
+            activation = None if chain.activation is None else chain.activation.function
+            low.linear(rows_of(q, start, count), image1, block, (chain.quantise.prescale,), activation)
+            quantised = low.quantise(block, chain.quantise.prescale)
+            low.free(block)
+            if before is not None:
+                self._second_product(before, image2, into)
+            before = (start, quantised)
+        assert before is not None
+        self._second_product(before, image2, into)
+        self._done(first.quantised)
+        self._finish(second, into)
+
+    def _second_product(self, block: tuple[int, QuantisedPanels], image: LinearImage, into: Panels) -> None:
+        start, quantised = block
+        rows = Panels(into.start + start * into.features, into.features, quantised.tiles)
+        self.low.linear(quantised, image, rows)
+        self.low.free_quantised(quantised)
 
     def _projection(self, value: Value, node: Attention) -> Projection:
         producer = self.deferred.pop(value, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lockstep_driver import Buffer, Counters, Device
+from lockstep_driver import Buffer, Counters, Device, LoadedProgram
 from lockstep_isa.program import Program
 
 from lockstep.errors import ModelError
@@ -23,9 +23,10 @@ from .stages import Stage, split
 
 @dataclass(frozen=True)
 class Compiled:
-    """One stage for one batch shape: the program, the buffers of values that cross, and where they lie."""
+    """One stage for one batch shape: the program, on device too, the buffers of values that cross, and where they lie."""
 
     program: Program
+    loaded: LoadedProgram
     buffers: dict[Value, Buffer]
     bindings: dict[Value, Binding]
 
@@ -74,6 +75,7 @@ class DeviceExecutor:
     def close(self) -> None:
         """Free what lies in device memory; the device stays open."""
         for compiled in self._compiled.values():
+            self.device.unload(compiled.loaded)
             for buffer in compiled.buffers.values():
                 self.device.free(buffer)
         self._compiled.clear()
@@ -123,11 +125,12 @@ class DeviceExecutor:
                     buffers[value] = self.device.allocate(tiles * features * config.vector_word_bytes)
                     bindings[value] = Binding(buffers[value].address, features)
                 program = StageCompiler(config, graph, stage, self._image, lengths, bindings).compile()
+                loaded = self.device.load(program)
             except Exception:
                 for buffer in buffers.values():
                     self.device.free(buffer)
                 raise
-            self._compiled[key] = Compiled(program, buffers, bindings)
+            self._compiled[key] = Compiled(program, loaded, buffers, bindings)
         return self._compiled[key]
 
     def _infer(self, stage: Stage, value: Value, known: dict[Value, Any]) -> int:
@@ -152,7 +155,7 @@ class DeviceExecutor:
                 for known, tokens in zip(values, lengths, strict=True)
             ]
             compiled.buffers[value].write(np.concatenate(panels))
-        counters = self.device.run(compiled.program)
+        counters = self.device.run(compiled.loaded)
         if self._observe is not None:
             self._observe(counters)
         for value in stage.outputs:

@@ -76,6 +76,11 @@ class QuantisedPanels:
     scales: int
 
 
+def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
+    """Row tiles ``first`` .. ``first + tiles`` of a quantised value."""
+    return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
+
+
 class Lowering:
     """Emits operations into one program.
 

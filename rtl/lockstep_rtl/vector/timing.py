@@ -124,7 +124,7 @@ def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     return now
 
 
-def vector_tail(config: CoreConfig, i: Instruction) -> int:
+def tail_cycles(config: CoreConfig, i: Instruction) -> int:
     """Cycles from the last beat to ``done``: the pipeline, and the last row sum or the last transposed group."""
     tail = DEPTH
     if i.sum:
@@ -138,10 +138,10 @@ def vector_tail(config: CoreConfig, i: Instruction) -> int:
 def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
     """Cycles from the acceptance of a VECTOR instruction to ``done``, if its tiles are there when it wants them.
 
-        1 + row_cycles(first) + (tiles - 1) * row_cycles(other) + vector_tail
+        1 + row_cycles(first) + (tiles - 1) * row_cycles(other) + tail_cycles
 
     The first cycle starts the pass. A row takes ``prologue + columns * column_cycles`` plus its waits: the fetch of
     column words between groups where x comes from PARAMETER too, the adders (``row_pause``), the transposer.
     """
     first, other = row_cycles(config, instruction, True), row_cycles(config, instruction, False)
-    return 1 + first + (instruction.tiles - 1) * other + vector_tail(config, instruction)
+    return 1 + first + (instruction.tiles - 1) * other + tail_cycles(config, instruction)
