@@ -1,6 +1,6 @@
 """The driver of Lockstep: device URIs, buffers, command rings, fences and errors."""
 
-from .device import Counters, Device, Fence
+from .device import Counters, Device, Fence, LoadedProgram
 from .errors import DeviceError, DeviceNotFound, DeviceTimeout, DriverError, IncompatibleDevice, OutOfDeviceMemory
 from .memory import Buffer
 from .uri import SCHEMES, DeviceUri, open_device, parse
@@ -17,6 +17,7 @@ __all__ = [
     "DriverError",
     "Fence",
     "IncompatibleDevice",
+    "LoadedProgram",
     "OutOfDeviceMemory",
     "open_device",
     "parse",

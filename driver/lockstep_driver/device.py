@@ -54,11 +54,19 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class LoadedProgram:
+    """A program in device memory, ready to be submitted any number of times."""
+
+    code: Buffer
+    count: int
+    config_crc: int
+
+
+@dataclass(frozen=True)
 class Fence:
     """A submitted program: reached once the device's fence counter is at least ``value``."""
 
     value: int
-    program: Buffer
 
 
 class Device:
@@ -132,8 +140,8 @@ class Device:
 
     # --- Programs ----------------------------------------------------------------------------------------------
 
-    def submit(self, program: Program, check: bool = True) -> Fence:
-        """Put a program in the command ring and ring the doorbell.
+    def load(self, program: Program, check: bool = True) -> LoadedProgram:
+        """Copy a program to device memory; :meth:`unload` gives the memory back.
 
         Raises :class:`DriverError` for a program that is not for this core, or not valid. ``check=False`` leaves
         that to the hardware, which stops with an error where the check would have refused.
@@ -146,14 +154,23 @@ class Device:
         code = program.encode()
         buffer = self.allocate(len(code))
         buffer.write(np.frombuffer(code, np.uint8))
-        return self.submit_encoded(buffer, len(program.instructions), program.config_crc)
+        return LoadedProgram(buffer, len(program.instructions), program.config_crc)
 
-    def submit_encoded(self, program: Buffer, count: int, config_crc: int) -> Fence:
-        """Submit ``count`` instructions that already lie in device memory."""
+    def unload(self, loaded: LoadedProgram) -> None:
+        """Free a program's memory; it must not be running."""
+        self.free(loaded.code)
+
+    def submit(self, loaded: LoadedProgram) -> Fence:
+        """Put a program in the command ring and ring the doorbell."""
         if self._submitted - self.read("RING_HEAD") >= RING_SLOTS:
             raise DriverError(f"the command ring is full: {RING_SLOTS} programs wait; wait for a fence first")
-        fence = Fence((self._submitted + 1) & 0xFFFFFFFF, program)
-        words = {"program": program.address, "count": count, "config_crc": config_crc, "fence": fence.value}
+        fence = Fence((self._submitted + 1) & 0xFFFFFFFF)
+        words = {
+            "program": loaded.code.address,
+            "count": loaded.count,
+            "config_crc": loaded.config_crc,
+            "fence": fence.value,
+        }
         descriptor = struct.pack(f"<{len(DESCRIPTOR_FIELDS)}I", *(words[name] for name, _ in DESCRIPTOR_FIELDS))
         slot = self._submitted % RING_SLOTS * DESCRIPTOR_BYTES
         self._ring.write(np.frombuffer(descriptor, np.uint8), slot)
@@ -187,14 +204,15 @@ class Device:
         """Whether the program behind the fence is complete."""
         return (self.read("FENCE") - fence.value) & 0xFFFFFFFF < 1 << 31
 
-    def run(self, program: Program, timeout: float = 600.0, check: bool = True) -> Counters:
+    def run(self, program: Program | LoadedProgram, timeout: float = 600.0, check: bool = True) -> Counters:
         """Run one program to its end and return what the counters say of it."""
-        self.clear_counters()
-        fence = self.submit(program, check)
+        loaded = self.load(program, check) if isinstance(program, Program) else program
         try:
-            self.wait(fence, timeout)
+            self.clear_counters()
+            self.wait(self.submit(loaded), timeout)
         finally:
-            self.free(fence.program)
+            if loaded is not program:
+                self.unload(loaded)
         return self.counters()
 
     def reset(self) -> None:

@@ -1,11 +1,19 @@
-"""From a configuration to Verilog: the one text that is simulated and built."""
+"""From a configuration to Verilog: the one text that is simulated and built.
+
+Most components become Verilog in one piece. Two kinds of module are *library modules*, instantiated by name: the
+memory that is written in Verilog, and the vector lane, which is generated once however many lanes there are.
+"""
 
 from __future__ import annotations
 
-from importlib import resources
+import hashlib
+import re
+from importlib import metadata, resources
+from pathlib import Path
 
+import lockstep_isa
 from amaranth.back import verilog
-from amaranth.hdl import Value
+from amaranth.hdl import ClockSignal, Instance, Module, ResetSignal, Value
 from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
 from lockstep_isa.config import CoreConfig
@@ -14,23 +22,60 @@ from lockstep_isa.config import CoreConfig
 TOP = "lockstep_core"
 
 
-def library_verilog() -> str:
-    """The hand-written Verilog modules that generated Verilog instantiates."""
-    return (resources.files(__package__) / "verilog" / "lockstep_ram.v").read_text()
+def _ports(component: wiring.Component) -> list[tuple[str, wiring.Member, Value]]:
+    """Name, member and value of every port; a path becomes a name with single underscores."""
+    return [
+        ("_".join(map(str, path)), member, Value.cast(value))
+        for path, member, value in component.signature.flatten(component)
+    ]
+
+
+def instantiate(m: Module, name: str, signature: wiring.Signature, module: str) -> wiring.PureInterface:
+    """Add an instance of the library module ``module`` to ``m``; returns its interface.
+
+    The module keeps no state that a soft reset must clear: it sees the clock and the power-on reset only.
+    """
+    proxy = signature.create(path=(name,))
+    letters = {wiring.In: "i", wiring.Out: "o"}
+    ports = {
+        f"{letters[member.flow]}_{'_'.join(map(str, path))}": Value.cast(value)
+        for path, member, value in signature.flatten(proxy)
+    }
+    m.submodules[name] = Instance(module, i_clk=ClockSignal(), i_rst=ResetSignal(), **ports)
+    return proxy
+
+
+def lane_module(subwords: int) -> str:
+    """Name of the library module of a vector lane that serves ``subwords`` rows."""
+    return f"lockstep_lane_{subwords}"
+
+
+def _library_module(name: str) -> str:
+    if name == "lockstep_ram":
+        return (resources.files(__package__) / "verilog" / "lockstep_ram.v").read_text()
+    from .vector.lane import Lane
+
+    text = _convert(Lane(int(name.removeprefix("lockstep_lane_"))), name)
+    # One copy of the code for all lanes: Verilator then compiles it once, and it stays in the instruction cache.
+    head, semicolon, rest = text.partition(f"module {name}")[2].partition(");")
+    before = text.partition(f"module {name}")[0]
+    return f"{before}module {name}{head}{semicolon}\n  /*verilator no_inline_module*/{rest}"
+
+
+def _convert(component: wiring.Component, name: str) -> str:
+    directions = {wiring.In: PortDirection.Input, wiring.Out: PortDirection.Output}
+    ports = {port: (value, directions[member.flow]) for port, member, value in _ports(component)}
+    return verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
 
 
 def component_verilog(component: wiring.Component, name: str) -> str:
-    """Verilog of one component as module ``name``, with the modules that it instantiates.
+    """Verilog of one component as module ``name``, with the library modules that it instantiates.
 
     Ports are called by their path with single underscores, ``memory_read_ar_valid``.
     """
-    directions = {wiring.In: PortDirection.Input, wiring.Out: PortDirection.Output}
-    ports = {
-        "_".join(map(str, path)): (Value.cast(value), directions[member.flow])
-        for path, member, value in component.signature.flatten(component)
-    }
-    text = verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
-    return text + library_verilog()
+    text = _convert(component, name)
+    used = set(re.findall(r"^\s+(lockstep_ram|lockstep_lane_\d+)\b", text, re.MULTILINE))
+    return text + "".join(_library_module(module) for module in sorted(used - {name}))
 
 
 def core_verilog(config: CoreConfig) -> str:
@@ -41,3 +86,13 @@ def core_verilog(config: CoreConfig) -> str:
     from .core import Core
 
     return component_verilog(Core(config), TOP)
+
+
+def core_identity(config: CoreConfig) -> str:
+    """A hash that changes whenever :func:`core_verilog` might: of configuration, sources and Amaranth's version."""
+    digest = hashlib.sha256(f"{config!r} {metadata.version('amaranth')}".encode())
+    for package in (Path(__file__).parent, Path(lockstep_isa.__file__).parent):
+        for source in sorted(package.rglob("*")):
+            if source.suffix in (".py", ".v"):
+                digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
+    return digest.hexdigest()

@@ -232,12 +232,8 @@ def _shape(config: CoreConfig, key: tuple[int, ...]) -> tuple[int, int, int, int
     if values["tiles"] == 0 or values["columns"] == 0:
         return (0, 0, 0, 0)
     i = Instruction(VECTOR, **values)
-    return (
-        1 + row_cycles(config, i, True),
-        row_cycles(config, i, False),
-        tail_cycles(config, i) - 1,
-        column_cycles(config, i),
-    )
+    first, other = 1 + row_cycles(config, i, True), row_cycles(config, i, False)
+    return first, other, tail_cycles(config, i), column_cycles(config, i)
 
 
 def _bind(path: Path) -> ctypes.CDLL:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, find_compiler, run_command
 from lockstep_isa.config import CoreConfig
-from lockstep_rtl.generate import TOP, core_verilog
+from lockstep_rtl.generate import TOP, core_identity, core_verilog
 
 NATIVE = Path(__file__).parent / "native"
 #: Oldest Verilator whose output is known to be right here.
@@ -79,16 +79,15 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
     progress : told in one line what is built. Raises :class:`ToolchainError` where a tool is missing or fails.
     """
     verilator, compiler = find_verilator(), find_compiler()
-    verilog = core_verilog(config)
     sources = [NATIVE / "rtl_core.cpp", NATIVE / "memory_model.hpp"]
     flags = [*VERILATOR_FLAGS, *(["--trace-fst"] if trace else [])]
 
     def build(folder: Path) -> None:
         if progress is not None:
             progress(f"building the RTL simulator of '{config.name}' (once, about a minute)")
-        _build(folder, config, verilog, verilator, compiler, flags, trace)
+        _build(folder, config, core_verilog(config), verilator, compiler, flags, trace)
 
-    key = [verilog, verilator.version, *flags, *compiler, *COMPILER_FLAGS, *(s.read_text() for s in sources)]
+    key = [core_identity(config), verilator.version, *flags, *compiler, *COMPILER_FLAGS, *(s.read_text() for s in sources)]
     key.append(f"bus {config.bus_bytes}")
     return build_cached(key, build, progress) / "core.so"
 

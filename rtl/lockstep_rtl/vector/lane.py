@@ -54,6 +54,37 @@ def lane_mode(m, instruction, rounded):
     return mode
 
 
+def lane_signature(subwords: int) -> wiring.Signature:
+    """The ports of :class:`Lane`."""
+    return wiring.Signature(
+        {
+        "mode": In(LaneMode),
+        "valid": In(DEPTH),
+        "time": In(6),
+        "x": In(32),
+        "y": In(32),
+        "lane0": In(32),
+        "lane1": In(32),
+        "column0": In(32),
+        "column1": In(32),
+        "column2": In(32),
+        "sums": In(SumControls(subwords)),
+        "sum": Out(32),
+        "maximum_first": In(1),
+        "maximum_sub": In(range(subwords)),
+        "maximum_start": In(32),
+        "maximum": Out(32 * subwords),
+        "write_enable": In(1),
+        "write_address": In(9),
+        "write_data": In(ENTRY_BITS),
+        "result": Out(32),
+        "rounded": Out(8),
+        "zero": Out(1),
+        "nonfinite": Out(1),
+        }
+    )
+
+
 class Lane(wiring.Component):
     """The datapath of one lane; every control bit comes from outside, the same for all lanes.
 
@@ -80,33 +111,7 @@ class Lane(wiring.Component):
 
     def __init__(self, subwords: int) -> None:
         self.subwords = subwords
-        super().__init__(
-            {
-                "mode": In(LaneMode),
-                "valid": In(DEPTH),
-                "time": In(6),
-                "x": In(32),
-                "y": In(32),
-                "lane0": In(32),
-                "lane1": In(32),
-                "column0": In(32),
-                "column1": In(32),
-                "column2": In(32),
-                "sums": In(SumControls(subwords)),
-                "sum": Out(32),
-                "maximum_first": In(1),
-                "maximum_sub": In(range(subwords)),
-                "maximum_start": In(32),
-                "maximum": Out(32 * subwords),
-                "write_enable": In(1),
-                "write_address": In(9),
-                "write_data": In(ENTRY_BITS),
-                "result": Out(32),
-                "rounded": Out(8),
-                "zero": Out(1),
-                "nonfinite": Out(1),
-            }
-        )
+        super().__init__(lane_signature(subwords))
 
     def elaborate(self, platform):
         m = Module()

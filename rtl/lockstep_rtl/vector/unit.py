@@ -7,11 +7,12 @@ from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import ConfigurationError
 from lockstep_isa.instructions import VECTOR, Destination, SecondAdd
 
+from ..generate import instantiate, lane_module
 from ..interfaces import AccumulatorPort, ReadPort, WritePort, instruction_stream
 from .delay import delayed
 from .function_table import ENTRY_BITS
 from .issue import Issue
-from .lane import Lane, lane_mode
+from .lane import lane_mode, lane_signature
 from .reduce import SumControl
 from .result import ResultWriter
 from .timing import ADD2, CONVERT, DEPTH, RESULT, ROUNDED, SUM
@@ -140,7 +141,7 @@ class VectorUnit(wiring.Component):
         # Lanes.
         zeros, nonfinites, results, bytes_, sums, maxima = [], [], [], [], [], []
         for n in range(lanes):
-            m.submodules[f"lane{n}"] = lane = Lane(subwords)
+            lane = instantiate(m, f"lane{n}", lane_signature(subwords), lane_module(subwords))
             wiring.connect(m, sum_control.controls, lane.sums)
             start = read.data.word_select(sub_at(RESULT + 1), 32 * lanes)
             m.d.comb += [

@@ -1,0 +1,1 @@
+"""From a contract graph to programs for a core."""

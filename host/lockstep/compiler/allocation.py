@@ -1,0 +1,82 @@
+"""On-chip memory while a program is built: pieces that live, and rings that are filled again and again."""
+
+from __future__ import annotations
+
+from lockstep.errors import ModelError
+
+
+class CapacityError(ModelError):
+    """A model or a sequence that does not fit the core; the message says what is missing."""
+
+
+class Pieces:
+    """First fit over the words [start, end) of one on-chip memory.
+
+    Words may be given back before the instructions that use them have run: the order of instructions is the meaning
+    of a program, and the builder keeps it.
+    """
+
+    def __init__(self, name: str, start: int, end: int) -> None:
+        self.name = name
+        self._size = end - start
+        self._free = [(start, end)]
+        self._used: dict[int, int] = {}
+
+    @property
+    def largest(self) -> int:
+        """Words of the largest free piece."""
+        return max((end - begin for begin, end in self._free), default=0)
+
+    def take(self, words: int) -> int:
+        """The first word of a piece; raises :class:`CapacityError`."""
+        for n, (begin, end) in enumerate(self._free):
+            if end - begin >= words:
+                self._free[n] = (begin + words, end)
+                self._used[begin] = words
+                return begin
+        raise CapacityError(
+            f"{words} words of {self.name} memory are needed and {self.largest} of {self._size} are free: "
+            "the sequence is too long for this core; split it, or choose a core with more memory"
+        )
+
+    def give(self, start: int) -> None:
+        """Give a piece back."""
+        words = self._used.pop(start)
+        pieces = sorted([*self._free, (start, start + words)])
+        self._free = []
+        for begin, end in pieces:
+            if begin == end:
+                continue
+            if self._free and self._free[-1][1] == begin:
+                self._free[-1] = (self._free[-1][0], end)
+            else:
+                self._free.append((begin, end))
+
+
+class Ring:
+    """Pieces handed out one behind the other, around and around: each lives until the ring comes by again.
+
+    For operands that are loaded, used once and forgotten. The larger the ring, the further LOAD runs ahead.
+    """
+
+    def __init__(self, name: str, start: int, end: int) -> None:
+        self.name, self._start, self._end = name, start, end
+        self._next = start
+
+    @property
+    def size(self) -> int:
+        """Words of the whole ring."""
+        return self._end - self._start
+
+    def take(self, words: int) -> int:
+        """The first word of a piece; raises :class:`CapacityError` where the ring is smaller than the piece."""
+        if words > self.size:
+            raise CapacityError(
+                f"{words} words of {self.name} memory are needed at once and {self.size} are set aside: "
+                "a layer is too wide for this core; choose one with more memory"
+            )
+        if self._next + words > self._end:
+            self._next = self._start
+        start = self._next
+        self._next += words
+        return start

@@ -1,0 +1,333 @@
+"""Attention as instructions: one head of one sequence at a time, its softmax behind the next head's projections.
+
+Per head the vector unit takes about as long as the array takes for both products of that head. So the next head's
+Q, K and V projections, which need nothing of this softmax, are put between its two products: the array works on them
+while the vector unit turns scores into probabilities, and neither waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from lockstep_isa.instructions import (
+    MATRIX,
+    Destination,
+    FirstMultiply,
+    Function,
+    Maximum,
+    SecondMultiply,
+    Source,
+    Tap,
+    ThirdMultiply,
+)
+
+from .image import LinearImage
+from .lowering import SLOTS, Lowering, Panels, QuantisedPanels, float_bits, rows_of
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a batch: its row tiles ``first`` .. ``first + tiles`` and its tokens."""
+
+    first: int
+    tiles: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where q, k or v comes from: a linear layer with one chunk per head, or a value that is there already."""
+
+    quantised: QuantisedPanels | None
+    linear: LinearImage | None
+    value: Panels | None
+
+
+@dataclass
+class _Head:
+    """What one head of one sequence has on chip between its steps."""
+
+    sequence: Sequence
+    head: int
+    q: QuantisedPanels | None = None
+    c: int = 0
+    k: int = 0
+    sk: int = 0
+    v: int = 0
+    sv: int = 0
+
+
+class AttentionLowering:
+    """Emits the attention of a batch.
+
+    Parameters
+    ----------
+    lowering : the program. q, k, v : projections. heads, head_dim, scale : as in the graph.
+    into : float32[tiles * rows, heads * head_dim]; ``absmax`` as in :meth:`Lowering.linear`.
+    """
+
+    def __init__(
+        self,
+        lowering: Lowering,
+        q: Projection,
+        k: Projection,
+        v: Projection,
+        heads: int,
+        head_dim: int,
+        scale: float,
+        into: Panels,
+        absmax: tuple[str | None] | None,
+    ) -> None:
+        self.low = lowering
+        self.projections = (q, k, v)
+        self.heads, self.head_dim, self.scale = heads, head_dim, scale
+        self.into = into
+        # A pre-scale is read in words of `rows` columns, so heads must begin on them.
+        aligned = absmax is not None and (absmax[0] is None or head_dim % lowering.config.rows == 0)
+        self.absmax = absmax if aligned else None
+
+    def emit(self, sequences: list[Sequence]) -> None:
+        """All heads of all sequences."""
+        heads = [_Head(s, h) for s in sequences for h in range(self.heads)]
+        for step in self._project(heads[0]):
+            step()
+        for n, head in enumerate(heads):
+            blocks = self._query_blocks(head.sequence)
+            for b, (first, tiles) in enumerate(blocks):
+                self._scores(head, first, tiles)
+                following = b == 0 and n + 1 < len(heads)
+                drains = list(self._project(heads[n + 1])) if following else []
+                mixture = self._softmax(head, first, tiles)
+                for drain in drains:
+                    drain()
+                self._mix(head, first, tiles, *mixture)
+            self._forget(head)
+        if self.absmax is not None:
+            self.low.drop_columns(self.absmax[0])
+
+    def _query_blocks(self, s: Sequence) -> list[tuple[int, int]]:
+        """Row tiles of queries whose scores fit the VECTOR memory together, beside the next head's projections."""
+        room = self.low.vectors.largest - s.tiles * self.head_dim
+        tiles = max(1, min(s.tiles, room // s.tokens))
+        return [(first, min(tiles, s.tiles - first)) for first in range(0, s.tiles, tiles)]
+
+    # --- Projections -------------------------------------------------------------------------------------------
+
+    def _project(self, head: _Head) -> Iterator:
+        """Start the three products of a head now; yields what turns each result into an operand, to be called in order."""
+        low, s = self.low, head.sequence
+        for name, projection in zip("qkv", self.projections, strict=True):
+            if projection.linear is None:
+                value = projection.value
+                assert value is not None
+                start = value.start + s.first * value.features + head.head * self.head_dim
+
+                def convert(name: str = name, start: int = start, stride: int = value.features) -> None:
+                    maxima = low.parameters.take(s.tiles)
+                    low.emit_pass(
+                        source=Source.VECTOR,
+                        tiles=s.tiles,
+                        columns=self.head_dim,
+                        x=start,
+                        x_stride=stride,
+                        maximum=Maximum.ABSOLUTE,
+                        max_to=maxima,
+                    )
+                    self._operand(head, name, start, stride, maxima)
+                    low.parameters.give(maxima)
+
+                yield convert
+                continue
+            quantised, linear = projection.quantised, projection.linear
+            assert quantised is not None
+            rows = rows_of(quantised, s.first, s.tiles)
+            per_head = len(linear.chunks) // self.heads
+            chunks = linear.chunks[head.head * per_head : (head.head + 1) * per_head]
+            words = [low.product(rows, linear, chunk) for chunk in chunks]
+
+            def drain(
+                name: str = name, rows=rows, linear=linear, chunks=chunks, words=words
+            ) -> None:
+                value = low.vectors.take(s.tiles * self.head_dim)
+                maxima = low.parameters.take(s.tiles)
+                for n, (chunk, where) in enumerate(zip(chunks, words, strict=True)):
+                    low.drain(
+                        rows,
+                        linear,
+                        chunk,
+                        where,
+                        value + chunk.first - chunks[0].first,
+                        self.head_dim,
+                        maximum=Maximum.ABSOLUTE,
+                        max_to=maxima,
+                        max_continue=int(n > 0),
+                    )
+                self._operand(head, name, value, self.head_dim, maxima)
+                low.parameters.give(maxima)
+                low.vectors.give(value)
+
+            yield drain
+
+    def _operand(self, head: _Head, name: str, start: int, stride: int, maxima: int) -> None:
+        """Quantise one of q, k, v per row, into the memory and the layout in which the array wants it."""
+        low, s, d = self.low, head.sequence, self.head_dim
+        rows = low.config.rows
+        scale, inverse = low.parameters.take(s.tiles), low.parameters.take(s.tiles)
+        low.scale_and_inverse(maxima, s.tiles, 127, scale, inverse)
+        fields: dict[str, int]
+        if name == "q":
+            head.q = QuantisedPanels(low.activations.take(s.tiles * d), d, s.tiles, scale)
+            head.c = low.parameters.take(s.tiles)
+            factor = np.float32(np.log2(np.e) * self.scale)
+            low.scalars(scale, head.c, s.tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(factor))
+            fields = {"destination": Destination.ACTIVATION, "to": head.q.start, "to_stride": d}
+        elif name == "k":
+            head.k, head.sk = low.weights.take(s.tiles * d), scale
+            fields = {"destination": Destination.WEIGHT, "to": head.k, "to_stride": d}
+        else:
+            groups = -(-d // rows)
+            head.v, head.sv = low.weights.take(groups * s.tiles * rows), scale
+            fields = {
+                "destination": Destination.WEIGHT_TRANSPOSED,
+                "to": head.v,
+                "to_stride": rows,
+                "to_group": s.tiles * rows,
+            }
+        low.emit_pass(
+            source=Source.VECTOR,
+            mul2=SecondMultiply.LANE0,
+            lane0=inverse,
+            tiles=s.tiles,
+            columns=d,
+            x=start,
+            x_stride=stride,
+            **fields,
+        )
+        low.parameters.give(inverse)
+
+    # --- Products and softmax ----------------------------------------------------------------------------------
+
+    def _scores(self, head: _Head, first: int, tiles: int) -> None:
+        """Queries of some row tiles times all keys."""
+        assert head.q is not None
+        q = rows_of(head.q, first, tiles)
+        self.low.builder.emit(
+            MATRIX,
+            depth=self.head_dim,
+            outer=tiles,
+            inner=head.sequence.tiles,
+            a=q.start,
+            a_outer=q.features,
+            w=head.k,
+            w_inner=q.features,
+        )
+
+    def _softmax(self, head: _Head, first: int, tiles: int) -> tuple[int, int, int]:
+        """Scores to uint8 probabilities: ACTIVATION words, and PARAMETER words of their scales and reciprocal sums."""
+        low, keys = self.low, head.sequence.tokens
+        weights = low.vectors.take(tiles * keys)
+        peak, total, most = (low.parameters.take(tiles) for _ in range(3))
+        low.emit_pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.VECTOR,
+            mul1=FirstMultiply.COLUMN0,
+            column0=head.sk,
+            mul2=SecondMultiply.LANE0,
+            lane0=head.c + first,
+            function=Function.SCORE,
+            maximum=Maximum.EXPONENT,
+            max_to=peak,
+            tiles=tiles,
+            columns=keys,
+            to=weights,
+            to_stride=keys,
+        )
+        low.emit_pass(
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            function=Function.EXP2,
+            table=SLOTS["exp2"],
+            lane0=peak,
+            sum=1,
+            sum_to=total,
+            mul3=ThirdMultiply.COLUMN2,
+            column2=head.sv,
+            tap=Tap.AFTER,
+            maximum=Maximum.ABSOLUTE,
+            max_to=most,
+            tiles=tiles,
+            columns=keys,
+            x=weights,
+            x_stride=keys,
+            to=weights,
+            to_stride=keys,
+        )
+        scale, inverse = low.parameters.take(tiles), low.parameters.take(tiles)
+        low.scale_and_inverse(most, tiles, 255, scale, inverse)
+        low.scalars(total, total, tiles, function=Function.RECIP, table=SLOTS["recip"])
+        probabilities = low.activations.take(tiles * keys)
+        low.emit_pass(
+            source=Source.VECTOR,
+            destination=Destination.ACTIVATION,
+            mul2=SecondMultiply.LANE0,
+            lane0=inverse,
+            tiles=tiles,
+            columns=keys,
+            x=weights,
+            x_stride=keys,
+            to=probabilities,
+            to_stride=keys,
+        )
+        low.vectors.give(weights)
+        for words in (peak, most, inverse):
+            low.parameters.give(words)
+        return probabilities, scale, total
+
+    def _forget(self, head: _Head) -> None:
+        """The head's operands are not needed any more."""
+        low = self.low
+        assert head.q is not None
+        low.activations.give(head.q.start)
+        for words in (head.k, head.v):
+            low.weights.give(words)
+        for words in (head.q.scales, head.c, head.sk, head.sv):
+            low.parameters.give(words)
+
+    def _mix(self, head: _Head, first: int, tiles: int, probabilities: int, scale: int, total: int) -> None:
+        """Probabilities times values, into the head's columns of the result."""
+        low, s, d = self.low, head.sequence, self.head_dim
+        rows = low.config.rows
+        low.builder.emit(
+            MATRIX,
+            depth=s.tokens,
+            outer=tiles,
+            inner=-(-d // rows),
+            a=probabilities,
+            a_outer=s.tokens,
+            w=head.v,
+            w_inner=s.tiles * rows,
+            unsigned=1,
+        )
+        column, row = head.head * d, s.first + first
+        fields: dict[str, int] = {}
+        if self.absmax is not None:
+            fields = low.absmax_fields(self.into, self.absmax[0], column, head.head > 0)
+            fields["max_to"] += row
+        low.emit_pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.VECTOR,
+            mul1=FirstMultiply.LANE1,
+            lane1=scale,
+            mul2=SecondMultiply.LANE0,
+            lane0=total,
+            tiles=tiles,
+            columns=d,
+            to=self.into.start + row * self.into.features + column,
+            to_stride=self.into.features,
+            **fields,
+        )
+        low.activations.give(probabilities)
+        low.parameters.give(scale)
+        low.parameters.give(total)

@@ -1,0 +1,329 @@
+"""One stage of a graph as one program for one core and one batch of sequence lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.program import Program
+
+from lockstep.graph import Activation, Add, Attention, Graph, LayerNorm, Linear, Node, Quantise, Value
+
+from .allocation import CapacityError
+from .attention import AttentionLowering, Projection, Sequence
+from .image import Image, LinearImage
+from .layout import panel_count
+from .lowering import Lowering, Panels, QuantisedPanels, rows_of
+from .stages import Stage
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where a value crosses between host and device: its byte address and features, panels of all sequences."""
+
+    address: int
+    features: int
+
+
+def sequences_of(lengths: tuple[int, ...], rows: int) -> list[Sequence]:
+    """Row tiles of a batch: each sequence begins on a row tile of its own."""
+    result, first = [], 0
+    for tokens in lengths:
+        tiles = panel_count(tokens, rows)
+        result.append(Sequence(first, tiles, tokens))
+        first += tiles
+    return result
+
+
+def feature_counts(graph: Graph) -> dict[Value, int]:
+    """Features of every value that device nodes produce from others, and of their inputs where they follow from them."""
+    features: dict[Value, int] = {}
+    for node in graph:
+        match node:
+            case Linear():
+                features[node.value] = graph.tensors[node.weight].shape[0]
+                features.setdefault(node.quantised, graph.tensors[node.weight].shape[1])
+            case Attention():
+                features[node.value] = node.heads * node.head_dim
+            case LayerNorm():
+                features[node.value] = graph.tensors[node.gamma].size
+            case Add():
+                known = [features[v] for v in node.inputs if v in features]
+                if known:
+                    features[node.value] = max(known)
+            case Activation() | Quantise():
+                if node.x in features:
+                    features[node.value] = features[node.x]
+    return features
+
+
+#: Fewest row tiles in a block of a feed-forward layer: weights are streamed once per block.
+_LEAST_BLOCK = 3
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    first: Linear
+    activation: Activation | None
+    quantise: Quantise
+    second: Linear
+
+
+class StageCompiler:
+    """Compiles the device work of a stage.
+
+    Parameters
+    ----------
+    config : the core. graph, stage : what to compile. image : the parameters. lengths : tokens of each sequence.
+    bindings : where inputs and outputs lie in device memory.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        graph: Graph,
+        stage: Stage,
+        image: Image,
+        lengths: tuple[int, ...],
+        bindings: Mapping[Value, Binding],
+    ) -> None:
+        self.config, self.graph, self.stage = config, graph, stage
+        self.low = Lowering(config, image)
+        self.image = image
+        self.sequences = sequences_of(lengths, config.rows)
+        self.tiles = sum(s.tiles for s in self.sequences)
+        self.bindings = bindings
+        self.readers: dict[Value, list[Node]] = {}
+        for node in stage.device:
+            for value in node.inputs:
+                self.readers.setdefault(value, []).append(node)
+        self.panels: dict[Value, Panels] = {}
+        self.quantised: dict[Value, QuantisedPanels] = {}
+        self.deferred: dict[Value, Node] = {}
+        self.chains: dict[Value, _FeedForward] = {}
+        self.pending_reads = {v: len(r) for v, r in self.readers.items()}
+        for value in stage.outputs:
+            self.pending_reads[value] = self.pending_reads.get(value, 0) + 1
+
+    def compile(self) -> Program:
+        """The program; raises :class:`CapacityError` where the batch does not fit the core."""
+        longest = max(s.tokens for s in self.sequences)
+        for node in self.stage.device:
+            if isinstance(node, Attention) and longest > node.tile:
+                raise CapacityError(
+                    f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core takes; "
+                    "split the text"
+                )
+        for node in self.stage.device:
+            if not self._defer(node):
+                self._lower(node)
+        return self.low.builder.finish()
+
+    # --- Values ------------------------------------------------------------------------------------------------
+
+    def _read(self, value: Value) -> Panels:
+        """The panels of a value, loaded from device memory at their first use."""
+        if value not in self.panels:
+            binding = self.bindings[value]
+            self.panels[value] = self.low.load(binding.address, binding.features, self.tiles)
+        return self.panels[value]
+
+    def _done(self, value: Value) -> None:
+        """One reader less; behind the last one the memory is free."""
+        self.pending_reads[value] -= 1
+        if self.pending_reads[value] == 0:
+            if value in self.panels:
+                self.low.free(self.panels.pop(value))
+            if value in self.quantised:
+                self.low.free_quantised(self.quantised.pop(value))
+
+    def _new(self, features: int) -> Panels:
+        return Panels(self.low.vectors.take(self.tiles * features), features, self.tiles)
+
+    def _reuse_or_new(self, value: Value, features: int) -> Panels:
+        """Panels for a result: those of ``value`` itself where nobody else will read it."""
+        old = self.panels[value]
+        if self.pending_reads[value] == 1 and old.features == features:
+            fresh = Panels(old.start, features, self.tiles)
+            for words in old.absmax.values():
+                self.low.parameters.give(words)
+            old.absmax = {}
+            del self.panels[value]
+            return fresh
+        return self._new(features)
+
+    def _finish(self, node: Node, panels: Panels) -> None:
+        """A result is there: store it if it leaves the device."""
+        self.panels[node.value] = panels
+        if node.value in self.stage.outputs:
+            self.low.store(panels, self.bindings[node.value].address)
+            self._done(node.value)
+        elif node.value not in self.pending_reads:
+            self.low.free(self.panels.pop(node.value))
+
+    def _wanted_maxima(self, value: Value) -> tuple[str | None] | None:
+        """The pre-scale of the Quantise that reads a value, so that its producer can keep the maxima on the way."""
+        for reader in self.readers.get(value, []):
+            if isinstance(reader, Quantise):
+                return (reader.prescale,)
+        return None
+
+    def _only_reader(self, value: Value) -> Node | None:
+        readers = self.readers.get(value, [])
+        return readers[0] if len(readers) == 1 and value not in self.stage.outputs else None
+
+    # --- Nodes -------------------------------------------------------------------------------------------------
+
+    def _defer(self, node: Node) -> bool:
+        """Whether a node is emitted together with its only reader."""
+        reader = self._only_reader(node.value)
+        if node.value in self.deferred:
+            return True
+        if isinstance(node, Linear) and (chain := self._feed_forward_chain(node)):
+            self.chains[chain.second.value] = chain
+            self.deferred |= {n.value: n for n in (node, chain.activation, chain.quantise) if n is not None}
+            return True
+        together = (
+            (isinstance(node, Linear) and isinstance(reader, Attention) and self._per_head(node, reader))
+            or (isinstance(node, Linear) and isinstance(reader, Activation))
+            or (isinstance(node, Add) and isinstance(reader, LayerNorm))
+        )
+        if together:
+            self.deferred[node.value] = node
+        return together
+
+    def _feed_forward_chain(self, first: Linear) -> _FeedForward | None:
+        """Linear, perhaps an activation, Quantise, Linear, each read by the next only: done in blocks of rows."""
+        reader = self._only_reader(first.value)
+        activation = reader if isinstance(reader, Activation) else None
+        if activation is not None:
+            reader = self._only_reader(activation.value)
+        if not isinstance(reader, Quantise):
+            return None
+        second = self._only_reader(reader.value)
+        return _FeedForward(first, activation, reader, second) if isinstance(second, Linear) else None
+
+    def _per_head(self, node: Linear, reader: Attention) -> bool:
+        return self.graph.tensors[node.weight].shape[0] == reader.heads * reader.head_dim
+
+    def _lower(self, node: Node) -> None:
+        match node:
+            case Add():
+                self._finish(node, self._add(node))
+            case LayerNorm():
+                self._layer_norm(node)
+            case Activation():
+                self._activation(node)
+            case Quantise():
+                self.quantised[node.value] = self.low.quantise(self._read(node.x), node.prescale)
+                self._done(node.x)
+            case Linear() if node.value in self.chains:
+                self._feed_forward(self.chains[node.value])
+            case Linear():
+                self._linear(node, node, None)
+            case Attention():
+                self._attention(node)
+            case _:
+                raise TypeError(f"{type(node).__name__} does not run on a device")
+
+    def _add(self, node: Add) -> Panels:
+        x, y = self._read(node.x), self._read(node.y)
+        into = self._reuse_or_new(node.x, x.features)
+        self.low.add(x, y, into)
+        self._done(node.x)
+        self._done(node.y)
+        return into
+
+    def _layer_norm(self, node: LayerNorm) -> None:
+        absmax = self._wanted_maxima(node.value)
+        added = self.deferred.pop(node.x, None)
+        if isinstance(added, Add):
+            x, y = self._read(added.x), self._read(added.y)
+            into = self._reuse_or_new(added.x, x.features)
+            self.low.layer_norm(x, y, into, node.gamma, node.beta, node.eps, absmax)
+            self._done(added.x)
+            self._done(added.y)
+        else:
+            x = self._read(node.x)
+            into = self._reuse_or_new(node.x, x.features)
+            self.low.layer_norm(x, None, into, node.gamma, node.beta, node.eps, absmax)
+            self._done(node.x)
+        self._finish(node, into)
+
+    def _activation(self, node: Activation) -> None:
+        producer = self.deferred.pop(node.x, None)
+        if isinstance(producer, Linear):
+            self._linear(producer, node, node.function)
+            return
+        x = self._read(node.x)
+        into = self._reuse_or_new(node.x, x.features)
+        fields = self.low.function_fields(node.function)
+        absmax = self._wanted_maxima(node.value)
+        if absmax is not None:
+            fields |= self.low.absmax_fields(into, absmax[0], 0, False)
+        self.low.elementwise(x, into, **fields)
+        self._done(node.x)
+        self._finish(node, into)
+
+    def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
+        q = self.quantised[node.quantised]
+        image = self.image.linear(
+            node.weight, node.scales, node.bias, None, self.low.panels_per_chunk(q.features)
+        )
+        outputs = self.graph.tensors[node.weight].shape[0]
+        into = self._new(outputs)
+        self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
+        self._done(node.quantised)
+        self._finish(result, into)
+
+    def _feed_forward(self, chain: _FeedForward) -> None:
+        """A block's second product runs behind the next block's first one, so that requantisation hides behind that."""
+        low, first, second = self.low, chain.first, chain.second
+        q = self.quantised[first.quantised]
+        middle = self.graph.tensors[first.weight].shape[0]
+        image1 = self.image.linear(first.weight, first.scales, first.bias, None, low.panels_per_chunk(q.features))
+        image2 = self.image.linear(second.weight, second.scales, second.bias, None, low.panels_per_chunk(middle))
+        into = self._new(self.graph.tensors[second.weight].shape[0])
+        fits = min(low.vectors.largest // middle, low.activations.largest // (2 * middle))
+        tiles = max(1, min(fits, max(_LEAST_BLOCK, -(-self.tiles // 2))))
+        before: tuple[int, QuantisedPanels] | None = None
+        for start in range(0, self.tiles, tiles):
+            count = min(tiles, self.tiles - start)
+            block = Panels(low.vectors.take(count * middle), middle, count)
+            activation = None if chain.activation is None else chain.activation.function
+            low.linear(rows_of(q, start, count), image1, block, (chain.quantise.prescale,), activation)
+            quantised = low.quantise(block, chain.quantise.prescale)
+            low.free(block)
+            if before is not None:
+                self._second_product(before, image2, into)
+            before = (start, quantised)
+        assert before is not None
+        self._second_product(before, image2, into)
+        self._done(first.quantised)
+        self._finish(second, into)
+
+    def _second_product(self, block: tuple[int, QuantisedPanels], image: LinearImage, into: Panels) -> None:
+        start, quantised = block
+        rows = Panels(into.start + start * into.features, into.features, quantised.tiles)
+        self.low.linear(quantised, image, rows)
+        self.low.free_quantised(quantised)
+
+    def _projection(self, value: Value, node: Attention) -> Projection:
+        producer = self.deferred.pop(value, None)
+        if not isinstance(producer, Linear):
+            return Projection(None, None, self._read(value))
+        q = self.quantised[producer.quantised]
+        most = self.low.panels_per_chunk(q.features)
+        image = self.image.linear(producer.weight, producer.scales, producer.bias, node.head_dim, most)
+        return Projection(q, image, None)
+
+    def _attention(self, node: Attention) -> None:
+        producers = {v: self.deferred.get(v) for v in node.inputs}
+        q, k, v = (self._projection(value, node) for value in node.inputs)
+        into = self._new(node.heads * node.head_dim)
+        absmax = self._wanted_maxima(node.value)
+        AttentionLowering(self.low, q, k, v, node.heads, node.head_dim, node.scale, into, absmax).emit(self.sequences)
+        for value, producer in producers.items():
+            self._done(producer.quantised if isinstance(producer, Linear) else value)
+        self._finish(node, into)

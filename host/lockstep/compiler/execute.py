@@ -1,0 +1,169 @@
+"""Running contract graphs on a device: programs compiled once per batch shape, parameters placed once per graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lockstep_driver import Buffer, Counters, Device, LoadedProgram
+from lockstep_isa.program import Program
+
+from lockstep.errors import ModelError
+from lockstep.evaluate import check_inputs, host_node
+from lockstep.graph import Graph, Value
+
+from .allocation import CapacityError
+from .compile import Binding, StageCompiler, feature_counts, sequences_of
+from .image import Image
+from .layout import from_panels, panel_count, to_panels
+from .stages import Stage, split
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One stage for one batch shape: the program, on device too, the buffers of values that cross, and where they lie."""
+
+    program: Program
+    loaded: LoadedProgram
+    buffers: dict[Value, Buffer]
+    bindings: dict[Value, Binding]
+
+
+class DeviceExecutor:
+    """Runs contract graphs on one device.
+
+    Parameters
+    ----------
+    device : open; the caller closes it.
+    observe : is given the counters of every program that ran.
+    """
+
+    def __init__(self, device: Device, observe: Callable[[Counters], None] | None = None) -> None:
+        self.device = device
+        self._observe = observe
+        self._graph: Graph | None = None
+        self._stages: list[Stage] = []
+        self._features: dict[Value, int] = {}
+        self._image: Image | None = None
+        self._compiled: dict[tuple[int, tuple[int, ...]], Compiled] = {}
+
+    def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        """``float32[tokens, features]`` for each sequence, given as arrays by input name without the batch.
+
+        Sequences share a program as far as they fit the core together. Raises :class:`ModelError` for inputs that do
+        not fit the model, :class:`CapacityError` for what does not fit the core, and what the driver raises.
+        """
+        self._use(graph)
+        arrays = [check_inputs(graph, inputs) for inputs in sequences]
+        results: list[np.ndarray] = []
+        position = 0
+        while position < len(arrays):
+            count = len(arrays) - position
+            while True:
+                try:
+                    results += self._run_batch(graph, arrays[position : position + count])
+                    break
+                except CapacityError:
+                    if count == 1:
+                        raise
+                    count = max(1, count // 2)
+            position += count
+        return results
+
+    def close(self) -> None:
+        """Free what lies in device memory; the device stays open."""
+        for compiled in self._compiled.values():
+            self.device.unload(compiled.loaded)
+            for buffer in compiled.buffers.values():
+                self.device.free(buffer)
+        self._compiled.clear()
+        if self._image is not None:
+            self._image.close()
+        self._image, self._graph = None, None
+
+    def program(self, graph: Graph, lengths: tuple[int, ...], stage: int = 0) -> Program:
+        """The program of one stage for sequences of these lengths."""
+        self._use(graph)
+        values = {v: np.zeros((1, 1)) for v in self._stages[stage].inputs}
+        return self._compile(graph, stage, lengths, [values] * len(lengths)).program
+
+    def _use(self, graph: Graph) -> None:
+        if self._graph is not graph:
+            self.close()
+            self._graph, self._stages, self._features = graph, split(graph), feature_counts(graph)
+            self._image = Image(self.device, graph.tensors)
+
+    def _run_batch(self, graph: Graph, batch: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        inputs = graph.inputs
+        values: list[dict[Value, Any]] = [
+            {node.value: arrays[name] for name, node in inputs.items()} for arrays in batch
+        ]
+        lengths = tuple(_tokens(arrays) for arrays in batch)
+        for number, stage in enumerate(self._stages):
+            for known in values:
+                for node in stage.host:
+                    if node.value not in known:
+                        known[node.value] = host_node(graph, node, [known[v] for v in node.inputs])
+            if stage.device:
+                compiled = self._compile(graph, number, lengths, values)
+                self._run_stage(stage, compiled, lengths, values)
+        return [known[graph.output] for known in values]
+
+    def _compile(self, graph: Graph, number: int, lengths: tuple[int, ...], values: list[dict[Value, Any]]) -> Compiled:
+        key = (number, lengths)
+        if key not in self._compiled:
+            assert self._image is not None
+            stage, config = self._stages[number], self.device.config
+            tiles = sum(panel_count(tokens, config.rows) for tokens in lengths)
+            buffers: dict[Value, Buffer] = {}
+            bindings: dict[Value, Binding] = {}
+            try:
+                for value in dict.fromkeys((*stage.inputs, *stage.outputs)):
+                    features = self._features.get(value) or self._infer(stage, value, values[0])
+                    buffers[value] = self.device.allocate(tiles * features * config.vector_word_bytes)
+                    bindings[value] = Binding(buffers[value].address, features)
+                program = StageCompiler(config, graph, stage, self._image, lengths, bindings).compile()
+                loaded = self.device.load(program)
+            except Exception:
+                for buffer in buffers.values():
+                    self.device.free(buffer)
+                raise
+            self._compiled[key] = Compiled(program, loaded, buffers, bindings)
+        return self._compiled[key]
+
+    def _infer(self, stage: Stage, value: Value, known: dict[Value, Any]) -> int:
+        """Features of a value whose producer does not tell: those of the array that is there, or of its siblings."""
+        if value in known and np.ndim(known[value]) == 2 and known[value].shape[1] > 1:
+            return known[value].shape[1]
+        for node in stage.device:
+            if value in node.inputs or value == node.value:
+                for other in (*node.inputs, node.value):
+                    if other in self._features:
+                        return self._features[other]
+        raise ModelError(f"the number of features of value {value} is not known; this graph cannot run on a device")
+
+    def _run_stage(
+        self, stage: Stage, compiled: Compiled, lengths: tuple[int, ...], values: list[dict[Value, Any]]
+    ) -> None:
+        rows = self.device.config.rows
+        for value in stage.inputs:
+            features = compiled.bindings[value].features
+            panels = [
+                to_panels(np.broadcast_to(np.asarray(known[value], np.float32), (tokens, features)), rows)
+                for known, tokens in zip(values, lengths, strict=True)
+            ]
+            compiled.buffers[value].write(np.concatenate(panels))
+        counters = self.device.run(compiled.loaded)
+        if self._observe is not None:
+            self._observe(counters)
+        for value in stage.outputs:
+            features = compiled.bindings[value].features
+            raw = compiled.buffers[value].data.view(np.float32).reshape(-1, features, rows)
+            for known, sequence in zip(values, sequences_of(lengths, rows), strict=True):
+                known[value] = from_panels(raw[sequence.first : sequence.first + sequence.tiles], sequence.tokens)
+
+
+def _tokens(arrays: dict[str, np.ndarray]) -> int:
+    return next(iter(arrays.values())).shape[0]

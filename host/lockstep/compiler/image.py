@@ -1,0 +1,126 @@
+"""Parameters in device memory: packed once per model and core, in the order in which programs stream them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from lockstep_driver import Buffer, Device
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import TABLE_ENTRIES
+from lockstep_isa.numerics import flush
+from lockstep_isa.tables import FUNCTIONS
+from numpy.typing import NDArray
+
+from .layout import column_words, to_panels
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some output columns of a linear layer: what one LOAD, one MATRIX and one VECTOR instruction work on.
+
+    Attributes
+    ----------
+    first, columns : which output columns.
+    panels : panels of ``columns`` output channels each, the last one padded.
+    weights : byte address of ``panels * K`` WEIGHT words.
+    parameters : byte address of ``panels`` PARAMETER words of scales, then as many of biases if there are any.
+    """
+
+    first: int
+    columns: int
+    panels: int
+    weights: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class LinearImage:
+    """A linear layer in device memory: K, its chunks, and whether it has biases."""
+
+    depth: int
+    chunks: tuple[Chunk, ...]
+    has_bias: bool
+
+
+class Image:
+    """Everything constant that programs of one graph read, in the memory of one device.
+
+    Parameters
+    ----------
+    device : whose memory is used; it gives up the memory when :meth:`close` is called.
+    tensors : the graph's parameters by name.
+    """
+
+    def __init__(self, device: Device, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+        self._device = device
+        self._config: CoreConfig = device.config
+        self._tensors = tensors
+        self._buffers: list[Buffer] = []
+        self._known: dict[object, object] = {}
+
+    def close(self) -> None:
+        """Free the device memory."""
+        for buffer in self._buffers:
+            self._device.free(buffer)
+        self._buffers.clear()
+        self._known.clear()
+
+    def _place(self, array: NDArray[np.generic]) -> int:
+        buffer = self._device.allocate(array.nbytes)
+        buffer.write(array)
+        self._buffers.append(buffer)
+        return buffer.address
+
+    def columns(self, name: str) -> tuple[int, int]:
+        """Byte address and PARAMETER words of a tensor float32[features], one value per column."""
+        key = ("columns", name)
+        if key not in self._known:
+            words = column_words(np.asarray(self._tensors[name], np.float32).reshape(-1), self._config.rows)
+            self._known[key] = (self._place(words), len(words))
+        return self._known[key]  # type: ignore[return-value]
+
+    def table(self, name: str) -> int:
+        """Byte address of a function table, as LOAD to the TABLE memory wants it."""
+        key = ("table", name)
+        if key not in self._known:
+            function = FUNCTIONS[name]
+            entries = np.zeros((TABLE_ENTRIES, 4), np.float32)
+            for column, values in enumerate((function.c0, function.c1, function.c2)):
+                entries[: function.entries, column] = values
+            self._known[key] = self._place(entries)
+        return self._known[key]  # type: ignore[return-value]
+
+    def linear(
+        self, weight: str, scales: str, bias: str | None, group: int | None, panels_per_chunk: int
+    ) -> LinearImage:
+        """A linear layer, weight int8[N, K].
+
+        group : columns that must not share a panel with others (a head), or none. panels_per_chunk : at most so many
+        panels make a chunk; chunks do not cross groups.
+        """
+        key = ("linear", weight, scales, bias, group, panels_per_chunk)
+        if key not in self._known:
+            self._known[key] = self._pack(weight, scales, bias, group, panels_per_chunk)
+        return self._known[key]  # type: ignore[return-value]
+
+    def _pack(self, weight: str, scales: str, bias: str | None, group: int | None, most: int) -> LinearImage:
+        w = np.asarray(self._tensors[weight], np.int8)
+        s = np.asarray(self._tensors[scales], np.float32)
+        b = None if bias is None else np.asarray(self._tensors[bias], np.float32)
+        rows = self._config.rows
+        outputs, depth = w.shape
+        group = group or outputs
+        chunks = []
+        for start in range(0, outputs, group):
+            for first in range(start, min(start + group, outputs), most * rows):
+                end = min(first + most * rows, start + group, outputs)
+                panels = to_panels(w[first:end], rows)
+                words = [column_words(flush(s[first:end]), rows)]
+                if b is not None:
+                    words.append(column_words(flush(b[first:end]), rows))
+                chunks.append(
+                    Chunk(first, end - first, len(panels), self._place(panels), self._place(np.concatenate(words)))
+                )
+        return LinearImage(depth, tuple(chunks), b is not None)

@@ -1,0 +1,408 @@
+"""Operations as instructions: the fused passes that every contract operation becomes.
+
+A :class:`Lowering` builds one program. Values are panels of ``tiles`` row tiles in the VECTOR scratchpad; quantised
+values lie in the ACTIVATION scratchpad with their scales in PARAMETER words, one per row tile. Nothing here waits or
+signals: the builder finds the tokens, so the order of emission decides only what can overlap.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+import numpy as np
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import (
+    LOAD,
+    MATRIX,
+    STORE,
+    TABLE_ENTRIES,
+    VECTOR,
+    Destination,
+    FirstAdd,
+    FirstMultiply,
+    Function,
+    Maximum,
+    Memory,
+    SecondAdd,
+    SecondMultiply,
+    Source,
+    Tap,
+    ThirdMultiply,
+)
+from lockstep_isa.tables import FUNCTIONS
+
+from .allocation import Pieces, Ring
+from .image import Chunk, Image, LinearImage
+
+#: Table slots: three functions that every program needs, and one for the activation at hand.
+SLOTS = {"exp2": 0, "recip": 1, "rsqrt": 2}
+ACTIVATION_SLOT = 3
+_KINDS = {
+    "relu_minus": Function.RELU_MINUS,
+    "odd": Function.ODD,
+    "sigmoid": Function.SIGMOID,
+}
+#: Share of the WEIGHT and PARAMETER memories that streamed parameters may fill.
+_WEIGHT_RING, _PARAMETER_RING = 0.75, 0.5
+
+
+def float_bits(value: float) -> int:
+    """The bit pattern of a float32 immediate."""
+    return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
+
+
+@dataclass
+class Panels:
+    """A value on chip: float32[tiles * rows, features] in VECTOR words from ``start``, ``features`` words a tile.
+
+    ``absmax`` maps the name of a pre-scale (or none) to the PARAMETER words with the absolute maxima of its rows.
+    """
+
+    start: int
+    features: int
+    tiles: int
+    absmax: dict[str | None, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantisedPanels:
+    """int8[tiles * rows, features] in ACTIVATION words from ``start``, with scales in PARAMETER words ``scales`` + t."""
+
+    start: int
+    features: int
+    tiles: int
+    scales: int
+
+
+def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
+    """Row tiles ``first`` .. ``first + tiles`` of a quantised value."""
+    return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
+
+
+class Lowering:
+    """Emits operations into one program.
+
+    Parameters
+    ----------
+    config : the core. image : the model's parameters in device memory.
+    """
+
+    def __init__(self, config: CoreConfig, image: Image) -> None:
+        self.config, self.image = config, image
+        self.builder = ProgramBuilder(config)
+        weight_ring = int(config.weight_words * _WEIGHT_RING)
+        parameter_ring = int(config.parameter_words * _PARAMETER_RING)
+        self.vectors = Pieces("VECTOR", 0, config.vector_words)
+        self.activations = Pieces("ACTIVATION", 0, config.activation_words)
+        self.weight_ring = Ring("WEIGHT", 0, weight_ring)
+        self.weights = Pieces("WEIGHT", weight_ring, config.weight_words)
+        self.parameter_ring = Ring("PARAMETER", 0, parameter_ring)
+        self.parameters = Pieces("PARAMETER", parameter_ring, config.parameter_words)
+        self._loaded_activation: str | None = None
+        self._column_words: dict[str, int] = {}
+        for name, slot in SLOTS.items():
+            self._load_table(name, slot)
+
+    # --- Transfers ---------------------------------------------------------------------------------------------
+
+    def _load_table(self, name: str, slot: int) -> None:
+        self.builder.emit(
+            LOAD, memory=Memory.TABLE, words=TABLE_ENTRIES, address=self.image.table(name), local=slot * TABLE_ENTRIES
+        )
+
+    def function_fields(self, name: str) -> dict[str, int]:
+        """Fields that make a pass apply an activation; loads its table where another one stands."""
+        if name == "relu":
+            return {"function": Function.RELU}
+        table = FUNCTIONS[name]
+        if self._loaded_activation != name:
+            self._load_table(name, ACTIVATION_SLOT)
+            self._loaded_activation = name
+        return {"function": _KINDS[table.kind], "table": ACTIVATION_SLOT, "shift": table.k}
+
+    def load_columns(self, name: str) -> int:
+        """PARAMETER words with a value per column; they live until :meth:`drop_columns`."""
+        if name not in self._column_words:
+            address, words = self.image.columns(name)
+            self._column_words[name] = self.parameters.take(words)
+            self.builder.emit(
+                LOAD, memory=Memory.PARAMETER, words=words, address=address, local=self._column_words[name]
+            )
+        return self._column_words[name]
+
+    def drop_columns(self, name: str | None) -> None:
+        """The words of :meth:`load_columns` are not needed any more."""
+        if name is not None and name in self._column_words:
+            self.parameters.give(self._column_words.pop(name))
+
+    def load(self, address: int, features: int, tiles: int) -> Panels:
+        """Panels from device memory, packed there one behind the other."""
+        start = self.vectors.take(tiles * features)
+        self.builder.emit(
+            LOAD,
+            memory=Memory.VECTOR,
+            rows=tiles,
+            words=features,
+            address=address,
+            stride=features * self.config.vector_word_bytes,
+            local=start,
+            local_stride=features,
+        )
+        return Panels(start, features, tiles)
+
+    def store(self, x: Panels, address: int) -> None:
+        """Panels to device memory, packed one behind the other."""
+        self.builder.emit(
+            STORE,
+            memory=Memory.VECTOR,
+            rows=x.tiles,
+            words=x.features,
+            address=address,
+            stride=x.features * self.config.vector_word_bytes,
+            local=x.start,
+            local_stride=x.features,
+        )
+
+    def free(self, x: Panels) -> None:
+        """The value is not needed any more."""
+        self.vectors.give(x.start)
+        for words in x.absmax.values():
+            self.parameters.give(words)
+        x.absmax = {}
+
+    def free_quantised(self, q: QuantisedPanels) -> None:
+        """The quantised value is not needed any more."""
+        self.activations.give(q.start)
+        self.parameters.give(q.scales)
+
+    # --- Passes ------------------------------------------------------------------------------------------------
+
+    def emit_pass(self, **fields: int) -> None:
+        """One VECTOR instruction."""
+        self.builder.emit(VECTOR, **fields)
+
+    def scalars(self, x: int, to: int, tiles: int, **fields: int) -> None:
+        """One value per row: PARAMETER words x .. x + tiles become words to .. to + tiles."""
+        self.emit_pass(
+            source=Source.PARAMETER, destination=Destination.PARAMETER, tiles=1, columns=tiles, x=x, to=to, **fields
+        )
+
+    def absmax_fields(self, into: Panels, prescale: str | None, first_column: int, continued: bool) -> dict[str, int]:
+        """Fields that make a pass keep the absolute maxima of the rows that it writes to ``into``."""
+        if prescale not in into.absmax:
+            into.absmax[prescale] = self.parameters.take(into.tiles)
+        fields = {
+            "maximum": Maximum.ABSOLUTE,
+            "max_to": into.absmax[prescale],
+            "max_continue": int(continued),
+            "tap": Tap.BEFORE,
+        }
+        if prescale is not None:
+            fields |= {
+                "mul3": ThirdMultiply.COLUMN2,
+                "column2": self.load_columns(prescale) + first_column // self.config.rows,
+            }
+        return fields
+
+    def add(self, x: Panels, y: Panels, into: Panels, **fields: int) -> None:
+        """into = x + y."""
+        self.emit_pass(
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            add1=FirstAdd.Y,
+            tiles=x.tiles,
+            columns=x.features,
+            x=x.start,
+            x_stride=x.features,
+            y=y.start,
+            y_stride=y.features,
+            to=into.start,
+            to_stride=into.features,
+            **fields,
+        )
+
+    def elementwise(self, x: Panels, into: Panels, **fields: int) -> None:
+        """into = f(x) with whatever ``fields`` say."""
+        self.emit_pass(
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            tiles=x.tiles,
+            columns=x.features,
+            x=x.start,
+            x_stride=x.features,
+            to=into.start,
+            to_stride=into.features,
+            **fields,
+        )
+
+    def layer_norm(
+        self, x: Panels, y: Panels | None, into: Panels, gamma: str, beta: str, eps: float, absmax: tuple[str | None] | None
+    ) -> None:
+        """into = layer_norm(x + y), or of x alone; ``absmax`` names the pre-scale whose maxima to keep, in a tuple."""
+        n, tiles = x.features, x.tiles
+        mean, rstd = self.parameters.take(tiles), self.parameters.take(tiles)
+        if y is not None:
+            self.add(x, y, into, sum=1, sum_to=mean)
+            x = into
+        else:
+            self.emit_pass(
+                source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean
+            )
+        share = np.float32(1 / n)
+        self.scalars(mean, mean, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
+        self.emit_pass(
+            source=Source.VECTOR,
+            add1=FirstAdd.LANE0,
+            lane0=mean,
+            mul1=FirstMultiply.SELF,
+            tiles=tiles,
+            columns=n,
+            x=x.start,
+            x_stride=n,
+            sum=1,
+            sum_to=rstd,
+        )
+        self.scalars(
+            rstd,
+            rstd,
+            tiles,
+            mul1=FirstMultiply.IMMEDIATE0,
+            immediate0=float_bits(share),
+            add2=SecondAdd.IMMEDIATE1,
+            immediate1=float_bits(eps),
+            function=Function.RSQRT,
+            table=SLOTS["rsqrt"],
+        )
+        fields = {} if absmax is None else self.absmax_fields(into, absmax[0], 0, False)
+        self.elementwise(
+            x,
+            into,
+            add1=FirstAdd.LANE0,
+            lane0=mean,
+            mul1=FirstMultiply.LANE1,
+            lane1=rstd,
+            mul2=SecondMultiply.COLUMN0,
+            column0=self.load_columns(gamma),
+            add2=SecondAdd.COLUMN1,
+            column1=self.load_columns(beta),
+            **fields,
+        )
+        for words in (mean, rstd):
+            self.parameters.give(words)
+        for name in (gamma, beta):
+            self.drop_columns(name)
+        if absmax is not None:
+            self.drop_columns(absmax[0])
+
+    # --- Quantisation ------------------------------------------------------------------------------------------
+
+    def scale_and_inverse(self, absmax: int, tiles: int, steps: int, scale: int, inverse: int) -> None:
+        """scale = absmax / steps and inverse = 1 / scale, one value per row."""
+        self.scalars(
+            absmax, scale, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(np.float32(1 / steps))
+        )
+        self.scalars(scale, inverse, tiles, function=Function.RECIP, table=SLOTS["recip"])
+
+    def row_maxima(self, x: Panels, prescale: str | None) -> int:
+        """PARAMETER words with the absolute maxima of the rows of x, computed now if no pass has left them."""
+        if prescale not in x.absmax:
+            fields = self.absmax_fields(x, prescale, 0, False)
+            self.emit_pass(
+                source=Source.VECTOR, tiles=x.tiles, columns=x.features, x=x.start, x_stride=x.features, **fields
+            )
+        return x.absmax[prescale]
+
+    def quantise(self, x: Panels, prescale: str | None) -> QuantisedPanels:
+        """Per-row int8 of x * prescale, as the left operand of products."""
+        absmax = self.row_maxima(x, prescale)
+        q = QuantisedPanels(
+            self.activations.take(x.tiles * x.features), x.features, x.tiles, self.parameters.take(x.tiles)
+        )
+        inverse = self.parameters.take(x.tiles)
+        self.scale_and_inverse(absmax, x.tiles, 127, q.scales, inverse)
+        fields = {}
+        if prescale is not None:
+            fields = {"mul1": FirstMultiply.COLUMN0, "column0": self.load_columns(prescale)}
+        self.emit_pass(
+            source=Source.VECTOR,
+            destination=Destination.ACTIVATION,
+            mul2=SecondMultiply.LANE0,
+            lane0=inverse,
+            tiles=x.tiles,
+            columns=x.features,
+            x=x.start,
+            x_stride=x.features,
+            to=q.start,
+            to_stride=q.features,
+            **fields,
+        )
+        self.parameters.give(inverse)
+        self.drop_columns(prescale)
+        return q
+
+    # --- Products ----------------------------------------------------------------------------------------------
+
+    def panels_per_chunk(self, depth: int) -> int:
+        """Panels of a linear layer that one chunk may hold: at least four chunks fit the weight ring."""
+        return max(1, min(8, self.weight_ring.size // (4 * depth)))
+
+    def product(self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
+        """Load a chunk and start its products; returns the PARAMETER words of its scales and biases."""
+        weights = self.weight_ring.take(chunk.panels * linear.depth)
+        self.builder.emit(
+            LOAD, memory=Memory.WEIGHT, words=chunk.panels * linear.depth, address=chunk.weights, local=weights
+        )
+        words = chunk.panels * (2 if linear.has_bias else 1)
+        scales = self.parameter_ring.take(words)
+        self.builder.emit(LOAD, memory=Memory.PARAMETER, words=words, address=chunk.parameters, local=scales)
+        self.builder.emit(
+            MATRIX,
+            depth=linear.depth,
+            outer=q.tiles,
+            inner=chunk.panels,
+            a=q.start,
+            a_outer=q.features,
+            w=weights,
+            w_inner=linear.depth,
+        )
+        return scales, scales + chunk.panels
+
+    def drain(
+        self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk, words: tuple[int, int], to: int, stride: int, **fields: int
+    ) -> None:
+        """Results of :meth:`product`: scaled by row and column, biased, and whatever ``fields`` add, to VECTOR words."""
+        scales, biases = words
+        if linear.has_bias:
+            fields |= {"add2": SecondAdd.COLUMN1, "column1": biases}
+        self.emit_pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.VECTOR,
+            mul1=FirstMultiply.LANE1,
+            lane1=q.scales,
+            mul2=SecondMultiply.COLUMN0,
+            column0=scales,
+            tiles=q.tiles,
+            columns=chunk.columns,
+            to=to,
+            to_stride=stride,
+            **fields,
+        )
+
+    def linear(
+        self,
+        q: QuantisedPanels,
+        linear: LinearImage,
+        into: Panels,
+        absmax: tuple[str | None] | None = None,
+        activation: str | None = None,
+    ) -> None:
+        """into = activation(q . weight + bias), chunk by chunk."""
+        function = {} if activation is None else self.function_fields(activation)
+        for n, chunk in enumerate(linear.chunks):
+            fields = dict(function)
+            if absmax is not None:
+                fields |= self.absmax_fields(into, absmax[0], chunk.first, n > 0)
+            words = self.product(q, linear, chunk)
+            self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)

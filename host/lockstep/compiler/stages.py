@@ -1,0 +1,72 @@
+"""Which nodes run where and when: stages of host work and device work that follow each other.
+
+A node of the contract runs on the device, everything else on the host. Stage 0 is host work, stage 1 the device work
+that needs no more host work than that, and so on; a model without fallbacks in its middle has one of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockstep.graph import (
+    Activation,
+    Add,
+    Attention,
+    Graph,
+    LayerNorm,
+    Linear,
+    Node,
+    Quantise,
+    Value,
+)
+
+#: What a core executes.
+DEVICE_NODES = (Activation, Add, Attention, LayerNorm, Linear, Quantise)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Host nodes, then the device nodes of one program.
+
+    ``inputs`` are values that the program loads, ``outputs`` those that it stores because the host or a later stage
+    needs them.
+    """
+
+    host: tuple[Node, ...]
+    device: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+def split(graph: Graph) -> list[Stage]:
+    """The stages of a contract-stage graph, in order."""
+    level: dict[Value, int] = {}
+    on_device: dict[Value, bool] = {}
+    for node in graph:
+        device = isinstance(node, DEVICE_NODES)
+        # Host work that reads device work belongs to the next stage.
+        level[node.value] = max(
+            (level[v] + (1 if on_device[v] and not device else 0) for v in node.inputs), default=0
+        )
+        on_device[node.value] = device
+    # A quantised pair lives on chip only: whoever reads it must be in its stage, so it moves there or is repeated.
+    readers: dict[Value, list[Node]] = {}
+    for node in graph:
+        for value in node.inputs:
+            readers.setdefault(value, []).append(node)
+    for node in graph.of(Quantise):
+        level[node.value] = min((level[r.value] for r in readers.get(node.value, [])), default=level[node.value])
+    stages = []
+    for number in range(max(level.values(), default=0) + 1):
+        members = [n for n in graph if level[n.value] == number]
+        device = tuple(n for n in members if on_device[n.value])
+        own = {n.value for n in device}
+        inputs = dict.fromkeys(v for n in device for v in n.inputs if v not in own)
+        outputs = [
+            n.value
+            for n in device
+            if n.value == graph.output or any(r.value not in own for r in readers.get(n.value, []))
+        ]
+        host = tuple(n for n in members if not on_device[n.value])
+        stages.append(Stage(host, device, tuple(inputs), tuple(outputs)))
+    return stages

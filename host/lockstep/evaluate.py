@@ -1,0 +1,220 @@
+"""Running a graph on the host: the ``cpu`` device, and the float oracle that calibration and tests look at.
+
+``run_reference`` executes the contract stage with a module of contract operations, such as the golden
+``lockstep_isa.operations`` or the C++ ``lockstep_hls.kernels``; both give the same bits. ``run_float`` executes the
+float stage with PyTorch and serves accuracy, never equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from lockstep.errors import InputError, SequenceLengthError
+from lockstep.graph import (
+    Activation,
+    Add,
+    Attention,
+    Constant,
+    Dense,
+    Fallback,
+    Gather,
+    Graph,
+    Indices,
+    Input,
+    LayerNorm,
+    Linear,
+    Node,
+    Quantise,
+    Value,
+)
+
+
+class Operations(Protocol):
+    """The contract's operations on row-major arrays; see ``lockstep_isa.operations`` for shapes and meaning."""
+
+    def quantise_rows(self, x: Any, prescale: Any = None) -> tuple[Any, Any]: ...
+    def linear(self, q: Any, s: Any, w: Any, sw: Any, bias: Any = None) -> Any: ...
+    def layer_norm(self, x: Any, gamma: Any, beta: Any, eps: float) -> Any: ...
+    def attention(self, q: Any, k: Any, v: Any, *, tile: int, scale: Any = None, mask: Any = None) -> Any: ...
+    def apply_function(self, name: str, x: Any) -> Any: ...
+    def add(self, x: Any, y: Any, /) -> Any: ...
+
+
+Compute = Callable[[Graph, Node, list[Any]], Any]
+
+
+def run_reference(graph: Graph, inputs: Mapping[str, Any], operations: Operations | Any) -> np.ndarray:
+    """The output of a contract-stage graph for one sequence, ``float32[tokens, features]``.
+
+    Parameters
+    ----------
+    graph : a graph without ``Dense`` nodes.
+    inputs : arrays by input name, without the batch, such as ``{"input_ids": [101, 7592, 102]}``.
+    operations : a module with the contract's operations.
+
+    Raises
+    ------
+    InputError, SequenceLengthError
+        if the inputs do not fit the graph.
+    """
+
+    def compute(graph: Graph, node: Node, given: list[Any]) -> Any:
+        return _contract(graph, node, given, operations)
+
+    return _run(graph, inputs, compute)
+
+
+def run_float(
+    graph: Graph, inputs: Mapping[str, Any], observe: Callable[[Node, list[Any]], None] | None = None
+) -> np.ndarray:
+    """The output of a float-stage graph for one sequence in PyTorch's float32, ``float32[tokens, features]``.
+
+    ``observe`` is called with every node and the arrays that it reads.
+    """
+
+    def compute(graph: Graph, node: Node, given: list[Any]) -> Any:
+        if observe is not None:
+            observe(node, given)
+        return _float(graph, node, given)
+
+    return _run(graph, inputs, compute)
+
+
+def check_inputs(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """``inputs`` as arrays of the right type and shape; raises ``InputError`` or ``SequenceLengthError`` where they
+    do not fit.
+    """
+    expected = graph.inputs
+    unknown = [name for name in inputs if name not in expected]
+    if unknown:
+        raise InputError(f"the model has no input {unknown[0]!r}; it has {', '.join(map(repr, expected))}")
+    arrays: dict[str, np.ndarray] = {}
+    lengths: set[int] = set()
+    for name, node in expected.items():
+        if name not in inputs:
+            raise InputError(f"the input {name!r} is missing")
+        array = np.asarray(inputs[name])
+        if node.dtype.startswith("int") and array.size and not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"the input {name!r} holds {array.dtype} where integers are needed")
+        fits = array.ndim == len(node.shape) and all(
+            wanted in (None, size) for wanted, size in zip(node.shape, array.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("tokens" if size is None else str(size) for size in node.shape)
+            raise InputError(f"the input {name!r} has shape {list(array.shape)}, not [{wanted}]")
+        lengths.update(size for size, wanted in zip(array.shape, node.shape, strict=True) if wanted is None)
+        arrays[name] = np.ascontiguousarray(array.astype(node.dtype))
+    if len(lengths) > 1:
+        raise InputError(f"the inputs have different numbers of tokens: {sorted(lengths)}")
+    for tokens in lengths:
+        if tokens == 0:
+            raise SequenceLengthError("the sequence is empty; give at least one token")
+        if tokens < graph.min_tokens:
+            raise SequenceLengthError(
+                f"the sequence has {tokens} tokens, but the model can only be captured for {graph.min_tokens} or more;"
+                " give a longer one, or run it in PyTorch"
+            )
+        if tokens > graph.max_tokens:
+            raise SequenceLengthError(
+                f"the sequence has {tokens} tokens, but the model has positions for {graph.max_tokens}; shorten or "
+                "split it"
+            )
+    return arrays
+
+
+def _run(graph: Graph, inputs: Mapping[str, Any], compute: Compute) -> np.ndarray:
+    arrays = check_inputs(graph, inputs)
+    last_use: dict[Value, int] = {}
+    for position, node in enumerate(graph):
+        last_use.update(dict.fromkeys(node.inputs, position))
+    values: dict[Value, Any] = {}
+    for position, node in enumerate(graph):
+        if isinstance(node, Input):
+            values[node.value] = arrays[node.name]
+            continue
+        values[node.value] = compute(graph, node, [values[value] for value in node.inputs])
+        for value in node.inputs:
+            if last_use[value] == position and value != graph.output:
+                values.pop(value, None)
+    return values[graph.output]
+
+
+def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
+    """Nodes that mean the same in both stages: data movement and what PyTorch runs."""
+    match node:
+        case Constant():
+            return graph.tensors[node.tensor]
+        case Indices() | Fallback():
+            return node.function(*given)
+        case Gather():
+            table = graph.tensors[node.table]
+            outside = given[0][(given[0] < 0) | (given[0] >= len(table))]
+            if outside.size:
+                raise InputError(
+                    f"index {outside[0]} is not in the table {node.table!r}, which has {len(table)} entries"
+                )
+            return table[given[0]]
+    raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
+
+
+def _contract(graph: Graph, node: Node, given: list[Any], operations: Any) -> Any:
+    def tensor(name: str | None) -> Any:
+        return None if name is None else graph.tensors[name]
+
+    match node:
+        case Add():
+            return operations.add(*np.broadcast_arrays(*given))
+        case LayerNorm():
+            return operations.layer_norm(given[0], tensor(node.gamma), tensor(node.beta), node.eps)
+        case Activation():
+            return operations.apply_function(node.function, given[0])
+        case Quantise():
+            return operations.quantise_rows(given[0], tensor(node.prescale))
+        case Linear():
+            return operations.linear(*given[0], tensor(node.weight), tensor(node.scales), tensor(node.bias))
+        case Attention():
+            heads = range(0, node.heads * node.head_dim, node.head_dim)
+            parts = [[np.ascontiguousarray(x[:, at : at + node.head_dim]) for x in given] for at in heads]
+            return np.hstack([operations.attention(*part, tile=node.tile, scale=node.scale) for part in parts])
+    return host_node(graph, node, given)
+
+
+def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
+    def tensor(name: str | None) -> Any:
+        return None if name is None else torch.from_numpy(graph.tensors[name])
+
+    if isinstance(node, Constant | Gather | Indices | Fallback):
+        return host_node(graph, node, given)
+    with torch.no_grad():
+        x = [torch.from_numpy(np.ascontiguousarray(item)) for item in given]
+        match node:
+            case Add():
+                return (x[0] + x[1]).numpy()
+            case LayerNorm():
+                weight = tensor(node.gamma)
+                return functional.layer_norm(x[0], weight.shape, weight, tensor(node.beta), node.eps).numpy()
+            case Activation():
+                return _ACTIVATIONS[node.function](x[0]).numpy()
+            case Dense():
+                rows = slice(*node.rows)
+                bias = None if node.bias is None else tensor(node.bias)[rows]
+                return functional.linear(x[0], tensor(node.weight)[rows], bias).numpy()
+            case Attention():
+                q, k, v = (item.reshape(len(item), node.heads, node.head_dim).transpose(0, 1) for item in x)
+                mixed = functional.scaled_dot_product_attention(q, k, v, scale=node.scale)
+                return mixed.transpose(0, 1).reshape(len(x[0]), -1).contiguous().numpy()
+    return host_node(graph, node, given)
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_erf": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}

@@ -1,0 +1,297 @@
+"""The contract graph: what a model computes, as operations of the numeric contract on values of one sequence.
+
+A value is a small integer. Unless a node says otherwise it stands for ``float32[tokens, features]``, where
+``tokens`` is a run-time number; a batch is several sequences, run one after the other. Nodes stand in
+topological order: a node reads only values of nodes before it. Parameters live in ``Graph.tensors`` under the
+name they have in the checkpoint and nodes hold those names, so that a weight used twice is stored once.
+
+A graph comes in two stages. Capture gives the *float* stage, whose products are ``Dense``. Quantisation
+(``lockstep.quantise``) replaces each ``Dense`` by ``Quantise`` and ``Linear`` and gives the *contract* stage, the one
+that is compiled and executed; every ``Dense`` that reads the same value then shares one ``Quantise``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+Value = int
+
+#: Keys that attention takes at a time. It is part of a result's bits, so it is a field of the graph and of every
+#: program made from it, never of a device.
+ATTENTION_TILE = 512
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation; ``value`` names its result."""
+
+    value: Value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The values that this node reads, in the order of its fields."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Input(Node):
+    """An input of the model.
+
+    ``shape`` holds the sizes without the batch, ``None`` for the number of tokens: ``int64[tokens]`` for token ids is
+    ``shape=(None,)``, ``float32[tokens, features]`` is ``shape=(None, features)``.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Constant(Node):
+    """A parameter that takes part as a value: ``float32[rows, features]``, one row meaning "for every token"."""
+
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Indices(Node):
+    """Integers that only say what to fetch (positions, token types): ``int64[tokens]``.
+
+    ``function`` maps the arrays of ``reads`` to the indices. It holds integer and Boolean operations alone, which
+    are exact on every machine, so the host computes it wherever the rest of the graph runs.
+    """
+
+    reads: tuple[Value, ...]
+    function: Callable[..., np.ndarray] = dataclasses.field(compare=False, repr=False)
+    operations: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return self.reads
+
+
+@dataclass(frozen=True)
+class Gather(Node):
+    """Rows of a table: ``out[t] = table[indices[t]]``, ``table: float32[entries, features]``. Pure data movement."""
+
+    table: str
+    indices: Value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.indices,)
+
+
+@dataclass(frozen=True)
+class Add(Node):
+    """``out = x + y``; an operand with one row is added to every token."""
+
+    x: Value
+    y: Value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x, self.y)
+
+
+@dataclass(frozen=True)
+class LayerNorm(Node):
+    """``out = (x - mean) * rsqrt(variance + eps) * gamma + beta`` over features; gamma, beta: ``float32[features]``."""
+
+    x: Value
+    gamma: str
+    beta: str
+    eps: float
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Activation(Node):
+    """A function of the contract on every element: ``gelu_erf``, ``gelu_tanh``, ``silu``, ``sigmoid`` or ``tanh``."""
+
+    x: Value
+    function: str
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Dense(Node):
+    """``out = x @ weight.T + bias``, float stage only; weight: ``float32[N, K]``, bias: ``float32[N]`` or none.
+
+    ``rows`` picks the output channels ``rows[0]:rows[1]`` of a packed weight, such as Q, K and V in one matrix.
+    """
+
+    x: Value
+    weight: str
+    bias: str | None
+    rows: tuple[int, int]
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Quantise(Node):
+    """Per-token int8: the value is the pair ``int8[tokens, K]``, ``float32[tokens]`` (section 5 of the contract).
+
+    ``prescale`` names a ``float32[K]`` that multiplies the row first; the weights that read this value are divided by
+    it.
+    """
+
+    x: Value
+    prescale: str | None
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Linear(Node):
+    """``out = (q . weight.T) * s * scales + bias`` with an exact int32 sum.
+
+    ``quantised`` is the value of a ``Quantise``; weight: ``int8[N, K]``, scales: ``float32[N]``, bias: ``float32[N]``
+    or none, all of them names in ``Graph.tensors``.
+    """
+
+    quantised: Value
+    weight: str
+    scales: str
+    bias: str | None
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.quantised,)
+
+
+@dataclass(frozen=True)
+class Attention(Node):
+    """Bidirectional attention of every token to every token, head by head (section 6 of the contract).
+
+    q, k, v and the result are ``float32[tokens, heads * head_dim]``; head ``h`` owns the features
+    ``h * head_dim : (h + 1) * head_dim``. They are quantised per token and head inside. ``tile`` keys are taken at a
+    time.
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    heads: int
+    head_dim: int
+    scale: float
+    tile: int = ATTENTION_TILE
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.q, self.k, self.v)
+
+
+@dataclass(frozen=True)
+class Fallback(Node):
+    """What is not recognised: a part of the captured model that PyTorch runs on the CPU.
+
+    ``function`` maps the arrays of ``reads`` to ``float32[tokens, features]``; ``name`` lists the operations inside and
+    ``reason`` says why they are here.
+    """
+
+    name: str
+    reason: str
+    reads: tuple[Value, ...]
+    function: Callable[..., np.ndarray] = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return self.reads
+
+
+N = TypeVar("N", bound=Node)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A captured model.
+
+    Attributes
+    ----------
+    nodes : operations in topological order.
+    output : the value that the model returns.
+    tensors : parameters by name; one entry per array, however many nodes use it.
+    max_tokens : longest sequence for which the graph was shown to hold (positions exist, masks hide nothing).
+    min_tokens : shortest sequence for which it was.
+    source : where the model came from, for reports.
+    """
+
+    nodes: tuple[Node, ...]
+    output: Value
+    tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    max_tokens: int
+    min_tokens: int = 1
+    source: str = "module"
+
+    def __post_init__(self) -> None:
+        known: set[Value] = set()
+        for node in self.nodes:
+            unknown = [value for value in node.inputs if value not in known]
+            if unknown:
+                raise ValueError(
+                    f"{type(node).__name__} {node.value} reads {unknown[0]}, which no earlier node defines"
+                )
+            if node.value in known:
+                raise ValueError(f"value {node.value} is defined twice")
+            known.add(node.value)
+            missing = [name for name in tensor_names(node) if name not in self.tensors]
+            if missing:
+                raise ValueError(
+                    f"{type(node).__name__} {node.value} uses tensor {missing[0]!r}, which the graph lacks"
+                )
+        if self.output not in known:
+            raise ValueError(f"the output {self.output} is no value of the graph")
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def of(self, kind: type[N]) -> list[N]:
+        """All nodes of one kind, in order."""
+        return [node for node in self.nodes if isinstance(node, kind)]
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """The model's inputs by name."""
+        return {node.name: node for node in self.of(Input)}
+
+    def counts(self) -> dict[str, int]:
+        """How many nodes of each kind there are, by the name of the kind."""
+        return dict(Counter(type(node).__name__ for node in self.nodes))
+
+
+_TENSOR_FIELDS = ("tensor", "table", "gamma", "beta", "weight", "scales", "bias", "prescale")
+
+
+def tensor_names(node: Node) -> list[str]:
+    """Names of the parameters that ``node`` uses, in the order of its fields."""
+    values: list[Any] = [getattr(node, field) for field in _TENSOR_FIELDS if hasattr(node, field)]
+    return [value for value in values if value is not None]
+
+
+def live(nodes: list[Node], output: Value) -> list[Node]:
+    """``nodes`` without those that ``output`` does not need; inputs always stay, they are the model's signature."""
+    needed = {output}
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        if node.value in needed or isinstance(node, Input):
+            needed.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]

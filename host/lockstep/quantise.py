@@ -1,0 +1,243 @@
+"""W8A8: from the float stage of a graph to the contract stage, with an optional pre-scale per input channel.
+
+Weights become int8 with one scale per output channel, activations int8 with one scale per token at run time. A pre-
+scale (SmoothQuant: Xiao et al., 2023, https://arxiv.org/abs/2211.10438) multiplies an activation's channels before it
+is quantised and divides the weight's columns, which moves outliers to where there is room for them. ``fit_prescales``
+finds it off line.
+
+The maintained implementations do not fit: llm-compressor needs an older transformers, neural-compressor's automatic
+alpha assumes static activation scales, and torchao smooths modules, not a graph; the search below is what the
+contract's own error asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lockstep_isa.numerics import flush
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from lockstep.errors import PrescaleError
+from lockstep.evaluate import run_float
+from lockstep.graph import Add, Dense, Graph, Linear, Node, Quantise, Value, live, tensor_names
+
+#: Migration strengths that ``fit_prescales`` tries at every quantise point, besides no pre-scale at all.
+ALPHAS = tuple(step / 10 for step in range(1, 10))
+#: Most calibration tokens that are kept for a quantise point.
+CALIBRATION_ROWS = 2048
+
+Prescales = Mapping[str, np.ndarray]
+
+
+def quantise_points(graph: Graph) -> dict[str, list[list[Dense]]]:
+    """The places where activations are quantised, by name: for each, the products that share one ``Quantise``.
+
+    A point is named after the first weight that reads it. A weight that serves in several layers makes one point with
+    several groups of products, so that its int8 form stays shared.
+    """
+    groups: dict[Value, list[Dense]] = {}
+    for node in graph.of(Dense):
+        groups.setdefault(node.x, []).append(node)
+    points: dict[str, list[list[Dense]]] = {}
+    for products in groups.values():
+        points.setdefault(products[0].weight, []).append(products)
+    return points
+
+
+def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``int8[N, K]`` and ``float32[N]`` with ``weight ~ int8 * scale[:, None]``, for ``weight: float32[N, K]``.
+
+    The scale is absmax / 127 and rounding is to nearest even; a channel of zeros, or too small to have a normal
+    scale, gets scale 0.
+    """
+    scale = np.abs(weight).max(axis=1).astype(np.float32) / np.float32(127)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(0))
+    divisor = np.where(scale > 0, scale, np.float32(1))[:, None]
+    rounded = np.where(scale[:, None] > 0, np.rint(weight / divisor), 0)
+    return np.clip(rounded, -127, 127).astype(np.int8), scale
+
+
+def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
+    """The contract stage of ``graph``: every ``Dense`` becomes a ``Linear`` on a ``Quantise`` that it shares with its
+    siblings.
+
+    Parameters
+    ----------
+    graph : float stage.
+    prescales : ``float32[K]`` by name of the quantise point; points without one get none.
+
+    Raises
+    ------
+    PrescaleError
+        if a pre-scale does not fit the graph.
+    """
+    chosen = dict(prescales or {})
+    points = quantise_points(graph)
+    _check(chosen, points, graph)
+    tensors = {name: flush(array) if array.dtype == np.float32 else array for name, array in graph.tensors.items()}
+    point_of = {node.value: name for name, groups in points.items() for group in groups for node in group}
+    nodes: list[Node] = []
+    quantised: dict[Value, Value] = {}
+    fresh = max(node.value for node in graph) + 1
+    for node in graph:
+        if not isinstance(node, Dense):
+            nodes.append(node)
+            continue
+        point = point_of[node.value]
+        prescale = chosen.get(point)
+        if node.x not in quantised:
+            name = None if prescale is None else f"{point}.prescale"
+            if name is not None:
+                tensors[name] = np.asarray(prescale, np.float32)
+            quantised[node.x] = fresh
+            nodes.append(Quantise(fresh, node.x, name))
+            fresh += 1
+        nodes.append(_linear(node, quantised[node.x], prescale, point, tensors))
+    kept = live(nodes, graph.output)
+    used = {name for node in kept for name in tensor_names(node)}
+    return Graph(
+        tuple(kept),
+        graph.output,
+        {name: tensors[name] for name in tensors if name in used},
+        graph.max_tokens,
+        graph.min_tokens,
+        graph.source,
+    )
+
+
+def _linear(node: Dense, source: Value, prescale: Any, point: str, tensors: dict[str, np.ndarray]) -> Linear:
+    weight = tensors[node.weight]
+    start, stop = node.rows
+    part = "" if (start, stop) == (0, len(weight)) else f"[{start}:{stop}]"
+    name = f"{node.weight}{part}.int8" + ("" if prescale is None or point == node.weight else f" at {point}")
+    if name not in tensors:
+        rows = weight[start:stop] if prescale is None else weight[start:stop] / np.asarray(prescale, np.float32)
+        tensors[name], tensors[f"{name}.scales"] = quantise_weight(rows)
+    bias = node.bias
+    if bias is not None and part:
+        bias = f"{node.bias}{part}"
+        tensors[bias] = tensors[node.bias or ""][start:stop]
+    return Linear(node.value, source, name, f"{name}.scales", bias)
+
+
+def _check(prescales: Mapping[str, np.ndarray], points: Mapping[str, Any], graph: Graph) -> None:
+    for name, prescale in prescales.items():
+        if name not in points:
+            raise PrescaleError(
+                f"the pre-scale {name!r} belongs to no product of this model; was it fitted for another model?"
+            )
+        width = graph.tensors[name].shape[1]
+        if prescale.shape != (width,) or prescale.dtype != np.float32:
+            raise PrescaleError(
+                f"the pre-scale {name!r} is {prescale.dtype}{list(prescale.shape)}, not float32[{width}]"
+            )
+        if not (np.isfinite(prescale) & (prescale > 0)).all():
+            raise PrescaleError(f"the pre-scale {name!r} has an entry that is not a positive number")
+
+
+def load_prescales(path: Path) -> dict[str, np.ndarray]:
+    """Pre-scales from a safetensors file; raises ``PrescaleError`` if there is none or it cannot be read."""
+    if not path.is_file():
+        raise PrescaleError(f"there is no pre-scale file {path}; fit one with: python -m lockstep.calibrate")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise PrescaleError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def fit_prescales(
+    graph: Graph, sequences: Iterable[Mapping[str, Any]]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Pre-scales for ``graph`` (float stage) from sample inputs, and the migration strength chosen at each point.
+
+    At every quantise point each strength alpha in ``ALPHAS`` proposes pc = max|W|^(1 - alpha) / max|x|^alpha per
+    input channel; the one whose int8 products come closest to the float ones on the samples wins. No pre-scale is one
+    of the candidates. The error of a token counts relative to the length of what it ends up in: the product itself,
+    or the sum with a residual.
+    """
+    points = quantise_points(graph)
+    names = {node.value: name for name, groups in points.items() for group in groups for node in group}
+    sums = {value: node.value for node in graph.of(Add) for value in node.inputs if value in names}
+    first = {group[0].value: names[group[0].value] for groups in points.values() for group in groups}
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in points}
+    lengths: dict[str, list[np.ndarray]] = {name: [] for name in points}
+    of_sum = {total: names[value] for value, total in sums.items()}
+
+    def observe(node: Node, given: list[Any]) -> None:
+        if node.value in first:
+            samples[first[node.value]].append(given[0])
+        if node.value in of_sum:
+            lengths[of_sum[node.value]].append(((given[0] + given[1]) ** 2).sum(axis=1))
+
+    for inputs in sequences:
+        run_float(graph, inputs, observe)
+    prescales: dict[str, np.ndarray] = {}
+    chosen: dict[str, float] = {}
+    for name, groups in points.items():
+        weights = [torch.from_numpy(graph.tensors[node.weight][slice(*node.rows)]) for node in groups[0]]
+        x, length = _thinned(samples[name], lengths[name])
+        alpha, prescale = _fit(x, weights, length)
+        if prescale is not None and alpha is not None:
+            prescales[name], chosen[name] = prescale, alpha
+    return prescales, chosen
+
+
+def _thinned(samples: list[np.ndarray], lengths: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """At most about ``CALIBRATION_ROWS`` of the sampled rows, and the squared lengths that belong to them if all are
+    known.
+    """
+    rows = np.concatenate(samples)
+    step = max(1, len(rows) // CALIBRATION_ROWS)
+    length = np.concatenate(lengths) if lengths else np.empty(0, np.float32)
+    thinned = torch.from_numpy(np.ascontiguousarray(rows[::step]))
+    return thinned, torch.from_numpy(np.ascontiguousarray(length[::step])) if len(length) == len(rows) else None
+
+
+def _fit(
+    x: torch.Tensor, weights: list[torch.Tensor], length: torch.Tensor | None
+) -> tuple[float | None, np.ndarray | None]:
+    largest_x = x.abs().amax(dim=0).clamp(min=1e-5)
+    largest_w = torch.cat(weights).abs().amax(dim=0).clamp(min=1e-5)
+    exact = [x @ weight.T for weight in weights]
+    best: tuple[float | None, np.ndarray | None] = (None, None)
+    least = _error(x, weights, exact, length, None)
+    for alpha in ALPHAS:
+        prescale = _rounded(largest_w ** (1 - alpha) / largest_x**alpha)
+        error = _error(x, weights, exact, length, prescale)
+        if error < least:
+            least, best = error, (alpha, prescale.numpy())
+    return best
+
+
+def _rounded(prescale: torch.Tensor) -> torch.Tensor:
+    """A pre-scale around one, with eight significant bits: more would only make the file depend on the machine it was
+    fitted on.
+    """
+    return (prescale / prescale.log().mean().exp()).to(torch.bfloat16).to(torch.float32)
+
+
+def _error(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    length: torch.Tensor | None,
+    prescale: torch.Tensor | None,
+) -> float:
+    """Squared error of the int8 products relative to ``length``, or to the exact products: mean over tokens, sum over
+    weights.
+    """
+    scaled = x if prescale is None else x * prescale
+    steps = scaled.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = torch.round(scaled / steps) * steps
+    total = 0.0
+    for weight, wanted in zip(weights, exact, strict=True):
+        q, scale = quantise_weight((weight if prescale is None else weight / prescale).numpy())
+        got = rounded @ (torch.from_numpy(q.astype(np.float32)) * torch.from_numpy(scale)[:, None]).T
+        size = (wanted**2).sum(dim=1) if length is None else length
+        total += float((((got - wanted) ** 2).sum(dim=1) / size.clamp(min=1e-30)).mean())
+    return total
