@@ -54,7 +54,6 @@ def test_failing_tool_is_quoted(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_ulx3s_core_fits_and_runs_at_50_mhz(tmp_path):
     config = preset("ulx3s")
     report = synthesis.synthesise(config, tmp_path, print)
