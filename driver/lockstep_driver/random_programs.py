@@ -272,11 +272,10 @@ class _Generator:
                 words[region.memory][run] += 1
         if any((w > 1).any() for w in words.values()):
             return True
-        for region in reads(self.config, i):
-            continues = i.maximum and i.max_continue and region == Region(Memory.PARAMETER, i.max_to, i.tiles)
-            if not continues and any(words[region.memory][run].any() for run in _runs(region)):
-                return True
-        return False
+        read = reads(self.config, i)
+        if i.maximum and i.max_continue:
+            read.remove(Region(Memory.PARAMETER, i.max_to, i.tiles))
+        return any(words[region.memory][run].any() for region in read for run in _runs(region))
 
     def finish(self) -> RandomProgram:
         """Bring what the program left on chip to device memory."""

@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ _MAKE_VARIABLES = {
     "OPT_GLOBAL": "-O1",
 }
 #: Verilator's own sources, the same for every build and so compiled once.
-_RUNTIME_OBJECTS = ("verilated", "verilated_dpi", "verilated_vpi", "verilated_threads", "verilated_vcd_c")
+_RUNTIME_OBJECTS = ("verilated", "verilated_vpi", "verilated_threads", "verilated_vcd_c", "verilator")
 
 
 def _version(executable: str, environment: dict[str, str]) -> tuple[int, int]:
@@ -96,31 +95,26 @@ def _share_runtime(directory: Path, restore: bool) -> None:
             if file.exists() and not (target / file.name).exists():
                 temporary = target / f".{file.name}.{os.getpid()}"
                 shutil.copy(file, temporary)
-                # The makefile is a prerequisite of every object and is written after this: stay newer than it.
-                ahead = time.time() + 600
-                os.utime(temporary, (ahead, ahead))
                 temporary.replace(target / file.name)
 
 
 def verilog_of(component: Any, name: str) -> str:
     """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``.
 
-    Text is Verilog already, for components whose ports :func:`lockstep_rtl.generate.component_verilog` names.
+    Ports are called by their path with double underscores, ``vector_read__enable``. Library modules are added.
     """
     from amaranth.back import verilog
+    from lockstep_rtl.generate import library_verilog
 
-    if isinstance(component, str):
-        return component
     if isinstance(component, type) or not hasattr(component, "elaborate"):
         component = component()
-    return verilog.convert(component, name=name, strip_internal_attrs=True)
+    text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
+    return text + library_verilog(text)
 
 
-def _inputs(text: str) -> list[str]:
-    """Inputs of module ``top``."""
-    top = re.search(r"^module top\b.*?^endmodule", text, re.MULTILINE | re.DOTALL)
-    assert top, "no module top"
-    return re.findall(r"^\s*input (?:wire )?(?:signed )?(?:\[[^]]*\] )?(\w+);", top[0], re.MULTILINE)
+def _top_module(text: str) -> str:
+    """The Verilog of the module ``top``."""
+    return re.search(r"^module top\b.*?^endmodule", text, re.MULTILINE | re.DOTALL)[0]
 
 
 def run_cocotb(
@@ -136,7 +130,7 @@ def run_cocotb(
 
     Parameters
     ----------
-    component : a ``wiring.Component``, a function without arguments that makes one, or Verilog with module ``top``.
+    component : a ``wiring.Component``, or a function without arguments that makes one.
     test_module : importable name of the module with the cocotb tests; a test file passes its ``__name__``.
     name : names the build folder and the Verilog top; builds with different parameters need different names.
     parameters : JSON-able values that the cocotb side reads with :func:`parameters`.
@@ -155,7 +149,7 @@ def run_cocotb(
     previous = dict(os.environ)
     os.environ.update(environment)
     os.environ[_PARAMETERS] = json.dumps(parameters or {})
-    os.environ[_INPUTS] = json.dumps(_inputs(text))
+    os.environ[_INPUTS] = " ".join(re.findall(r"^  input (?:\[[^]]*\] )?(\w+);", _top_module(text), re.MULTILINE))
     try:
         runner = get_runner("verilator")
         if not (stamp.exists() and stamp.read_text() == digest):
@@ -203,7 +197,8 @@ async def start(dut: Any, period_ns: int = 10) -> None:
     from cocotb.clock import Clock
     from cocotb.triggers import FallingEdge
 
-    for name in json.loads(os.environ[_INPUTS]):
+    # Only inputs: an output that never changes would keep what is written over it.
+    for name in os.environ[_INPUTS].split():
         getattr(dut, name).value = 0
     dut.rst.value = 1
     dut.clk.value = 0
