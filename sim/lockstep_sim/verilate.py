@@ -87,7 +87,14 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
             progress(f"building the RTL simulator of '{config.name}' (once, about a minute)")
         _build(folder, config, core_verilog(config), verilator, compiler, flags, trace)
 
-    key = [core_identity(config), verilator.version, *flags, *compiler, *COMPILER_FLAGS, *(s.read_text() for s in sources)]
+    key = [
+        core_identity(config),
+        verilator.version,
+        *flags,
+        *compiler,
+        *COMPILER_FLAGS,
+        *(s.read_text() for s in sources),
+    ]
     key.append(f"bus {config.bus_bytes}")
     return build_cached(key, build, progress) / "core.so"
 
@@ -114,7 +121,12 @@ def _build(
     include = verilator.root / "include"
     compile_flags = [*COMPILER_FLAGS, f"-I{generated}", f"-I{include}", f"-I{include / 'vltstd'}", f"-I{NATIVE}"]
     compile_flags += [f"-DLOCKSTEP_BUS_BYTES={config.bus_bytes}", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TIMING=0"]
-    compile_flags += [f"-DVM_TRACE={int(trace)}", f"-DVM_TRACE_FST={int(trace)}", "-DVM_TRACE_VCD=0", "-DVM_TRACE_SAIF=0"]
+    compile_flags += [
+        f"-DVM_TRACE={int(trace)}",
+        f"-DVM_TRACE_FST={int(trace)}",
+        "-DVM_TRACE_VCD=0",
+        "-DVM_TRACE_SAIF=0",
+    ]
     runtime = [include / name for name in RUNTIME]
     if trace:
         compile_flags.append("-DLOCKSTEP_TRACE")

@@ -147,9 +147,7 @@ class AttentionLowering:
             chunks = linear.chunks[head.head * per_head : (head.head + 1) * per_head]
             words = [low.product(rows, linear, chunk) for chunk in chunks]
 
-            def drain(
-                name: str = name, rows=rows, linear=linear, chunks=chunks, words=words
-            ) -> None:
+            def drain(name: str = name, rows=rows, linear=linear, chunks=chunks, words=words) -> None:
                 value = low.vectors.take(s.tiles * self.head_dim)
                 maxima = low.parameters.take(s.tiles)
                 for n, (chunk, where) in enumerate(zip(chunks, words, strict=True)):

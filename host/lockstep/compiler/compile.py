@@ -268,9 +268,7 @@ class StageCompiler:
 
     def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
         q = self.quantised[node.quantised]
-        image = self.image.linear(
-            node.weight, node.scales, node.bias, None, self.low.panels_per_chunk(q.features)
-        )
+        image = self.image.linear(node.weight, node.scales, node.bias, None, self.low.panels_per_chunk(q.features))
         outputs = self.graph.tensors[node.weight].shape[0]
         into = self._new(outputs)
         self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)

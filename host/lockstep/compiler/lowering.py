@@ -238,7 +238,14 @@ class Lowering:
         )
 
     def layer_norm(
-        self, x: Panels, y: Panels | None, into: Panels, gamma: str, beta: str, eps: float, absmax: tuple[str | None] | None
+        self,
+        x: Panels,
+        y: Panels | None,
+        into: Panels,
+        gamma: str,
+        beta: str,
+        eps: float,
+        absmax: tuple[str | None] | None,
     ) -> None:
         """into = layer_norm(x + y), or of x alone; ``absmax`` names the pre-scale whose maxima to keep, in a tuple."""
         n, tiles = x.features, x.tiles
@@ -247,9 +254,7 @@ class Lowering:
             self.add(x, y, into, sum=1, sum_to=mean)
             x = into
         else:
-            self.emit_pass(
-                source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean
-            )
+            self.emit_pass(source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean)
         share = np.float32(1 / n)
         self.scalars(mean, mean, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
         self.emit_pass(
@@ -300,9 +305,7 @@ class Lowering:
 
     def scale_and_inverse(self, absmax: int, tiles: int, steps: int, scale: int, inverse: int) -> None:
         """scale = absmax / steps and inverse = 1 / scale, one value per row."""
-        self.scalars(
-            absmax, scale, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(np.float32(1 / steps))
-        )
+        self.scalars(absmax, scale, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(np.float32(1 / steps)))
         self.scalars(scale, inverse, tiles, function=Function.RECIP, table=SLOTS["recip"])
 
     def row_maxima(self, x: Panels, prescale: str | None) -> int:
@@ -370,7 +373,14 @@ class Lowering:
         return scales, scales + chunk.panels
 
     def drain(
-        self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk, words: tuple[int, int], to: int, stride: int, **fields: int
+        self,
+        q: QuantisedPanels,
+        linear: LinearImage,
+        chunk: Chunk,
+        words: tuple[int, int],
+        to: int,
+        stride: int,
+        **fields: int,
     ) -> None:
         """Results of :meth:`product`: scaled by row and column, biased, and whatever ``fields`` add, to VECTOR words."""
         scales, biases = words
