@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
 from lockstep_isa.errors import ErrorCode
+from lockstep_isa.instructions import Unit
 from lockstep_isa.program import Program, ProgramError, validate
 from lockstep_isa.registers import (
     BY_NAME,
@@ -21,7 +22,6 @@ from lockstep_isa.registers import (
     Flags,
     Status,
 )
-from lockstep_isa.instructions import Unit
 from lockstep_sim.core import SimulatedCore
 
 from .errors import DeviceError, DeviceTimeout, DriverError, IncompatibleDevice

@@ -116,7 +116,7 @@ class AttentionLowering:
     # --- Projections -------------------------------------------------------------------------------------------
 
     def _project(self, head: _Head) -> Iterator:
-        """Start the three products of a head now; yields what turns each result into an operand, to be called in order."""
+        """Start the three products of a head now; yields what makes an operand of each, to be called in order."""
         low, s = self.low, head.sequence
         for name, projection in zip("qkv", self.projections, strict=True):
             if projection.linear is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from lockstep_driver.builder import ProgramBuilder
@@ -48,7 +49,7 @@ _KINDS = {
 _WEIGHT_RING, _PARAMETER_RING = 0.75, 0.5
 
 
-def float_bits(value: float) -> int:
+def float_bits(value: float | np.floating[Any]) -> int:
     """The bit pattern of a float32 immediate."""
     return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
 
@@ -68,7 +69,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class QuantisedPanels:
-    """int8[tiles * rows, features] in ACTIVATION words from ``start``, with scales in PARAMETER words ``scales`` + t."""
+    """int8[tiles * rows, features] in ACTIVATION words from ``start``; PARAMETER word ``scales`` + t scales tile t."""
 
     start: int
     features: int
@@ -382,7 +383,7 @@ class Lowering:
         stride: int,
         **fields: int,
     ) -> None:
-        """Results of :meth:`product`: scaled by row and column, biased, and whatever ``fields`` add, to VECTOR words."""
+        """Results of :meth:`product` to VECTOR words: scaled by row and column, biased, and whatever ``fields`` add."""
         scales, biases = words
         if linear.has_bias:
             fields |= {"add2": SecondAdd.COLUMN1, "column1": biases}
