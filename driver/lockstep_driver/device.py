@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
 from lockstep_isa.errors import ErrorCode
+from lockstep_isa.instructions import Unit
 from lockstep_isa.program import Program, ProgramError, validate
 from lockstep_isa.registers import (
     BY_NAME,
@@ -21,7 +22,6 @@ from lockstep_isa.registers import (
     Flags,
     Status,
 )
-from lockstep_isa.instructions import Unit
 from lockstep_sim.core import SimulatedCore
 
 from .errors import DeviceError, DeviceTimeout, DriverError, IncompatibleDevice
@@ -92,7 +92,9 @@ class Device:
     def __enter__(self) -> Device:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -114,7 +116,9 @@ class Device:
             raise IncompatibleDevice(f"'{self.uri}' is no Lockstep core: its magic is {magic:#010x}")
         for register, expected in (("ABI_VERSION", ABI_VERSION), ("ISA_VERSION", ISA_VERSION)):
             if (found := self.read(register)) != expected:
-                raise IncompatibleDevice(f"'{self.uri}' has {register} {found}, this driver needs {expected}; update one")
+                raise IncompatibleDevice(
+                    f"'{self.uri}' has {register} {found}, this driver needs {expected}; update one"
+                )
         if (crc := self.read("CONFIG_CRC")) != self.config.crc:
             raise IncompatibleDevice(
                 f"'{self.uri}' is not core '{self.config.name}': its configuration is {crc:#010x}, "

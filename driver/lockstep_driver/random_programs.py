@@ -42,7 +42,11 @@ _TABLES = {
     Function.RSQRT: ("rsqrt", 2),
     Function.RELU_MINUS: ("gelu_erf", 3),
 }
-_OTHER_TABLES = {Function.RELU_MINUS: ("gelu_erf", "gelu_tanh", "silu"), Function.ODD: ("tanh",), Function.SIGMOID: ("sigmoid",)}
+_OTHER_TABLES = {
+    Function.RELU_MINUS: ("gelu_erf", "gelu_tanh", "silu"),
+    Function.ODD: ("tanh",),
+    Function.SIGMOID: ("sigmoid",),
+}
 
 
 @dataclass(frozen=True)
@@ -306,7 +310,9 @@ class _Generator:
             columns=tiles * rows,
             to_stride=tiles * rows,
         )
-        b.emit(STORE, memory=Memory.VECTOR, words=product_words, address=result + vector_bytes + parameter_bytes, local=0)
+        b.emit(
+            STORE, memory=Memory.VECTOR, words=product_words, address=result + vector_bytes + parameter_bytes, local=0
+        )
         memory = np.concatenate(self.blocks)
         return RandomProgram(self.seed, self.base, b.finish(), memory, slice(result, result + result_bytes))
 

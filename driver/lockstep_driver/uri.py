@@ -85,7 +85,8 @@ def parse(text: str) -> DeviceUri:
                 )
         except ValueError:
             raise DeviceNotFound(
-                f"device '{text}': '{value}' is no value for {key}; write memory=256M (1M to 2G), latency=40, refresh=780"
+                f"device '{text}': '{value}' is no value for {key}; write memory=256M (1M to 2G), latency=40, "
+                "refresh=780"
             ) from None
     return DeviceUri(scheme, config, memory, timing, wave)
 

@@ -138,7 +138,7 @@ class GoldenCore:
         """One row tile; arrays are f32[columns, rows]."""
         n = i.columns
         x = self._source(i, tile)
-        y = self.vector[i.y + tile * i.y_stride :][:n] if FirstAdd.Y == i.add1 or ThirdMultiply.Y == i.mul3 else x
+        y = self.vector[i.y + tile * i.y_stride :][:n] if i.add1 == FirstAdd.Y or i.mul3 == ThirdMultiply.Y else x
         lane0 = self.parameter[(i.lane0 + tile) % len(self.parameter)]
         lane1 = self.parameter[(i.lane1 + tile) % len(self.parameter)]
 

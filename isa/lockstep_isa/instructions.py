@@ -277,6 +277,9 @@ class Instruction:
 
     __slots__ = ("type", "values")
 
+    type: InstructionType
+    values: Mapping[str, int]
+
     def __init__(self, type: InstructionType, **values: int) -> None:
         layout = type.layout
         unknown = set(values) - set(layout)

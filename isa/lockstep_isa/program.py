@@ -73,7 +73,8 @@ class Program:
             raise ProgramError(f"the program is for instruction set {version}, this is {ISA_VERSION}; compile it again")
         if len(body) != count * INSTRUCTION_BYTES:
             raise ProgramError(
-                f"the program file is truncated: {len(body)} bytes of instructions, {count * INSTRUCTION_BYTES} announced"
+                f"the program file is truncated: {len(body)} bytes of instructions, "
+                f"{count * INSTRUCTION_BYTES} announced"
             )
         if zlib.crc32(body) != crc:
             raise ProgramError("the program file is damaged: its checksum does not match; write it again")

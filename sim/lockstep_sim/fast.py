@@ -153,7 +153,9 @@ class FastCore:
         start = registers["RING_BASE"] + slot * DESCRIPTOR_BYTES
         if not self._inside(start, DESCRIPTOR_BYTES):
             return self._fail(ErrorCode.OUT_OF_WINDOW, 0, start, CONTROL_UNIT)
-        words = struct.unpack_from(f"<{len(DESCRIPTOR_FIELDS)}I", self.memory[start : start + DESCRIPTOR_BYTES].tobytes())
+        words = struct.unpack_from(
+            f"<{len(DESCRIPTOR_FIELDS)}I", self.memory[start : start + DESCRIPTOR_BYTES].tobytes()
+        )
         descriptor = dict(zip((name for name, _ in DESCRIPTOR_FIELDS), words, strict=True))
         if descriptor["config_crc"] != self.config.crc:
             return self._fail(ErrorCode.WRONG_CONFIGURATION, 0, start, CONTROL_UNIT)

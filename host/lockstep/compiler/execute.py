@@ -23,7 +23,7 @@ from .stages import Stage, split
 
 @dataclass(frozen=True)
 class Compiled:
-    """One stage for one batch shape: the program, on device too, the buffers of values that cross, and where they lie."""
+    """One stage for one batch shape: the program, also on the device, and the buffers of values that cross."""
 
     program: Program
     loaded: LoadedProgram

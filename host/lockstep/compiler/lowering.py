@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from lockstep_driver.builder import ProgramBuilder
@@ -48,7 +49,7 @@ _KINDS = {
 _WEIGHT_RING, _PARAMETER_RING = 0.75, 0.5
 
 
-def float_bits(value: float) -> int:
+def float_bits(value: float | np.floating[Any]) -> int:
     """The bit pattern of a float32 immediate."""
     return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
 
@@ -68,7 +69,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class QuantisedPanels:
-    """int8[tiles * rows, features] in ACTIVATION words from ``start``, with scales in PARAMETER words ``scales`` + t."""
+    """int8[tiles * rows, features] in ACTIVATION words from ``start``; PARAMETER word ``scales`` + t scales tile t."""
 
     start: int
     features: int
@@ -238,7 +239,14 @@ class Lowering:
         )
 
     def layer_norm(
-        self, x: Panels, y: Panels | None, into: Panels, gamma: str, beta: str, eps: float, absmax: tuple[str | None] | None
+        self,
+        x: Panels,
+        y: Panels | None,
+        into: Panels,
+        gamma: str,
+        beta: str,
+        eps: float,
+        absmax: tuple[str | None] | None,
     ) -> None:
         """into = layer_norm(x + y), or of x alone; ``absmax`` names the pre-scale whose maxima to keep, in a tuple."""
         n, tiles = x.features, x.tiles
@@ -247,9 +255,7 @@ class Lowering:
             self.add(x, y, into, sum=1, sum_to=mean)
             x = into
         else:
-            self.emit_pass(
-                source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean
-            )
+            self.emit_pass(source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean)
         share = np.float32(1 / n)
         self.scalars(mean, mean, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
         self.emit_pass(
@@ -300,9 +306,7 @@ class Lowering:
 
     def scale_and_inverse(self, absmax: int, tiles: int, steps: int, scale: int, inverse: int) -> None:
         """scale = absmax / steps and inverse = 1 / scale, one value per row."""
-        self.scalars(
-            absmax, scale, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(np.float32(1 / steps))
-        )
+        self.scalars(absmax, scale, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(np.float32(1 / steps)))
         self.scalars(scale, inverse, tiles, function=Function.RECIP, table=SLOTS["recip"])
 
     def row_maxima(self, x: Panels, prescale: str | None) -> int:
@@ -370,9 +374,16 @@ class Lowering:
         return scales, scales + chunk.panels
 
     def drain(
-        self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk, words: tuple[int, int], to: int, stride: int, **fields: int
+        self,
+        q: QuantisedPanels,
+        linear: LinearImage,
+        chunk: Chunk,
+        words: tuple[int, int],
+        to: int,
+        stride: int,
+        **fields: int,
     ) -> None:
-        """Results of :meth:`product`: scaled by row and column, biased, and whatever ``fields`` add, to VECTOR words."""
+        """Results of :meth:`product` to VECTOR words: scaled by row and column, biased, and whatever ``fields`` add."""
         scales, biases = words
         if linear.has_bias:
             fields |= {"add2": SecondAdd.COLUMN1, "column1": biases}

@@ -43,12 +43,11 @@ def split(graph: Graph) -> list[Stage]:
     level: dict[Value, int] = {}
     on_device: dict[Value, bool] = {}
     for node in graph:
-        device = isinstance(node, DEVICE_NODES)
         # Host work that reads device work belongs to the next stage.
+        on_device[node.value] = isinstance(node, DEVICE_NODES)
         level[node.value] = max(
-            (level[v] + (1 if on_device[v] and not device else 0) for v in node.inputs), default=0
+            (level[v] + (on_device[v] and not on_device[node.value]) for v in node.inputs), default=0
         )
-        on_device[node.value] = device
     # A quantised pair lives on chip only: whoever reads it must be in its stage, so it moves there or is repeated.
     readers: dict[Value, list[Node]] = {}
     for node in graph:
