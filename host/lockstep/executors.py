@@ -1,22 +1,28 @@
-"""Executors by URI: the host itself, and every device that the driver opens."""
+"""Executors by URI: the host itself, and every device that the driver opens.
+
+PyTorch is imported when one is opened, not before: a URI can be checked without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from lockstep_driver import SCHEMES, Counters, Device, DeviceNotFound, open_device, parse
 from lockstep_hls.toolchain import Progress
 from lockstep_isa.config import CoreConfig
 
-from lockstep.compiler.execute import DeviceExecutor
-from lockstep.graph import Graph
-from lockstep.model import Executor, HostExecutor
+if TYPE_CHECKING:
+    from lockstep.graph import Graph
+    from lockstep.model import Executor, HostExecutor
 
 
 def _cpu(progress: Progress) -> HostExecutor:
     from lockstep_hls import kernels
+
+    from lockstep.model import HostExecutor
 
     kernels.prepare(progress)
     return HostExecutor(kernels)
@@ -24,6 +30,8 @@ def _cpu(progress: Progress) -> HostExecutor:
 
 def _golden(progress: Progress) -> HostExecutor:
     from lockstep_isa import operations
+
+    from lockstep.model import HostExecutor
 
     return HostExecutor(operations)
 
@@ -56,6 +64,8 @@ class OpenExecutor:
         self.watch: Callable[[int], None] | None = None
         self._device = device
         if device is not None:
+            from lockstep.compiler.execute import DeviceExecutor
+
             device.watch = self._passed
             executor = DeviceExecutor(device, self.runs.append)
         assert executor is not None

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lockstep.bundled import BUNDLED
 from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
-from lockstep.checkpoint import BUNDLED, find_folder, load_checkpoint
+from lockstep.checkpoint import find_folder, load_checkpoint
 from lockstep.errors import CaptureError, InputError, ModelError, TokenizerError
 from lockstep.evaluate import run_reference
 from lockstep.graph import Fallback, Graph, Input, Quantise

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.program import Program
 
-from lockstep.graph import Activation, Add, Attention, Graph, LayerNorm, Linear, Node, Quantise, Value
+from lockstep.graph import (
+    Activation,
+    Add,
+    Attention,
+    Constant,
+    Gather,
+    Graph,
+    Input,
+    LayerNorm,
+    Linear,
+    Node,
+    Quantise,
+    Value,
+)
 
 from .allocation import CapacityError
 from .attention import AttentionLowering, Projection, Sequence
@@ -37,10 +50,16 @@ def sequences_of(lengths: tuple[int, ...], rows: int) -> list[Sequence]:
 
 
 def feature_counts(graph: Graph) -> dict[Value, int]:
-    """Features of every value that device nodes produce from others, and of their inputs where they follow from them."""
+    """Features of every value whose node tells them, or whose inputs do; those of fallbacks are not among them."""
     features: dict[Value, int] = {}
     for node in graph:
         match node:
+            case Gather():
+                features[node.value] = graph.tensors[node.table].shape[1]
+            case Constant():
+                features[node.value] = graph.tensors[node.tensor].shape[1]
+            case Input(shape=(None, int(size))):
+                features[node.value] = size
             case Linear():
                 features[node.value] = graph.tensors[node.weight].shape[0]
                 features.setdefault(node.quantised, graph.tensors[node.weight].shape[1])
