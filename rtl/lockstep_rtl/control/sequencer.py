@@ -32,9 +32,10 @@ class Sequencer(wiring.Component):
     dispatched : Out(1), an instruction leaves. outstanding : Out(1), fetches are under way.
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
-    A program whose descriptor names another configuration, an unknown opcode, a count of zero and stray bits are
-    refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches never
-    ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
+    A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
+    enumeration does not have and stray bits are refused here, before any unit sees them. A descriptor is complete when
+    all its instructions are. Fetches never ask for more than the buffer holds, so that data for LOAD is never stuck
+    behind them on the shared bus.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -112,11 +113,16 @@ class Sequencer(wiring.Component):
             push = getattr(self, f"push_{t.name.lower()}")
             view = data.View(instruction_layout(t), head[: t.width])
             m.d.comb += [push.payload.index.eq(index), push.payload.instruction.eq(view)]
-            zero_counts = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            wrong = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            wrong += [
+                ~getattr(view, f.name).matches(*map(int, f.choices))
+                for f in t.fields
+                if f.choices is not None and len(f.choices) < 1 << f.width
+            ]
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),
-                    malformed.eq(Cat(head[t.width :].any(), *zero_counts).any()),
+                    malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
                     push.valid.eq(dispatch & ~malformed),
                     pushed.eq(push.valid & push.ready),
                 ]
@@ -138,21 +144,20 @@ class Sequencer(wiring.Component):
                         remaining.eq(1),
                     ]
                     m.next = "READ"
-            with m.State("READ"):
-                with m.If(buffer.r_rdy):
-                    m.d.comb += buffer.r_en.eq(1)
-                    m.d.sync += [
-                        address.eq(fields["program"]),
-                        remaining.eq(fields["count"]),
-                        left.eq(fields["count"]),
-                        fence.eq(fields["fence"]),
-                        index.eq(0),
-                    ]
-                    m.next = "DISPATCH"
-                    with m.If(fields["config_crc"] != self.config.crc):
-                        m.d.sync += remaining.eq(0)
-                        m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
-                        m.next = "STOP"
+            with m.State("READ"), m.If(buffer.r_rdy):
+                m.d.comb += buffer.r_en.eq(1)
+                m.d.sync += [
+                    address.eq(fields["program"]),
+                    remaining.eq(fields["count"]),
+                    left.eq(fields["count"]),
+                    fence.eq(fields["fence"]),
+                    index.eq(0),
+                ]
+                m.next = "DISPATCH"
+                with m.If(fields["config_crc"] != self.config.crc):
+                    m.d.sync += remaining.eq(0)
+                    m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
+                    m.next = "STOP"
             with m.State("DISPATCH"):
                 m.d.comb += dispatch.eq(buffer.r_rdy & ~self.halt)
                 with m.If(dispatch & ~(known & ~malformed)):
@@ -163,19 +168,20 @@ class Sequencer(wiring.Component):
                     m.d.sync += [index.eq(index + 1), left.eq(left - 1)]
                 with m.If(left == 0):
                     m.next = "SETTLE"
-            with m.State("SETTLE"):
-                with m.If(self.units_idle):
-                    m.d.sync += [self.fence.eq(fence), self.ring_head.eq(self.ring_head + 1)]
-                    m.next = "WAIT"
+            with m.State("SETTLE"), m.If(self.units_idle):
+                m.d.sync += [self.fence.eq(fence), self.ring_head.eq(self.ring_head + 1)]
+                m.next = "WAIT"
             with m.State("STOP"):
                 pass
 
-        leaves = want & ~inside
+        leaves, bus_error = want & ~inside, r.valid & r.resp.any()
         m.d.comb += [
-            self.error.valid.eq(fail | leaves),
-            self.error.code.eq(
-                Mux(fail, code, Mux(address[:6].any(), ErrorCode.MISALIGNED, ErrorCode.OUT_OF_WINDOW))
-            ),
+            self.error.valid.eq(fail | bus_error | leaves),
+            self.error.code.eq(Mux(address[:6].any(), ErrorCode.MISALIGNED, ErrorCode.OUT_OF_WINDOW)),
             self.error.address.eq(address),
         ]
+        with m.If(bus_error):
+            m.d.comb += self.error.code.eq(ErrorCode.BUS_READ)
+        with m.Elif(fail):
+            m.d.comb += self.error.code.eq(code)
         return m

@@ -114,5 +114,3 @@ class Supervisor(wiring.Component):
         for name, count in counts.items():
             m.d.sync += count.eq(Mux(self.clear_counters | self.soft_reset, 0, count + step[name]))
         return m
-
-

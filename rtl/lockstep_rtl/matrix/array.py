@@ -33,10 +33,11 @@ class SystolicArray(wiring.Component):
         cycle 2+r+c  the sum of the last k stands in the element's register ...
         cycle 3+r+c  ... and is at ``result``, selected by the diagonal's ``last``
 
-    One column per row and cycle leaves the array, so tiles may follow each other every max(K, C) cycles: the skew
-    is paid once per stream. No element has a second accumulator: ``result`` takes the sum in the one cycle
-    between its completion and the next tile's first product. Control bits depend on r + c only, so there is one
-    chain of R + C - 1 of them for all elements. Elements never stall; missing operands are zeros.
+    One column per row and cycle leaves the array, so tiles may follow each other every max(K, C) cycles if their
+    ``last`` words are at least C cycles apart: the skew is paid once per stream. No element has a second accumulator:
+    ``result`` takes the sum in the one cycle between its completion and the next tile's first product. Control bits
+    depend on r + c only, so there is one chain of R + C - 1 of them for all elements. Elements never stall; missing
+    operands are zeros.
     """
 
     def __init__(self, config: CoreConfig) -> None:

@@ -25,7 +25,9 @@ class MatrixUnit(wiring.Component):
     accumulator : In(AccumulatorPort), for the vector unit.
 
     A tile takes max(K, C) cycles, tiles and instructions follow each other without a bubble while the queue has
-    room. Results reach the queue by themselves: ``done`` frees the operands, not the results.
+    room. Where K < C the idle cycles come before the words: last words are then never closer than C cycles, whatever
+    K the tile before had, and columns of two tiles never meet in the array's ``result``. Results reach the queue by
+    themselves: ``done`` frees the operands, not the results.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -49,41 +51,41 @@ class MatrixUnit(wiring.Component):
         m.submodules.accumulators = accumulators = Accumulators(self.config)
         wiring.connect(m, accumulators.read, wiring.flipped(self.accumulator))
 
-        active = Signal()
+        active, started = Signal(), Signal()
         i = Signal.like(self.instruction.payload)
         k = Signal(ADDRESS_BITS)
-        idle = Signal(range(columns + 1))
+        # Idle cycles before the words of each tile, and those that this tile still has to wait.
+        padding, idle = Signal(range(columns)), Signal(range(columns))
         inner, outer = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
         # Word addresses: of this k, of this tile's start, of this outer step's start.
         a, a_tile, a_outer = (Signal(ADDRESS_BITS, name=f"a{n}") for n in ("", "_tile", "_outer"))
         w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
 
-        first, last_word, padding, go, tile_end = (
-            Signal(name=n) for n in ("first", "last_word", "padding", "go", "tile_end")
+        first, last_word, step, go, tile_end = (
+            Signal(name=n) for n in ("first", "last_word", "step", "go", "tile_end")
         )
         m.d.comb += [
-            padding.eq(idle.any()),
-            first.eq((k == 0) & ~padding),
+            first.eq(k == 0),
             last_word.eq(k == i.depth - 1),
-            go.eq(active & ~padding & (~first | accumulators.room)),
-            self.stalled.eq(active & first & ~accumulators.room),
+            step.eq(active & (started | accumulators.room)),
+            go.eq(step & ~idle.any()),
+            self.stalled.eq(active & ~started & ~accumulators.room),
             self.streaming.eq(go),
-            accumulators.reserve.eq(go & first),
+            accumulators.reserve.eq(step & ~started),
             self.activation_read.enable.eq(go),
             self.activation_read.address.eq(a),
             self.weight_read.enable.eq(go),
             self.weight_read.address.eq(w),
-            # A tile ends with its last word, or with the last idle cycle behind it where K < C.
-            tile_end.eq(Mux(padding, idle == 1, go & last_word & (i.depth >= columns))),
+            tile_end.eq(go & last_word),
         ]
+        with m.If(step):
+            m.d.sync += started.eq(1)
+        with m.If(idle.any() & step):
+            m.d.sync += idle.eq(idle - 1)
         with m.If(go):
             m.d.sync += [k.eq(k + 1), a.eq(a + 1), w.eq(w + 1)]
-            with m.If(last_word):
-                m.d.sync += k.eq(0)
-                with m.If(i.depth < columns):
-                    m.d.sync += idle.eq(columns - i.depth)
-        with m.If(padding):
-            m.d.sync += idle.eq(idle - 1)
+        with m.If(tile_end):
+            m.d.sync += [k.eq(0), started.eq(0), idle.eq(padding)]
 
         last_inner, last_outer, end = Signal(), Signal(), Signal()
         m.d.comb += [
@@ -106,12 +108,15 @@ class MatrixUnit(wiring.Component):
             m.d.sync += active.eq(0)
         with m.If(self.instruction.valid & self.instruction.ready):
             n = self.instruction.payload
-            m.d.sync += [i.eq(n), active.eq(1), k.eq(0), inner.eq(0), outer.eq(0)]
+            short = Mux(n.depth < columns, columns - n.depth, 0)
+            m.d.sync += [i.eq(n), active.eq(1), k.eq(0), inner.eq(0), outer.eq(0), padding.eq(short), idle.eq(short)]
             m.d.sync += [word.eq(n.a) for word in (a, a_tile, a_outer)]
             m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]
 
         # The scratchpads answer one cycle later; control waits with them.
-        valid, tile_first, tile_last, unsigned = (Signal(name=n) for n in ("valid_1", "first_1", "last_1", "unsigned_1"))
+        valid, tile_first, tile_last, unsigned = (
+            Signal(name=n) for n in ("valid_1", "first_1", "last_1", "unsigned_1")
+        )
         m.d.sync += [valid.eq(go), tile_first.eq(first), tile_last.eq(last_word), unsigned.eq(i.unsigned)]
         m.d.comb += [
             array.a.eq(self.activation_read.data),

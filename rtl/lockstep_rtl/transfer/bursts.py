@@ -27,7 +27,7 @@ class Window(wiring.Signature):
 
 
 class UnitError(wiring.Signature):
-    """An error in this cycle: ``code``, ``address``; ``oldest``: of the oldest instruction in flight, not the newest."""
+    """An error in this cycle: ``code``, ``address``; ``oldest``: of the oldest instruction, else of the newest."""
 
     def __init__(self) -> None:
         super().__init__({"valid": Out(1), "code": Out(4), "address": Out(ADDRESS_BITS), "oldest": Out(1)})

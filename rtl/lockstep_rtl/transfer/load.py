@@ -127,9 +127,7 @@ class LoadUnit(wiring.Component):
         for lane in range(bus_bits // 32):
             value = r.data.word_select(lane, 32)
             subnormal = is_float & ~value[23:31].any()
-            m.d.comb += beat_data.word_select(lane, 32).eq(
-                Mux(subnormal, Cat(C(0, 31), value[31]), value)
-            )
+            m.d.comb += beat_data.word_select(lane, 32).eq(Mux(subnormal, Cat(C(0, 31), value[31]), value))
 
         fills = {
             Memory.ACTIVATION: self.fill_activation,
@@ -157,12 +155,14 @@ class LoadUnit(wiring.Component):
             m.d.comb += written.eq(1)
 
         beats_last = Array(C(self.beats.get(n, 1) - 1, len(beat)) for n in range(8))  # type: ignore[call-overload]
-        take, word_end, row_end, instruction_end = (
-            Signal(name=n) for n in ("take", "word_end", "row_end", "instruction_end")
+        room, take, word_end, row_end, instruction_end = (
+            Signal(name=n) for n in ("room", "take", "word_end", "row_end", "instruction_end")
         )
         m.d.comb += [
-            r.ready.eq((receiving & (~pending | written)) | self.halt),
-            take.eq(r.valid & r.ready & receiving),
+            # A halted unit lets the bus run dry: what has no room is dropped.
+            room.eq(receiving & (~pending | written)),
+            r.ready.eq(room | self.halt),
+            take.eq(r.valid & room),
             word_end.eq(take & (beat == beats_last[target.memory])),
             row_end.eq(word_end & (words == 1)),
             instruction_end.eq(row_end & (rows == 1)),

@@ -110,11 +110,10 @@ class StoreUnit(wiring.Component):
             m.d.sync += [word.eq(word >> (8 * config.bus_bytes)), beat.eq(beat + 1)]
             m.d.sync += in_burst.eq(Mux(w.last, 0, in_burst + 1))
         with m.FSM():
-            with m.State("ACCEPT"):
-                with m.If(accept):
-                    m.d.sync += [i.eq(n), local.eq(n.local), row_local.eq(n.local), words.eq(n.words), rows.eq(n.rows)]
-                    m.d.sync += active.eq(1)
-                    m.next = "REQUEST"
+            with m.State("ACCEPT"), m.If(accept):
+                m.d.sync += [i.eq(n), local.eq(n.local), row_local.eq(n.local), words.eq(n.words), rows.eq(n.rows)]
+                m.d.sync += active.eq(1)
+                m.next = "REQUEST"
             with m.State("REQUEST"):
                 m.d.comb += [self.read.enable.eq(1), self.stalled.eq(~self.read_ready)]
                 with m.If(self.read_ready):

@@ -155,7 +155,7 @@ class Issue(wiring.Component):
 
         late = Signal()  # the words of the group that has begun are still being fetched
         no_tile = from_accumulator & ~self.accumulator.available
-        go = Signal()
+        go, y_alone = Signal(), Signal()  # y_alone: a cycle of the issue that only reads y
         m.d.comb += go.eq(~no_tile & ~sum_waits & ~group_waits & ~late)
 
         with m.FSM():
@@ -185,10 +185,11 @@ class Issue(wiring.Component):
                     self.stalled.eq(no_tile),
                     fetching.eq(needed.any()),
                     self.beat.eq(go & ~read_y),
+                    y_alone.eq(go & read_y),
                 ]
                 with m.If(late & one_left):
                     m.d.sync += [late.eq(0), needed.eq(column_needs), group.eq(group + 1)]
-                with m.If(go & read_y):
+                with m.If(y_alone):
                     m.d.sync += [read_y.eq(0), y_address.eq(y_address + 1)]
                 with m.If(self.beat):
                     m.d.sync += sub.eq(sub + 1)
@@ -224,8 +225,6 @@ class Issue(wiring.Component):
                 m.next = "ACCEPT"
 
         # Stage 0: reads.
-        reads_y = Mux(shares, go & read_y, self.beat)
-        in_issue = self.beat | (go & read_y)
         m.d.comb += [
             self.first.eq(column == 0),
             self.last.eq(last_column),
@@ -233,7 +232,7 @@ class Issue(wiring.Component):
             self.accumulator.enable.eq(self.beat & from_accumulator),
             self.accumulator.column.eq(column[:group_bits]),
             self.accumulator.pop.eq(self.beat & from_accumulator & ends & (group_ends | last_column)),
-            self.vector_read.enable.eq((self.beat & from_vector) | (in_issue & uses_y & reads_y)),
+            self.vector_read.enable.eq((self.beat & from_vector) | y_alone | (self.beat & uses_y & ~shares)),
             self.vector_read.address.eq(Mux(from_vector & ~(shares & read_y), x_address, y_address)),
             self.parameter_read.enable.eq(fetching | (self.beat & from_parameter)),
             self.parameter_read.address.eq(Mux(fetching, fetch_address, x_address)),

@@ -1,12 +1,12 @@
 """Where results go: the vector unit's writes."""
 
-from amaranth.hdl import Const, Module, Mux, Signal
+from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import VECTOR, Destination, Maximum
 
 from ..interfaces import ADDRESS_BITS, WritePort, instruction_layout
-from .transpose import Transposer
+from .transpose import Transposer, lanes_mask
 
 
 class ResultWriter(wiring.Component):
@@ -69,8 +69,7 @@ class ResultWriter(wiring.Component):
         valid = Mux(is_float, self.result_valid, self.rounded_valid)
         last = Mux(is_float, self.result_last, self.rounded_last)
         sub = Mux(is_float, self.result_sub, self.rounded_sub)
-        mask = Signal(rows)
-        m.d.comb += mask.eq(Const((1 << lanes) - 1, rows) << (sub * lanes))
+        mask = lanes_mask(config, sub)
         with m.If(self.begin):
             m.d.sync += [row_base.eq(i.to), address.eq(i.to)]
         with m.Elif(valid & (sub == subwords - 1)):

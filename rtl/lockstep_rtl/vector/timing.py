@@ -98,7 +98,7 @@ def column_cycles(config: CoreConfig, i: Instruction) -> int:
     return config.subwords + (uses_y(i) and i.source == Source.VECTOR)
 
 
-def _row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
+def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     """Cycles of one row tile, prologue included; ``first`` where no other row precedes it."""
     per_column, words = column_cycles(config, i), column_words(i)
     transposed = i.destination == Destination.WEIGHT_TRANSPOSED
@@ -124,11 +124,11 @@ def _row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     return now
 
 
-def vector_tail(config: CoreConfig, i: Instruction) -> int:
-    """Cycles from the last column to ``done``: the pipeline, and the last row sum or transposed group behind it."""
+def tail_cycles(config: CoreConfig, i: Instruction) -> int:
+    """Cycles from the last beat to ``done``: the pipeline, and the last row sum or the last transposed group."""
     tail = DEPTH
     if i.sum:
-        # The tree, the adder, the assembled word, its write.
+        # To the tree, through it, through the adder into the assembled word, and its write.
         tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
     if i.destination == Destination.WEIGHT_TRANSPOSED:
         tail = max(tail, ROUNDED + config.rows + 2)
@@ -138,12 +138,10 @@ def vector_tail(config: CoreConfig, i: Instruction) -> int:
 def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
     """Cycles from the acceptance of a VECTOR instruction to ``done``, if its tiles are there when it wants them.
 
-    1 to start, then per row tile the prologue and the columns (plus, between groups of ``rows`` columns, the fetch of
-    their words where x comes from PARAMETER too), then DEPTH for the last beat, and the end of the last row sum or
-    of the last transposed group.
+        1 + row_cycles(first) + (tiles - 1) * row_cycles(other) + tail_cycles
+
+    The first cycle starts the pass. A row takes ``prologue + columns * column_cycles`` plus its waits: the fetch of
+    column words between groups where x comes from PARAMETER too, the adders (``row_pause``), the transposer.
     """
-    i = instruction
-    rows = _row_cycles(config, i, True)
-    if i.tiles > 1:
-        rows += (i.tiles - 1) * _row_cycles(config, i, False)
-    return 1 + rows + vector_tail(config, i)
+    first, other = row_cycles(config, instruction, True), row_cycles(config, instruction, False)
+    return 1 + first + (instruction.tiles - 1) * other + tail_cycles(config, instruction)

@@ -1,11 +1,16 @@
 """Turning columns into words of one row each, for operands of the other side of the array."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal
+from amaranth.hdl import Cat, Module, Mux, Shape, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..interfaces import ADDRESS_BITS, WritePort
+
+
+def lanes_mask(config, sub):
+    """Which rows of a word the beat with this ``sub`` holds, one bit each."""
+    return Cat((sub == s).replicate(config.lanes) for s in range(config.subwords))
 
 
 class Transposer(wiring.Component):
@@ -44,7 +49,7 @@ class Transposer(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        rows, lanes, subwords = self.config.rows, self.config.lanes, self.config.subwords
+        rows, subwords = self.config.rows, self.config.subwords
         bits = (rows - 1).bit_length()
 
         # Fill: rotate the column by its number, so that row r meets bank r + c.
@@ -59,7 +64,7 @@ class Transposer(wiring.Component):
         m.d.comb += [
             turn.eq(rows - column),
             word.eq(self.bytes.replicate(subwords)),
-            mask.eq(Const((1 << lanes) - 1, rows) << (self.sub * lanes)),
+            mask.eq(lanes_mask(self.config, self.sub)),
             rotated.eq(Cat(word, word) >> (turn << 3)),
             rotated_mask.eq(Cat(mask, mask) >> turn),
         ]

@@ -259,6 +259,9 @@ class FastCore {
 
         int32_t peak[kRows], limit[kRows];
         std::memcpy(limit, &parameter_[size_t(uint16_t(i.max_to + tile)) % isa::kParameterWords * kRows], sizeof limit);
+        // A NaN that an addition made may carry any sign here; in the core it is the positive one.
+        for (int r = 0; r < kRows; r++)
+            if (i.maximum == Maximum::kAbsolute && (uint32_t(limit[r]) & ~kSign) > kInfinity) limit[r] = int32_t(kNaN);
         for (int r = 0; r < kRows; r++)
             peak[r] = i.max_continue ? limit[r] : i.maximum == Maximum::kExponent ? INT32_MIN : 0;
 

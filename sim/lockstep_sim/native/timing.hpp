@@ -262,7 +262,7 @@ class TimingModel {
                     item.now = popped_[before];
                 }
             }
-            available_.push_back(item.now + item.depth + kArrayLatency + 2 * isa::kRows - 2);
+            available_.push_back(item.now + period + kArrayLatency + 2 * isa::kRows - 2);
             item.now += period;
             cycles.busy += uint64_t(period);
         }

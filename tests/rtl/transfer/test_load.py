@@ -1,0 +1,234 @@
+"""The LOAD unit against golden: all memories, strides, stalls of every channel and none, errors, halt."""
+
+import cocotb
+import numpy as np
+from lockstep_isa.errors import ErrorCode
+from lockstep_isa.executor import GoldenCore
+from lockstep_isa.instructions import LOAD, Instruction, Memory
+from lockstep_rtl.generate import component_verilog
+from lockstep_rtl.scratchpad import fill_stream
+from lockstep_rtl.transfer.load import LoadUnit
+from rtl.axi_models import Probe, ReadMemory, Sink, Source, bench, lanes, never, random_stalls, small, word_of
+from rtl.harness import assert_equal, run_cocotb, stalls
+
+CONFIG = small()
+BUS, ROWS = CONFIG.bus_bytes, CONFIG.rows
+FILLS = {
+    Memory.ACTIVATION: ("fill_activation", np.int8),
+    Memory.WEIGHT: ("fill_weight", np.int8),
+    Memory.VECTOR: ("fill_vector", np.float32),
+    Memory.PARAMETER: ("fill_parameter", np.float32),
+}
+
+
+def device_memory(seed=1, size=1 << 16):
+    """Random bytes; a third of the words are subnormals, zeros or infinities as fp32."""
+    random = np.random.default_rng(seed)
+    words = random.integers(0, 1 << 32, size // 4, np.uint32)
+    special = random.integers(0, 6, len(words))
+    words[special == 0] &= 0x807FFFFF
+    words[special == 1] &= 0xFF800000
+    return words.view(np.uint8).copy()
+
+
+def patterns(values):
+    """Bits; those of a NaN are outside the contract, so all NaNs are one."""
+    bits = values.view(f"u{values.dtype.itemsize}")
+    return np.where(np.isnan(values), 0x7FC00000, bits) if values.dtype.kind == "f" else bits
+
+
+class TableWriter:
+    """Collects function table entries."""
+
+    def __init__(self, dut):
+        self.dut, self.entries = dut, []
+
+    def drive(self):
+        """Nothing to drive: entries are always taken."""
+
+    def sample(self):
+        if int(self.dut.table_enable.value):
+            self.entries.append((int(self.dut.table_address.value), int(self.dut.table_data.value)))
+
+
+class World:
+    """A LOAD unit between a device memory and scratchpads."""
+
+    @classmethod
+    async def start(cls, dut, instructions, memory, gap=never, fill_gap=never, **knobs):
+        self = cls()
+        self.dut, self.memory = dut, memory
+        self.bench = await bench(dut)
+        dut.window_base.value, dut.window_limit.value = 0, len(memory)
+        self.bus = self.bench.add(ReadMemory(dut, "bus", memory, BUS, **knobs))
+        self.source = self.bench.add(Source(dut, "instruction", [word_of(i) for i in instructions], gap))
+        self.sinks = {m: self.bench.add(Sink(dut, name, fill_gap)) for m, (name, _) in FILLS.items()}
+        self.table = self.bench.add(TableWriter(dut))
+        self.probe = self.bench.add(Probe(dut, "done", "error_valid", "outstanding", "stalled"))
+        return self
+
+    async def finish(self, count):
+        await self.bench.until(lambda: self.probe.count("done") == count, 30000, f"done of {count} instructions")
+        await self.bench.step(10)
+        assert self.probe.count("done") == count
+        assert not self.probe.count("error_valid")
+        assert not self.probe.values["outstanding"][-1]
+
+    def compare(self, instructions):
+        """Every word that was written, in order: address and content."""
+        golden = GoldenCore(CONFIG, self.memory)
+        for i in instructions:
+            golden.execute(i)
+        for memory, (name, dtype) in FILLS.items():
+            layout = fill_stream(8 * ROWS * np.dtype(dtype).itemsize).members["payload"].shape
+            words = [layout.from_bits(item) for item in self.sinks[memory].items]
+            places = addresses(instructions, memory)
+            assert_equal([w.address for w in words], places, f"{name} address of word ")
+            kept = np.array(getattr(golden, memory.name.lower()))
+            written = np.zeros_like(kept)
+            for word in words:
+                written[word.address] = lanes(word.data, ROWS, dtype)
+            untouched = np.ones(len(kept), bool)
+            untouched[places] = False
+            kept[untouched] = 0
+            assert_equal(patterns(written), patterns(kept), f"{name} word, lane ")
+        places = addresses(instructions, Memory.TABLE)
+        assert_equal([a for a, _ in self.table.entries], places, "address of table entry ")
+        entries = np.array([[e & 0xFFFFFFFF, e >> 32 & 0xFFFFFF, e >> 56] for _, e in self.table.entries]).reshape(
+            -1, 3
+        )
+        c = golden.table.view(np.uint32)[places].reshape(-1, 3)
+        assert_equal(entries, np.stack([c[:, 0], c[:, 1] >> 8, c[:, 2] >> 16], 1), "table entry, coefficient ")
+
+
+def addresses(instructions, memory):
+    """On-chip words that the instructions fill, in order."""
+    return np.array(
+        [
+            i.local + r * i.local_stride + n
+            for i in instructions
+            if i.memory == memory
+            for r in range(i.rows)
+            for n in range(i.words)
+        ],
+        int,
+    )
+
+
+LOADS = [
+    Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=40, address=0x0FF0, local=3),
+    Instruction(LOAD, memory=Memory.WEIGHT, rows=5, words=3, address=0x2004, stride=0x1010, local=2, local_stride=7),
+    Instruction(LOAD, memory=Memory.VECTOR, rows=3, words=5, address=0x3FE0, stride=0x58, local=20, local_stride=5),
+    Instruction(LOAD, memory=Memory.PARAMETER, rows=2, words=4, address=0x7000, stride=0x40, local=1, local_stride=8),
+    Instruction(LOAD, memory=Memory.TABLE, rows=2, words=9, address=0x8000, stride=0x400, local=128, local_stride=256),
+    Instruction(LOAD, memory=Memory.VECTOR, rows=1, words=1, address=0x9000, local=63),
+    Instruction(LOAD, memory=Memory.WEIGHT, rows=4, words=1, address=0x9004, stride=4, local=40, local_stride=1),
+    Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=1, address=0xFFFC, local=0),
+]
+
+
+@cocotb.test()
+async def all_memories_without_stalls(dut):
+    world = await World.start(dut, LOADS, device_memory())
+    await world.finish(len(LOADS))
+    world.compare(LOADS)
+
+
+@cocotb.test()
+async def all_memories_with_every_channel_stalling(dut):
+    for seed in range(3):
+        knobs = random_stalls(seed)
+        knobs = {name: knobs[name] for name in ("stall_ar", "stall_r")}
+        memory = device_memory(seed)
+        world = await World.start(
+            dut, LOADS, memory, stalls(0.3, seed), stalls(0.4, seed), latency=1 + 5 * seed, **knobs
+        )
+        await world.finish(len(LOADS))
+        world.compare(LOADS)
+
+
+@cocotb.test()
+async def one_beat_a_cycle_over_rows_and_instructions(dut):
+    """With a memory that answers at once, the bus never pauses between bursts of one or of two instructions."""
+    loads = [
+        Instruction(LOAD, memory=Memory.ACTIVATION, words=50, address=0x0F00),
+        Instruction(LOAD, memory=Memory.VECTOR, rows=2, words=16, address=0x1000, stride=0x400, local_stride=16),
+        Instruction(LOAD, memory=Memory.WEIGHT, rows=1, words=60, address=0x3000),
+    ]
+    world = await World.start(dut, loads, device_memory(), latency=3)
+    await world.finish(len(loads))
+    world.compare(loads)
+    assert_equal(np.diff(world.bus.beats), np.ones(50 + 128 + 60 - 1, int), "cycles between beat ")
+
+
+@cocotb.test()
+async def done_comes_with_the_last_write(dut):
+    load = Instruction(LOAD, memory=Memory.VECTOR, words=4, address=0x100)
+    world = await World.start(dut, [load], device_memory())
+    await world.finish(1)
+    assert world.probe.cycles("done") == world.sinks[Memory.VECTOR].cycles[-1:]
+
+
+async def fails(dut, loads, base=0, limit=1 << 16, bad=()):
+    """(code, address, oldest) of the first error."""
+    world = await World.start(dut, loads, device_memory(), bad=bad)
+    dut.window_base.value, dut.window_limit.value = base, limit
+    await world.bench.until(lambda: world.probe.count("error_valid"), 500, "an error")
+    for _, address, beats in world.bus.bursts:
+        assert base <= address <= limit - beats * BUS, f"a burst at {address:#x}"
+    return world
+
+
+@cocotb.test()
+async def transfers_outside_the_window_or_misaligned_are_refused(dut):
+    outside = Instruction(LOAD, memory=Memory.WEIGHT, rows=1, words=4, address=0x1FF8)
+    await fails(dut, [LOADS[0], outside], limit=0x2000)
+    assert (int(dut.error_code.value), int(dut.error_address.value)) == (ErrorCode.OUT_OF_WINDOW, 0x1FF8 + 8)
+    assert not int(dut.error_oldest.value), "the newest instruction is to blame"
+    await fails(dut, [outside.replace(address=0x1002)])
+    assert int(dut.error_code.value) == ErrorCode.MISALIGNED
+
+
+@cocotb.test()
+async def a_bus_error_stops_the_oldest_instruction(dut):
+    world = await World.start(dut, LOADS[:2], device_memory(), bad=[0x1008])
+    seen = []
+
+    def failed():
+        if int(dut.error_valid.value):
+            seen.append((int(dut.error_code.value), int(dut.error_oldest.value)))
+        return bool(seen)
+
+    class Watch:
+        def drive(self):
+            pass
+
+        def sample(self):
+            failed()
+
+    world.bench.add(Watch())
+    await world.bench.until(lambda: bool(seen), 500, "an error")
+    assert seen[0] == (ErrorCode.BUS_READ, 1)
+    assert world.bus.beats[-1] == world.bench.cycle - 1, "in the cycle of the beat"
+
+
+@cocotb.test()
+async def halt_starts_nothing_and_lets_the_bus_run_dry(dut):
+    for seed, cycle in enumerate((12, 25, 60, 61, 62)):
+        knobs = random_stalls(seed)
+        world = await World.start(
+            dut, LOADS, device_memory(), fill_gap=stalls(0.9, 1), stall_ar=knobs["stall_ar"], stall_r=knobs["stall_r"]
+        )
+        await world.bench.step(cycle)
+        dut.halt.value = 1
+        await world.bench.step()
+        asked = len(world.bus.bursts) + int(dut.bus_ar_valid.value)  # what was shown is still finished
+        await world.bench.until(lambda world=world: not world.probe.values["outstanding"][-1], 1000, "a quiet bus")
+        assert not world.bus.flying
+        await world.bench.step(50)
+        assert len(world.bus.bursts) == asked
+        dut.halt.value = 0
+
+
+def test_load_fills_every_memory_like_golden():
+    run_cocotb(component_verilog(LoadUnit(CONFIG), "top"), __name__, "load")

@@ -1,0 +1,120 @@
+"""The STORE unit against golden: strides, stalls of every channel and none, errors, halt."""
+
+import cocotb
+import numpy as np
+from lockstep_isa.errors import ErrorCode
+from lockstep_isa.executor import GoldenCore
+from lockstep_isa.instructions import STORE, Instruction, Memory
+from lockstep_rtl.generate import component_verilog
+from lockstep_rtl.transfer.store import StoreUnit
+from rtl.axi_models import Probe, ReadServer, Source, WriteMemory, bench, never, random_stalls, small, unlanes, word_of
+from rtl.harness import assert_equal, run_cocotb, stalls
+
+CONFIG = small()
+BUS, ROWS, BEATS = CONFIG.bus_bytes, CONFIG.rows, CONFIG.beats_per_vector_word
+
+
+class World:
+    """A STORE unit between the vector scratchpad and a device memory."""
+
+    @classmethod
+    async def start(cls, dut, instructions, gap=never, read_gap=never, size=1 << 16, **knobs):
+        self = cls()
+        words = np.random.default_rng(3).integers(0, 1 << 32, (CONFIG.vector_words, ROWS), np.uint32)
+        self.expected, self.memory = (np.full(size, 0xA5, np.uint8) for _ in range(2))
+        self.golden = GoldenCore(CONFIG, self.expected)
+        self.golden.vector[:] = words.view(np.float32)
+        self.bench = await bench(dut)
+        dut.window_base.value, dut.window_limit.value = 0, size
+        self.source = self.bench.add(Source(dut, "instruction", [word_of(i) for i in instructions], gap))
+        self.pad = self.bench.add(ReadServer(dut, "read", [unlanes(w) for w in words], "read_ready", read_gap))
+        self.bus = self.bench.add(WriteMemory(dut, "bus", self.memory, BUS, **knobs))
+        self.probe = self.bench.add(Probe(dut, "done", "error_valid", "error_code", "error_address", "outstanding"))
+        return self
+
+    async def finish(self, instructions):
+        await self.bench.until(lambda: self.probe.count("done") == len(instructions), 30000, "done")
+        answered = not self.bus.answers and not self.bus.open_bursts
+        await self.bench.step(5)
+        assert answered, "done means that the memory has everything"
+        assert self.probe.count("done") == len(instructions)
+        assert not self.probe.count("error_valid")
+        assert not self.probe.values["outstanding"][-1]
+        for i in instructions:
+            self.golden.execute(i)
+        assert_equal(self.memory, self.expected, "device memory, byte ")
+
+
+STORES = [
+    Instruction(STORE, memory=Memory.VECTOR, rows=1, words=20, address=0x0FF0, local=3),
+    Instruction(STORE, memory=Memory.VECTOR, rows=5, words=3, address=0x2004, stride=0x1010, local=2, local_stride=7),
+    Instruction(STORE, memory=Memory.VECTOR, rows=4, words=1, address=0x8000, stride=16, local=60, local_stride=1),
+    Instruction(
+        STORE, memory=Memory.VECTOR, rows=2, words=9, address=0x9F00, stride=0x100, local=40, local_stride=0xFFF0
+    ),
+    Instruction(STORE, memory=Memory.VECTOR, rows=1, words=1, address=0xFFF0, local=63),
+]
+
+
+@cocotb.test()
+async def blocks_without_stalls(dut):
+    world = await World.start(dut, STORES)
+    await world.finish(STORES)
+
+
+@cocotb.test()
+async def every_channel_stalls(dut):
+    for seed in range(4):
+        knobs = random_stalls(seed)
+        knobs = {name: knobs[name] for name in ("stall_aw", "stall_w", "stall_b")}
+        world = await World.start(dut, STORES, stalls(0.5, seed), stalls(0.5, seed), latency=1 + 7 * seed, **knobs)
+        await world.finish(STORES)
+
+
+@cocotb.test()
+async def a_word_takes_its_beats_and_two_cycles(dut):
+    store = Instruction(STORE, memory=Memory.VECTOR, words=32, address=0x1000)
+    world = await World.start(dut, [store])
+    await world.finish([store])
+    first = np.array(world.bus.beats[::BEATS])
+    assert_equal(np.diff(first), np.full(31, BEATS + 2), "cycles between the first beats of word ")
+
+
+@cocotb.test()
+async def transfers_outside_the_window_or_misaligned_are_refused(dut):
+    for address, code, at in ((0xFFF0, ErrorCode.OUT_OF_WINDOW, 0x10000), (0x102, ErrorCode.MISALIGNED, 0x102)):
+        world = await World.start(dut, [Instruction(STORE, memory=Memory.VECTOR, words=3, address=address)])
+        await world.bench.until(lambda world=world: world.probe.count("error_valid"), 500, "an error")
+        assert world.probe.values["error_code"][-1] == code
+        assert world.probe.values["error_address"][-1] == at
+        assert all(a + n * BUS <= 0x10000 for _, a, n in world.bus.bursts)
+
+
+@cocotb.test()
+async def a_bus_error_is_reported(dut):
+    world = await World.start(dut, STORES, bad=[0x3014])
+    await world.bench.until(lambda: world.probe.count("error_valid"), 2000, "an error")
+    assert world.probe.values["error_code"][-1] == ErrorCode.BUS_WRITE
+    assert int(dut.error_oldest.value)
+
+
+@cocotb.test()
+async def halt_announces_nothing_and_finishes_what_is_announced(dut):
+    for seed, cycle in enumerate((8, 21, 40, 55, 56)):
+        knobs = random_stalls(seed)
+        knobs = {name: knobs[name] for name in ("stall_aw", "stall_w", "stall_b")}
+        world = await World.start(dut, STORES, **knobs)
+        await world.bench.step(cycle)
+        dut.halt.value = 1
+        await world.bench.step()
+        asked = len(world.bus.bursts) + int(dut.bus_aw_valid.value)  # what was shown is still finished
+        await world.bench.until(lambda world=world: not world.probe.values["outstanding"][-1], 1000, "a quiet bus")
+        assert not world.bus.answers
+        assert not world.bus.open_bursts
+        await world.bench.step(50)
+        assert len(world.bus.bursts) == asked
+        dut.halt.value = 0
+
+
+def test_store_writes_device_memory_like_golden():
+    run_cocotb(component_verilog(StoreUnit(CONFIG), "top"), __name__, "store")
