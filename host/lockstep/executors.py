@@ -88,7 +88,9 @@ class OpenExecutor:
     def __enter__(self) -> OpenExecutor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _passed(self, cycles: int, seconds: float) -> None:

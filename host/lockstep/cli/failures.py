@@ -55,7 +55,7 @@ def explain(error: Exception) -> tuple[str, int]:
         if isinstance(error, OSError) and error.filename is not None:
             return f"{error.filename}: {error.strerror}", status
         if isinstance(error, ImportError):
-            return f"a package that this needs cannot be imported ({error}); 'lockstep doctor' says what is missing", status
+            return f"a package cannot be imported ({error}); 'lockstep doctor' says what is missing", status
         return str(error), status
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"a mistake in Lockstep, {text}; please report it with what 'lockstep --debug ...' prints", INTERNAL

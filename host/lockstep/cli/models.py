@@ -135,10 +135,7 @@ def verify(
         emit(report)
     else:
         console = results()
-        rows = [
-            [uri, _cycles(found.cycles[uri]), "reference" if uri not in found.differences else _count(found.differences[uri])]
-            for uri in dict.fromkeys(devices)
-        ]
+        rows = [[uri, _cycles(found.cycles[uri]), _verdict(found.differences.get(uri))] for uri in found.cycles]
         console.print(table(["device", "cycles", "result"], rows))
         if first is None:
             console.print(f"identical: {found.values_compared:,} values compared", highlight=False)
@@ -153,10 +150,13 @@ def _cycles(cycles: int | None) -> str:
     return "-" if cycles is None else f"{cycles:,}"
 
 
-def _count(differences: int) -> str:
+def _verdict(differences: int | None) -> str:
+    if differences is None:
+        return "reference"
     return "the same bits" if differences == 0 else f"{differences:,} values differ"
 
 
 def _show_fallbacks(model: Model) -> None:
     for part in fallbacks(model):
-        results().print(f"on the CPU in PyTorch: {part['operations']} ({part['reason']})", markup=False, highlight=False)
+        text = f"on the CPU in PyTorch: {part['operations']} ({part['reason']})"
+        results().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -87,7 +87,7 @@ class Steps:
 
     @contextmanager
     def bar(self, line: str, total: int) -> Iterator[Callable[[int], None] | None]:
-        """A bar over ``total`` cycles; gives what is to be told how many have passed, none where there is no terminal."""
+        """A bar over ``total`` cycles; gives what to tell how many have passed, none where there is no terminal."""
         if self._status is None:
             self(line)
             yield None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,14 +12,10 @@ from .failures import UsageError, guarded
 from .models import ModelArgument, fallbacks, open_model
 from .output import JsonOption, Steps, emit, results
 
-if TYPE_CHECKING:
-    from lockstep_isa.instructions import Instruction
-
 
 def register(app: typer.Typer) -> None:
-    app.command(name="compile", epilog="Example: lockstep compile minilm --device rtl:laptop --tokens 16 -o minilm.prog")(
-        compile_model
-    )
+    example = "Example: lockstep compile minilm --device rtl:laptop --tokens 16 --output minilm.prog"
+    app.command(name="compile", epilog=example)(compile_model)
     app.command(epilog="Example: lockstep disasm minilm.prog | less")(disasm)
 
 
@@ -75,25 +71,31 @@ def compile_model(
         )
     else:
         which = "" if len(stages) == 1 else f", part {part} of 0 to {len(stages) - 1}"
-        text = f"{output}: {len(program.instructions):,} instructions, {size:,} bytes, for core '{uri.config.name}'{which}"
-        results().print(text, markup=False, highlight=False, soft_wrap=True)
+        text = f"{len(program.instructions):,} instructions, {size:,} bytes, for core '{uri.config.name}'{which}"
+        results().print(f"{output}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 @guarded
 def disasm(
     program: Annotated[Path, typer.Argument(metavar="PROGRAM", help="A file that 'lockstep compile' wrote.")],
+    device: Annotated[str | None, typer.Option(help="Check first that it can run on this device's core.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the instructions of a program file."""
     from lockstep_isa.config import PRESETS
-    from lockstep_isa.program import Program, ProgramError
+    from lockstep_isa.program import Program, ProgramError, validate
 
     try:
         loaded = Program.load(program)
+        if device is not None:
+            from lockstep_driver import parse
+
+            validate(parse(device).config, loaded)
     except ProgramError as error:
         raise ProgramError(f"{program}: {error}") from None
     core = next((name for name, config in PRESETS.items() if config.crc == loaded.config_crc), None)
-    counts = Counter(instruction.type.name for instruction in loaded.instructions)
+    instructions: tuple[Any, ...] = loaded.instructions
+    counts = Counter(instruction.type.name for instruction in instructions)
     lines = loaded.disassemble()
     if as_json:
         emit(
@@ -102,7 +104,7 @@ def disasm(
                 "config_crc": f"{loaded.config_crc:#010x}",
                 "core": core,
                 "counts": dict(counts),
-                "instructions": [_entry(n, i) for n, i in enumerate(loaded.instructions)],
+                "instructions": [_entry(n, i) for n, i in enumerate(instructions)],
             }
         )
         return
@@ -113,6 +115,6 @@ def disasm(
         typer.echo(line)
 
 
-def _entry(number: int, instruction: Instruction) -> dict[str, object]:
+def _entry(number: int, instruction: Any) -> dict[str, object]:
     fields = {name: int(value) for name, value in instruction.values.items() if name != "opcode"}
     return {"index": number, "name": instruction.type.name, "unit": instruction.type.unit.name, "fields": fields}

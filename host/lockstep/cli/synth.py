@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .failures import guarded
 from .output import JsonOption, Steps, emit, results, table
+
+if TYPE_CHECKING:
+    from lockstep_rtl.synthesis import SynthesisReport
 
 
 def register(app: typer.Typer) -> None:
@@ -33,38 +35,39 @@ def synth(
     from lockstep_rtl.synthesis import synthesise
 
     with Steps() as steps:
-        steps(f"synthesising '{preset}'")
         if workdir is None:
             with tempfile.TemporaryDirectory(prefix="lockstep-synth-") as folder:
                 report = synthesise(config, Path(folder), steps)
         else:
-            workdir.mkdir(parents=True, exist_ok=True)
             report = synthesise(config, workdir, steps)
-    values = {"preset": preset, **dataclasses.asdict(report)}
     if as_json:
-        emit(values)
+        emit(
+            {
+                "preset": preset,
+                "units": {name: dataclasses.asdict(used) for name, used in report.units.items()},
+                "total": dataclasses.asdict(report.total),
+                "used": dict(report.used),
+                "utilisation": report.utilisation,
+                "fits": report.fits,
+                "fmax_mhz": report.fmax_mhz,
+                "critical_path": [{"cell": cell, "delay_ns": delay} for cell, delay in report.critical_path],
+            }
+        )
     else:
-        _show(values)
+        _show(preset, report)
 
 
-def _show(values: dict[str, Any]) -> None:
-    """A table for what is given per unit, with the totals as its last row, and a line for each single figure."""
+def _show(preset: str, report: SynthesisReport) -> None:
     console = results()
-    units, totals = values.get("units"), values.get("totals")
-    if isinstance(units, Mapping) and isinstance(totals, Mapping):
-        kinds = list(totals)
-        rows = [[name, *(_text(used.get(kind, 0)) for kind in kinds)] for name, used in units.items()]
-        rows.append(["total", *(_text(totals[kind]) for kind in kinds)])
-        console.print(table(["unit", *kinds], rows, f"Resources of '{values['preset']}'", numbers=1))
-        console.print()
-    for name, value in values.items():
-        if not isinstance(value, Mapping | list | tuple) and name != "preset":
-            console.print(f"{name.replace('_', ' ')}: {_text(value)}", markup=False, highlight=False)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    kinds = [field.name for field in dataclasses.fields(report.total)]
+    rows = [
+        [name, *(f"{getattr(used, kind):,}" for kind in kinds)]
+        for name, used in [*report.units.items(), ("total", report.total)]
+    ]
+    columns = ["unit", *(kind.replace("_", " ") for kind in kinds)]
+    console.print(table(columns, rows, f"Core '{preset}' on an ECP5-85F", numbers=1))
+    console.print()
+    for name, part in report.utilisation.items():
+        console.print(f"{name}: {report.used[name]:,} used, {part:.0%} of the device", highlight=False)
+    clock = "no clock rate" if report.fmax_mhz is None else f"{report.fmax_mhz:.1f} MHz"
+    console.print(f"it {'fits' if report.fits else 'does not fit'}; {clock}", highlight=False)
