@@ -10,13 +10,8 @@ from typing import Any
 
 import pytest
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    *["a", "cat", "sleeps", "on", "the", "sofa", "while", "rain", "falls", "and", "bread", "bakes"],
-]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+WORDS = ("a", "cat", "sleeps", "on", "the", "sofa", "while", "rain", "falls", "and", "bread", "bakes")
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def save_small_model(folder: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     random_bert(num_hidden_layers=1).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     PreTrainedTokenizerFast(

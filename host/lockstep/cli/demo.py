@@ -118,6 +118,7 @@ def _show(report: dict[str, Any]) -> None:
             f"{report['cycles']:,} cycles, the array busy in {report['utilisation']:.1%} of them; "
             f"{report['seconds']:.1f} s, {report['cycles_per_second']:,.0f} cycles a second",
             highlight=False,
+            soft_wrap=True,
         )
     for name, result in report["compared_with"].items():
         count, differ = result["values_compared"], result["differences"]
