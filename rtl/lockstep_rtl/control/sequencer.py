@@ -8,7 +8,7 @@ from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import BY_OPCODE, INSTRUCTION_BYTES, INSTRUCTION_TYPES
+from lockstep_isa.instructions import BY_OPCODE, INSTRUCTION_BYTES, INSTRUCTION_TYPES, STORE, Memory
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
 
 from ..axi import ADDRESS_BITS, ReadMaster
@@ -33,9 +33,9 @@ class Sequencer(wiring.Component):
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
     A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
-    enumeration does not have and stray bits are refused here, before any unit sees them. A descriptor is complete when
-    all its instructions are. Fetches never ask for more than the buffer holds, so that data for LOAD is never stuck
-    behind them on the shared bus.
+    enumeration does not have, a STORE of another memory than VECTOR and stray bits are refused here, before any unit
+    sees them. A descriptor is complete when all its instructions are. Fetches never ask for more than the buffer
+    holds, so that data for LOAD is never stuck behind them on the shared bus.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -119,6 +119,8 @@ class Sequencer(wiring.Component):
                 for f in t.fields
                 if f.choices is not None and len(f.choices) < 1 << f.width
             ]
+            if t is STORE:
+                wrong.append(view.memory != Memory.VECTOR)
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),

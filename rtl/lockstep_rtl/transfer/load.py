@@ -8,7 +8,7 @@ from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import ConfigurationError, CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import LOAD, TABLE_ENTRY_BYTES, Memory
+from lockstep_isa.instructions import LOAD, TABLE_ENTRIES, TABLE_ENTRY_BYTES, TABLE_SLOTS, Memory
 
 from ..axi import ReadMaster
 from ..interfaces import ADDRESS_BITS, instruction_stream
@@ -204,11 +204,16 @@ class LoadUnit(wiring.Component):
                 row_local.eq(following.local),
             ]
 
-        bus_error = take & r.resp.any()
+        # The scratchpads look after their own ends; that of the function tables is known here.
+        bus_error, beyond = take & r.resp.any(), self.table_enable & (pending_address >= TABLE_SLOTS * TABLE_ENTRIES)
         m.d.comb += [
-            self.error.valid.eq(bus_error | splitter.error.valid),
-            self.error.code.eq(Mux(bus_error, ErrorCode.BUS_READ, splitter.error.code)),
-            self.error.address.eq(Mux(bus_error, local, splitter.error.address)),
-            self.error.oldest.eq(bus_error),
+            self.error.valid.eq(bus_error | beyond | splitter.error.valid),
+            self.error.code.eq(splitter.error.code),
+            self.error.address.eq(splitter.error.address),
+            self.error.oldest.eq(bus_error | beyond),
         ]
+        with m.If(beyond):
+            m.d.comb += [self.error.code.eq(ErrorCode.LOCAL_BOUNDS), self.error.address.eq(pending_address)]
+        with m.Elif(bus_error):
+            m.d.comb += [self.error.code.eq(ErrorCode.BUS_READ), self.error.address.eq(local)]
         return m

@@ -238,6 +238,12 @@ async def values_that_no_enumeration_has_are_refused(dut):
 
 
 @cocotb.test()
+async def only_the_vector_memory_is_stored(dut):
+    for memory in set(Memory) - {Memory.VECTOR}:
+        await refused(dut, encode(Instruction(STORE, memory=memory)), ErrorCode.BAD_FIELD)
+
+
+@cocotb.test()
 async def fetches_outside_the_window_are_refused(dut):
     limit = PROGRAMS + 3 * INSTRUCTION_BYTES
     world = await World.start(dut, limit=limit)

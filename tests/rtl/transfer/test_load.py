@@ -13,6 +13,7 @@ from rtl.harness import assert_equal, run_cocotb, stalls
 
 CONFIG = small()
 BUS, ROWS = CONFIG.bus_bytes, CONFIG.rows
+PROBED = ("done", "outstanding", *(f"error_{n}" for n in ("valid", "code", "address", "oldest")))
 FILLS = {
     Memory.ACTIVATION: ("fill_activation", np.int8),
     Memory.WEIGHT: ("fill_weight", np.int8),
@@ -64,7 +65,7 @@ class World:
         self.source = self.bench.add(Source(dut, "instruction", [word_of(i) for i in instructions], gap))
         self.sinks = {m: self.bench.add(Sink(dut, name, fill_gap)) for m, (name, _) in FILLS.items()}
         self.table = self.bench.add(TableWriter(dut))
-        self.probe = self.bench.add(Probe(dut, "done", "error_valid", "outstanding", "stalled"))
+        self.probe = self.bench.add(Probe(dut, *PROBED))
         return self
 
     async def finish(self, count):
@@ -187,6 +188,13 @@ async def transfers_outside_the_window_or_misaligned_are_refused(dut):
     assert not int(dut.error_oldest.value), "the newest instruction is to blame"
     await fails(dut, [outside.replace(address=0x1002)])
     assert int(dut.error_code.value) == ErrorCode.MISALIGNED
+
+
+@cocotb.test()
+async def table_entries_beyond_the_last_slot_are_refused(dut):
+    world = await fails(dut, [Instruction(LOAD, memory=Memory.TABLE, words=4, address=0, local=510)])
+    found = [world.probe.values[f"error_{n}"][-1] for n in ("code", "address", "oldest")]
+    assert found == [ErrorCode.LOCAL_BOUNDS, 512, 1]
 
 
 @cocotb.test()

@@ -49,9 +49,7 @@ STORES = [
     Instruction(STORE, memory=Memory.VECTOR, rows=1, words=20, address=0x0FF0, local=3),
     Instruction(STORE, memory=Memory.VECTOR, rows=5, words=3, address=0x2004, stride=0x1010, local=2, local_stride=7),
     Instruction(STORE, memory=Memory.VECTOR, rows=4, words=1, address=0x8000, stride=16, local=60, local_stride=1),
-    Instruction(
-        STORE, memory=Memory.VECTOR, rows=2, words=9, address=0x9F00, stride=0x100, local=40, local_stride=0xFFF0
-    ),
+    Instruction(STORE, memory=Memory.VECTOR, rows=2, words=9, address=0x9F00, stride=0x100, local=50, local_stride=4),
     Instruction(STORE, memory=Memory.VECTOR, rows=1, words=1, address=0xFFF0, local=63),
 ]
 
