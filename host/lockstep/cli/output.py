@@ -87,9 +87,12 @@ class Steps:
 
     @contextmanager
     def bar(self, line: str, total: int) -> Iterator[Callable[[int], None] | None]:
-        """A bar over ``total`` cycles; gives what to tell how many have passed, none where there is no terminal."""
-        if self._status is None:
-            self(line)
+        """A bar over ``total`` cycles; gives what to tell how many have passed.
+
+        Without a terminal, or where the total is not known (zero), it is a step like any other and gives none.
+        """
+        self(line)
+        if self._status is None or total == 0:
             yield None
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
