@@ -136,6 +136,11 @@ class Device:
 
     # --- Memory ------------------------------------------------------------------------------------------------
 
+    @property
+    def memory_bytes(self) -> int:
+        """Size of device memory."""
+        return self._core.memory.size
+
     def allocate(self, size: int) -> Buffer:
         """Device memory of ``size`` bytes, aligned; raises :class:`OutOfDeviceMemory`."""
         return self._allocator.allocate(size)
