@@ -39,8 +39,8 @@ def results() -> Console:
 
 
 def emit(values: dict[str, Any]) -> None:
-    """Print the one JSON object of a command; what is not finite becomes null."""
-    sys.stdout.write(json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+    """Print the one JSON object of a command, in one line; what is not finite becomes null."""
+    sys.stdout.write(json.dumps(_finite(values), allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
