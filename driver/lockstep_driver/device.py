@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -77,6 +78,10 @@ class Device:
     Parameters
     ----------
     core : registers and memory. uri : what it is called in messages and reports.
+
+    Attributes
+    ----------
+    watch : if set, is told while waiting how many cycles have passed since it was last told, and in how many seconds.
     """
 
     def __init__(self, core: SimulatedCore, uri: str) -> None:
@@ -87,6 +92,7 @@ class Device:
         self._allocator = Allocator(core.memory)
         self._ring = self._allocator.allocate(RING_SLOTS * DESCRIPTOR_BYTES)
         self._submitted = 0
+        self.watch: Callable[[int, float], None] | None = None
         self._configure()
 
     def __enter__(self) -> Device:
@@ -133,6 +139,11 @@ class Device:
         self.write("RING_SIZE", RING_SLOTS)
 
     # --- Memory ------------------------------------------------------------------------------------------------
+
+    @property
+    def memory_bytes(self) -> int:
+        """Size of device memory."""
+        return self._core.memory.size
 
     def allocate(self, size: int) -> Buffer:
         """Device memory of ``size`` bytes, aligned; raises :class:`OutOfDeviceMemory`."""
@@ -202,7 +213,10 @@ class Device:
             if time.monotonic() > deadline:
                 self.reset()
                 raise DeviceTimeout(f"'{self.uri}' did not reach fence {fence.value} in {timeout:g} s; it was reset")
-            self._core.run(BATCH_CYCLES)
+            start = time.monotonic()
+            cycles = self._core.run(BATCH_CYCLES)
+            if self.watch is not None:
+                self.watch(cycles, time.monotonic() - start)
 
     def reached(self, fence: Fence) -> bool:
         """Whether the program behind the fence is complete."""

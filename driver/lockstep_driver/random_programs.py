@@ -219,7 +219,7 @@ class _Generator:
         to_group = tiles * to_stride
         extent = groups * to_group if destination == Destination.WEIGHT_TRANSPOSED else tiles * to_stride
         x_stride, y_stride = columns + n(0, 3), columns + n(0, 3)
-        x_used = _USED[Memory.VECTOR] if chosen == Source.VECTOR else _INTEGERS[0]
+        x_used = _INTEGERS[0] if chosen == Source.PARAMETER else _USED[Memory.VECTOR]
         words = _INTEGERS[0]
         if extent > used or tiles * x_stride > x_used or tiles * y_stride > _USED[Memory.VECTOR] or groups > words:
             return None

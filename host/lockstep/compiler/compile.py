@@ -8,7 +8,20 @@ from dataclasses import dataclass
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.program import Program
 
-from lockstep.graph import Activation, Add, Attention, Graph, LayerNorm, Linear, Node, Quantise, Value
+from lockstep.graph import (
+    Activation,
+    Add,
+    Attention,
+    Constant,
+    Gather,
+    Graph,
+    Input,
+    LayerNorm,
+    Linear,
+    Node,
+    Quantise,
+    Value,
+)
 
 from .allocation import CapacityError
 from .attention import AttentionLowering, Projection, Sequence
@@ -41,6 +54,12 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
     features: dict[Value, int] = {}
     for node in graph:
         match node:
+            case Gather():
+                features[node.value] = graph.tensors[node.table].shape[1]
+            case Constant():
+                features[node.value] = graph.tensors[node.tensor].shape[1]
+            case Input(shape=(None, int(size))):
+                features[node.value] = size
             case Linear():
                 features[node.value] = graph.tensors[node.weight].shape[0]
                 features.setdefault(node.quantised, graph.tensors[node.weight].shape[1])

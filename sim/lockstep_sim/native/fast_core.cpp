@@ -85,7 +85,10 @@ void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const
         if (failure) break;
     }
     outcome->flags = core.flags;
-    if (!failure && !timing.solve()) failure = {ErrorCode::kWatchdog, 0, isa::Unit::kLoad, true}, n = 0;
+    if (!failure && !timing.solve()) {
+        failure = {ErrorCode::kWatchdog, 0, timing.stuck_unit(), false};
+        n = timing.stuck_instruction();
+    }
     outcome->prediction = timing.prediction();
     if (failure) {
         outcome->code = uint32_t(failure.code);

@@ -113,6 +113,18 @@ class TimingModel {
         return true;
     }
 
+    // Where a program that waits for itself is stuck: as in the RTL, the last unit listed that still has work.
+    isa::Unit stuck_unit() const {
+        int unit = 0;
+        for (int u = 0; u < 4; u++)
+            if (lanes_[u].next < lanes_[u].queue.size()) unit = u;
+        return isa::Unit(unit);
+    }
+    uint32_t stuck_instruction() const {
+        const Lane& lane = lanes_[int(stuck_unit())];
+        return lane.next < lane.queue.size() ? uint32_t(lane.queue[lane.next]) : 0;
+    }
+
     const Prediction& prediction() const { return result_; }
 
   private:

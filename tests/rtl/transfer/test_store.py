@@ -114,5 +114,19 @@ async def halt_announces_nothing_and_finishes_what_is_announced(dut):
         dut.halt.value = 0
 
 
+@cocotb.test()
+async def an_address_once_shown_stays_through_halt(dut):
+    closed = True
+    world = await World.start(dut, STORES, stall_aw=lambda: closed)
+    await world.bench.until(lambda: int(dut.bus_aw_valid.value), 50, "an address")
+    await world.bench.step(2)
+    dut.halt.value = 1
+    await world.bench.step(10)
+    assert int(dut.bus_aw_valid.value)
+    closed = False
+    await world.bench.until(lambda: not world.probe.values["outstanding"][-1], 1000, "a quiet bus")
+    assert len(world.bus.bursts) == 1
+
+
 def test_store_writes_device_memory_like_golden():
     run_cocotb(component_verilog(StoreUnit(CONFIG), "top"), __name__, "store")

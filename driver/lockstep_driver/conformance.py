@@ -1,0 +1,244 @@
+"""One conformance suite that every device can run: simulated cores, boards, and whatever comes.
+
+Each check is a function of a device; it raises :class:`AssertionError` with one sentence where the device is wrong.
+Checks leave the device usable, and run in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.errors import ErrorCode
+from lockstep_isa.instructions import (
+    LOAD,
+    MATRIX,
+    STORE,
+    VECTOR,
+    Destination,
+    Instruction,
+    Memory,
+    Source,
+    Unit,
+    encode,
+)
+from lockstep_isa.program import Program
+
+from .builder import ProgramBuilder
+from .device import Device, LoadedProgram
+from .errors import DeviceError, DriverError
+from .memory import Buffer
+from .random_programs import random_program, same_words
+
+#: Random programs of one run of the suite.
+RANDOM_PROGRAMS = 20
+#: Cycles without progress that the suite allows: far fewer than in normal work, so that a hang is found soon.
+WATCHDOG_CYCLES = 5_000
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check said: its name, and nothing or the sentence that says what is wrong."""
+
+    name: str
+    failure: str | None
+
+
+Check = Callable[[Device], None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    """Register a check under its name."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def run_conformance(device: Device, report: Callable[[CheckResult], None] | None = None) -> list[CheckResult]:
+    """Run every check; ``report`` is told after each."""
+    results = []
+    for name, function in CHECKS.items():
+        device.write("WATCHDOG", WATCHDOG_CYCLES)
+        try:
+            function(device)
+            result = CheckResult(name, None)
+        except (AssertionError, DriverError) as error:
+            result = CheckResult(name, str(error))
+        results.append(result)
+        if report is not None:
+            report(result)
+    return results
+
+
+def _copy_program(config: CoreConfig, source: Buffer, target: Buffer, words: int) -> Program:
+    builder = ProgramBuilder(config)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=words, address=source.address)
+    builder.emit(STORE, memory=Memory.VECTOR, words=words, address=target.address)
+    return builder.finish()
+
+
+def _expect_error(device: Device, program: Program, code: ErrorCode, unit: str, instruction: int) -> None:
+    """The program must stop with this error; afterwards the device must work."""
+    try:
+        device.write("WATCHDOG", WATCHDOG_CYCLES)
+        device.run(program, timeout=60, check=False)
+    except DeviceError as error:
+        found = (error.code, error.unit, error.instruction)
+        assert found == (code, unit, instruction), f"expected {code.name} from {unit} at {instruction}, got {error}"
+    else:
+        raise AssertionError(f"a program that must stop with {code.name} ran to its end")
+    loads_and_stores_what_it_was_given(device)
+
+
+@check
+def loads_and_stores_what_it_was_given(device: Device) -> None:
+    """A block goes through the VECTOR scratchpad unchanged, but for subnormals, which become zeros."""
+    words, rows = 24, device.config.rows
+    values = np.random.default_rng(7).normal(size=words * rows).astype(np.float32)
+    values[:4] = [1e-40, -1e-40, np.inf, -0.0]
+    source, target = device.allocate(values.nbytes), device.allocate(values.nbytes)
+    source.write(values)
+    target.write(np.zeros_like(values))
+    device.run(_copy_program(device.config, source, target, words), timeout=60)
+    expected = values.copy()
+    expected[:2] = [0.0, -0.0]
+    actual = target.data.view(np.uint32)
+    wrong = np.flatnonzero(actual != expected.view(np.uint32))
+    device.free(source)
+    device.free(target)
+    assert not wrong.size, f"value {wrong[0]} came back as {actual[wrong[0]]:#010x}"
+
+
+@check
+def runs_programs_in_order_and_raises_their_fences(device: Device) -> None:
+    """Several programs in the ring: each sees what the one before it stored."""
+    words = 4
+    buffers = [device.allocate(words * device.config.vector_word_bytes) for _ in range(5)]
+    values = np.arange(1, words * device.config.rows + 1, dtype=np.float32)
+    buffers[0].write(values)
+    programs = [
+        device.load(_copy_program(device.config, a, b, words)) for a, b in zip(buffers, buffers[1:], strict=False)
+    ]
+    fences = [device.submit(program) for program in programs]
+    device.wait(fences[-1], timeout=60)
+    assert all(device.reached(fence) for fence in fences), "an earlier fence is open behind a later one"
+    result = buffers[-1].data.view(np.float32).copy()
+    for program in programs:
+        device.unload(program)
+    for buffer in buffers:
+        device.free(buffer)
+    assert (result == values).all(), "the last program did not see what the first one stored"
+
+
+@check
+def gives_the_golden_bits_on_random_programs(device: Device) -> None:
+    """Every instruction in every mode."""
+    buffer = device.allocate(1 << 20)
+    for seed in range(RANDOM_PROGRAMS):
+        case = random_program(device.config, seed, buffer.address)
+        buffer.write(case.memory)
+        device.run(case.program, timeout=120)
+        start = case.result.start - buffer.address
+        actual = buffer.data[start : start + case.result.stop - case.result.start].view(np.uint32)
+        expected = case.expected(device.config)
+        same = same_words(actual, expected)
+        if not same.all():
+            first = int(np.flatnonzero(~same)[0])
+            device.free(buffer)
+            raise AssertionError(
+                f"random program {seed}: {int((~same).sum())} of {same.size} words differ, first {first}: "
+                f"{actual[first]:#010x} instead of {expected[first]:#010x}"
+            )
+    device.free(buffer)
+
+
+@check
+def counts_every_cycle_of_every_unit(device: Device) -> None:
+    """Busy, waiting for a token, waiting for data and idle cycles sum up to the whole run."""
+    buffer = device.allocate(1 << 20)
+    case = random_program(device.config, 1, buffer.address)
+    buffer.write(case.memory)
+    counters = device.run(case.program, timeout=120)
+    device.free(buffer)
+    assert counters.instructions == len(case.program.instructions), "instructions were counted wrongly"
+    for unit, states in counters.units.items():
+        total = sum(states.values())
+        assert total == counters.cycles, f"{unit}: {total} cycles are accounted for, {counters.cycles} passed"
+
+
+@check
+def refuses_a_program_for_another_configuration(device: Device) -> None:
+    """The hardware compares the CRC, whatever the driver did."""
+    builder = ProgramBuilder(device.config)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=4096)
+    program = dataclasses.replace(builder.finish(), config_crc=device.config.crc ^ 1)
+    _expect_error(device, program, ErrorCode.WRONG_CONFIGURATION, "CONTROL", 0)
+
+
+@check
+def stops_at_transfers_outside_the_window(device: Device) -> None:
+    """Reads and writes beyond device memory never reach the bus."""
+    beyond = -(-device.memory_bytes // 4096) * 4096
+    for kind, unit in ((LOAD, "LOAD"), (STORE, "STORE")):
+        builder = ProgramBuilder(device.config)
+        builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=4096)
+        builder.emit(kind, memory=Memory.VECTOR, words=4, address=beyond)
+        _expect_error(device, builder.finish(), ErrorCode.OUT_OF_WINDOW, unit, 1)
+
+
+@check
+def stops_at_misaligned_transfers(device: Device) -> None:
+    """Addresses are multiples of the bus width."""
+    builder = ProgramBuilder(device.config)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=4096 + 1)
+    _expect_error(device, builder.finish(), ErrorCode.MISALIGNED, "LOAD", 0)
+
+
+@check
+def stops_at_words_beyond_a_memory(device: Device) -> None:
+    """On-chip addresses are checked against the memory's depth."""
+    depth = device.config.parameter_words
+    if depth > 65535:
+        return
+    builder = ProgramBuilder(device.config.replace(parameter_words=65536))
+    builder.emit(VECTOR, source=Source.PARAMETER, destination=Destination.VECTOR, columns=1, x=depth)
+    program = dataclasses.replace(builder.finish(), config_crc=device.config.crc)
+    _expect_error(device, program, ErrorCode.LOCAL_BOUNDS, "VECTOR", 0)
+
+
+@check
+def stops_at_malformed_instructions(device: Device) -> None:
+    """Unknown opcodes, counts of zero and stray bits are refused at dispatch."""
+    good = encode(Instruction(MATRIX, depth=4, outer=1, inner=1))
+    unknown = bytes([0x0F]) + bytes(63)
+    stray = good[:-1] + b"\x80"
+    offset, field = MATRIX.layout["depth"]
+    without_depth = int.from_bytes(good, "little") & ~(((1 << field.width) - 1) << offset)
+    for code, expected in (
+        (unknown, ErrorCode.BAD_OPCODE),
+        (stray, ErrorCode.BAD_FIELD),
+        (without_depth.to_bytes(64, "little"), ErrorCode.BAD_FIELD),
+    ):
+        buffer = device.allocate(len(code))
+        buffer.write(np.frombuffer(code, np.uint8))
+        try:
+            device.wait(device.submit(LoadedProgram(buffer, 1, device.config.crc)), timeout=60)
+        except DeviceError as error:
+            assert (error.code, error.unit) == (expected, "CONTROL"), f"expected {expected.name}, got {error}"
+        else:
+            raise AssertionError(f"an instruction that must stop with {expected.name} ran")
+        finally:
+            device.free(buffer)
+    loads_and_stores_what_it_was_given(device)
+
+
+@check
+def a_program_that_waits_for_itself_is_stopped_by_the_watchdog(device: Device) -> None:
+    """A token that nobody gives, and result tiles that nobody makes."""
+    starved = Instruction(VECTOR, source=Source.ACCUMULATOR, tiles=1, columns=1)
+    _expect_error(device, Program(device.config.crc, (starved,)), ErrorCode.WATCHDOG, "VECTOR", 0)
+    waiting = Instruction(VECTOR, source=Source.VECTOR, columns=1, wait=1 << Unit.LOAD)
+    _expect_error(device, Program(device.config.crc, (waiting,)), ErrorCode.WATCHDOG, "VECTOR", 0)

@@ -1,0 +1,162 @@
+"""``lockstep embed`` and ``lockstep verify``: models on one device, or on several side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .failures import DIFFERENT, UsageError, guarded
+from .output import JsonOption, Steps, emit, results, table
+
+if TYPE_CHECKING:
+    from lockstep.model import Model
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id in the local cache, or 'minilm'.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: lockstep embed minilm 'The cat sleeps.' --device fast:laptop --json")(embed)
+    app.command(epilog="Example: lockstep verify minilm --device cpu --device fast:laptop --tokens 24")(verify)
+
+
+def open_model(name: str, steps: Steps) -> Model:
+    """Load a model, saying so."""
+    steps("importing PyTorch and transformers")
+    from lockstep.model import load
+
+    steps(f"loading {name}")
+    return load(name)
+
+
+def fallbacks(model: Model) -> list[dict[str, str]]:
+    """What PyTorch runs on the CPU, and why."""
+    return [{"operations": name, "reason": reason} for name, reason in model.report().fallbacks]
+
+
+def _check_texts(texts: list[str]) -> None:
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UsageError(f"text {number} of {len(texts)} is empty; give at least one word")
+
+
+@guarded
+def embed(
+    model: ModelArgument,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")],
+    device: Annotated[str, typer.Option(help="Where to run; 'lockstep devices' lists them.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Turn texts into vectors."""
+    from lockstep.executors import check_uri, executor
+
+    check_uri(device)
+    _check_texts(texts)
+    with Steps() as steps:
+        loaded = open_model(model, steps)
+        tokens = [len(ids) for ids in loaded.tokenize(texts)]
+        with executor(device, steps) as opened:
+            steps(f"running on {device}")
+            vectors = loaded.embed(texts, opened)
+            cycles = opened.cycles
+    if as_json:
+        emit(
+            {
+                "model": model,
+                "device": device,
+                "texts": texts,
+                "tokens": tokens,
+                "features": int(vectors.shape[1]),
+                "embeddings": vectors.tolist(),
+                "cycles": cycles,
+                "fallbacks": fallbacks(loaded),
+            }
+        )
+        return
+    console = results()
+    rows = [
+        [text, str(count), " ".join(f"{value:+.4f}" for value in vector[:4]) + " ..."]
+        for text, count, vector in zip(texts, tokens, vectors, strict=True)
+    ]
+    console.print(table(["text", "tokens", f"first of {vectors.shape[1]} features"], rows))
+    if cycles is not None:
+        console.print(f"{cycles:,} cycles on {device}", highlight=False)
+    _show_fallbacks(loaded)
+
+
+@guarded
+def verify(
+    model: ModelArgument,
+    device: Annotated[
+        list[str],
+        typer.Option(help="The first one is the reference; a single one is compared with cpu. Give it several times."),
+    ],
+    text: Annotated[list[str] | None, typer.Option(help="A text to run; give it several times for more.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random input that runs where no text is given.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="Length of the random input.", min=1)] = 12,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the same inputs on several devices and compare all output values bit for bit.
+
+    Exit status: 0 if all are identical, 1 if one differs.
+    """
+    from lockstep.executors import check_uri
+
+    devices = device if len(device) > 1 else ["cpu", *device]
+    for uri in devices:
+        check_uri(uri)
+    _check_texts(text or [])
+    with Steps() as steps:
+        loaded = open_model(model, steps)
+        from lockstep.verification import random_inputs
+        from lockstep.verification import verify as compare
+
+        if text:
+            sequences = [{loaded.input_name: ids} for ids in loaded.tokenize(text)]
+        else:
+            sequences = [random_inputs(loaded.graph, tokens, seed)]
+        found = compare(loaded.graph, sequences, devices, steps)
+    first = found.first_difference
+    report: dict[str, Any] = {
+        "model": model,
+        "devices": devices,
+        "reference": found.reference,
+        "identical": found.identical,
+        "values_compared": found.values_compared,
+        "differences": found.differences,
+        "first_difference": None if first is None else dataclasses.asdict(first),
+        "cycles": found.cycles,
+        "fallbacks": fallbacks(loaded),
+    }
+    if as_json:
+        emit(report)
+    else:
+        console = results()
+        rows = [[uri, _cycles(found.cycles[uri]), _verdict(found.differences.get(uri))] for uri in found.cycles]
+        console.print(table(["device", "cycles", "result"], rows))
+        if first is None:
+            console.print(f"identical: {found.values_compared:,} values compared", highlight=False)
+        else:
+            console.print(f"different, first in {first}", highlight=False, soft_wrap=True)
+        _show_fallbacks(loaded)
+    if not found.identical:
+        raise typer.Exit(DIFFERENT)
+
+
+def _cycles(cycles: int | None) -> str:
+    return "-" if cycles is None else f"{cycles:,}"
+
+
+def _verdict(differences: int | None) -> str:
+    if differences is None:
+        return "reference"
+    return "the same bits" if differences == 0 else f"{differences:,} values differ"
+
+
+def _show_fallbacks(model: Model) -> None:
+    for part in fallbacks(model):
+        text = f"on the CPU in PyTorch: {part['operations']} ({part['reason']})"
+        results().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,73 @@
+"""``lockstep synth``: what a core takes of an FPGA, and how fast it runs there."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .failures import guarded
+from .output import JsonOption, Steps, emit, results, table
+
+if TYPE_CHECKING:
+    from lockstep_rtl.synthesis import SynthesisReport
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: lockstep synth ulx3s --json")(synth)
+
+
+@guarded
+def synth(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A core; 'lockstep devices' lists them.")],
+    workdir: Annotated[
+        Path | None, typer.Option(help="Folder for the files of the tools; a temporary one if not given.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Synthesise a core with Yosys and nextpnr and show its resources and clock."""
+    from lockstep_isa.config import preset as core
+
+    config = core(preset)
+    from lockstep_rtl.synthesis import synthesise
+
+    with Steps() as steps:
+        if workdir is None:
+            with tempfile.TemporaryDirectory(prefix="lockstep-synth-") as folder:
+                report = synthesise(config, Path(folder), steps)
+        else:
+            report = synthesise(config, workdir, steps)
+    if as_json:
+        emit(
+            {
+                "preset": preset,
+                "units": {name: dataclasses.asdict(used) for name, used in report.units.items()},
+                "total": dataclasses.asdict(report.total),
+                "used": dict(report.used),
+                "utilisation": report.utilisation,
+                "fits": report.fits,
+                "fmax_mhz": report.fmax_mhz,
+                "critical_path": [{"cell": cell, "delay_ns": delay} for cell, delay in report.critical_path],
+            }
+        )
+    else:
+        _show(preset, report)
+
+
+def _show(preset: str, report: SynthesisReport) -> None:
+    console = results()
+    kinds = [field.name for field in dataclasses.fields(report.total)]
+    rows = [
+        [name, *(f"{getattr(used, kind):,}" for kind in kinds)]
+        for name, used in [*report.units.items(), ("total", report.total)]
+    ]
+    columns = ["unit", *(kind.replace("_", " ") for kind in kinds)]
+    console.print(table(columns, rows, f"Core '{preset}' on an ECP5-85F", numbers=1))
+    console.print()
+    for name, part in report.utilisation.items():
+        console.print(f"{name}: {report.used[name]:,} used, {part:.0%} of the device", highlight=False)
+    clock = "no clock rate" if report.fmax_mhz is None else f"{report.fmax_mhz:.1f} MHz"
+    console.print(f"it {'fits' if report.fits else 'does not fit'}; {clock}", highlight=False)

@@ -1,0 +1,132 @@
+"""Executors by URI: the host itself, and every device that the driver opens.
+
+PyTorch is imported when one is opened, not before: a URI can be checked without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from lockstep_driver import SCHEMES, Counters, Device, DeviceNotFound, open_device, parse
+from lockstep_hls.toolchain import Progress
+from lockstep_isa.config import CoreConfig
+
+if TYPE_CHECKING:
+    from lockstep.graph import Graph
+    from lockstep.model import Executor, HostExecutor
+
+
+def _cpu(progress: Progress) -> HostExecutor:
+    from lockstep_hls import kernels
+
+    from lockstep.model import HostExecutor
+
+    kernels.prepare(progress)
+    return HostExecutor(kernels)
+
+
+def _golden(progress: Progress) -> HostExecutor:
+    from lockstep_isa import operations
+
+    from lockstep.model import HostExecutor
+
+    return HostExecutor(operations)
+
+
+#: Executors without a device: URI -> what opens it and one line about it.
+HOSTS: dict[str, tuple[Callable[[Progress], HostExecutor], str]] = {
+    "cpu": (_cpu, "the contract's operations in C++ on this machine, without a program"),
+    "golden": (_golden, "the contract itself in NumPy: slow, and what everything else is compared with"),
+}
+
+
+class OpenExecutor:
+    """An executor together with what it holds open; use it as a context manager, or call :meth:`close`.
+
+    Attributes
+    ----------
+    uri : as it was given.
+    config : the core; none where the host executes.
+    runs : the counters of every program that ran.
+    core_cycles, core_seconds : cycles that a core let pass, and the time that this took.
+    watch : is told how many cycles have passed, now and then while a program runs.
+    """
+
+    def __init__(self, uri: str, executor: Executor | None = None, device: Device | None = None) -> None:
+        self.uri = uri
+        self.config: CoreConfig | None = None if device is None else device.config
+        self.runs: list[Counters] = []
+        self.core_cycles = 0
+        self.core_seconds = 0.0
+        self.watch: Callable[[int], None] | None = None
+        self._device = device
+        if device is not None:
+            from lockstep.compiler.execute import DeviceExecutor
+
+            device.watch = self._passed
+            executor = DeviceExecutor(device, self.runs.append)
+        assert executor is not None
+        self._executor = executor
+
+    def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        """``float32[tokens, features]`` for each sequence, given as arrays by input name without the batch."""
+        return self._executor.run(graph, sequences)
+
+    @property
+    def cycles(self) -> int | None:
+        """Cycles of all programs so far; none on the host, which counts none."""
+        return None if self._device is None else sum(counters.cycles for counters in self.runs)
+
+    def close(self) -> None:
+        """Give the device back."""
+        if self._device is not None:
+            self._device.close()
+
+    def __enter__(self) -> OpenExecutor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _passed(self, cycles: int, seconds: float) -> None:
+        self.core_cycles += cycles
+        self.core_seconds += seconds
+        if self.watch is not None:
+            self.watch(self.core_cycles)
+
+
+def check_uri(uri: str) -> None:
+    """Raise :class:`DeviceNotFound` unless ``uri`` names an executor; nothing is opened or built."""
+    if uri in HOSTS:
+        return
+    if uri.partition(":")[0] not in SCHEMES or ":" not in uri:
+        known = ", ".join([*HOSTS, *(f"{scheme}:CORE" for scheme in SCHEMES)])
+        raise DeviceNotFound(f"unknown device '{uri}': devices are {known}; 'lockstep devices' lists them all")
+    parse(uri)
+
+
+def executor(uri: str, progress: Progress = None) -> OpenExecutor:
+    """The executor behind a URI: ``cpu``, ``golden``, or a device such as ``fast:laptop`` or ``rtl:laptop``.
+
+    Parameters
+    ----------
+    progress : told in one line when something is built.
+
+    Raises
+    ------
+    DeviceNotFound
+        if the URI names none.
+    ToolchainError
+        if something has to be built and a tool is missing.
+    ConfigurationError
+        if the RTL does not build this core.
+    """
+    check_uri(uri)
+    if uri in HOSTS:
+        return OpenExecutor(uri, HOSTS[uri][0](progress))
+    return OpenExecutor(uri, device=open_device(uri, progress))
