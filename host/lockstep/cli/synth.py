@@ -26,7 +26,7 @@ def synth(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="A core; 'lockstep devices' lists them.")],
     workdir: Annotated[
         Path | None,
-        typer.Option(help="Folder for the files of the tools; a temporary one, removed at the end, if not given."),
+        typer.Option(help="Folder for the files of the tools; a temporary one if not given."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
