@@ -7,9 +7,9 @@ Checks leave the device usable, and run in any order.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from lockstep_isa.config import CoreConfig
@@ -88,7 +88,8 @@ def _expect_error(device: Device, program: Program, code: ErrorCode, unit: str, 
         device.run(program, timeout=60, check=False)
     except DeviceError as error:
         found = (error.code, error.unit, error.instruction)
-        assert found == (code, unit, instruction), f"expected {code.name} from {unit} at {instruction}, got {error}"
+        if found != (code, unit, instruction):
+            raise AssertionError(f"expected {code.name} from {unit} at {instruction}, got {error}") from None
     else:
         raise AssertionError(f"a program that must stop with {code.name} ran to its end")
     loads_and_stores_what_it_was_given(device)
@@ -120,7 +121,7 @@ def runs_programs_in_order_and_raises_their_fences(device: Device) -> None:
     buffers = [device.allocate(words * device.config.vector_word_bytes) for _ in range(5)]
     values = np.arange(1, words * device.config.rows + 1, dtype=np.float32)
     buffers[0].write(values)
-    programs = [device.load(_copy_program(device.config, a, b, words)) for a, b in itertools.pairwise(buffers)]
+    programs = [device.load(_copy_program(device.config, a, b, words)) for a, b in pairwise(buffers)]
     fences = [device.submit(program) for program in programs]
     device.wait(fences[-1], timeout=60)
     assert all(device.reached(fence) for fence in fences), "an earlier fence is open behind a later one"
@@ -226,7 +227,8 @@ def stops_at_malformed_instructions(device: Device) -> None:
         try:
             device.wait(device.submit(LoadedProgram(buffer, 1, device.config.crc)), timeout=60)
         except DeviceError as error:
-            assert (error.code, error.unit) == (expected, "CONTROL"), f"expected {expected.name}, got {error}"
+            if (error.code, error.unit) != (expected, "CONTROL"):
+                raise AssertionError(f"expected {expected.name}, got {error}") from None
         else:
             raise AssertionError(f"an instruction that must stop with {expected.name} ran")
         finally:

@@ -35,6 +35,8 @@ VERILATOR_FLAGS = [
 COMPILER_FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-plt", "-w"]
 #: Verilator's own sources that a core without threads needs.
 RUNTIME = ("verilated.cpp", "verilated_threads.cpp")
+#: What its writer of FST waveforms compresses with.
+TRACE_LIBRARIES = ("-llz4", "-lz")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
         *COMPILER_FLAGS,
         *(s.read_text() for s in sources),
     ]
-    key.append(f"bus {config.bus_bytes}")
+    key += [f"bus {config.bus_bytes}", *(TRACE_LIBRARIES if trace else ())]
     return build_cached(key, build, progress) / "core.so"
 
 
@@ -150,7 +152,7 @@ def _build(
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, units))
-    libraries = ["-pthread", *(["-lz"] if trace else [])]
+    libraries = ["-pthread", *(TRACE_LIBRARIES if trace else ())]
     run_command([*compiler, "-shared", *objects, "-o", folder / "core.so", *libraries])
     for leftover in objects:
         leftover.unlink()
