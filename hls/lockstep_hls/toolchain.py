@@ -114,7 +114,7 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _cpu_identity() -> str:
+def cpu_identity() -> str:
     """What ``-march=native`` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -141,4 +141,4 @@ def compile_shared(
         includes = [f"-I{path}" for path in include_dirs]
         run_command([*compiler, *flags, "-shared", "-fPIC", *includes, *sources, "-o", folder / "library.so"])
 
-    return build_cached([*compiler, *flags, version, _cpu_identity(), *texts], build, progress) / "library.so"
+    return build_cached([*compiler, *flags, version, cpu_identity(), *texts], build, progress) / "library.so"

@@ -82,9 +82,15 @@ class Core(wiring.Component):
         for name in supervisor.counters:
             m.d.comb += getattr(registers, f"value_COUNT_{name}").eq(getattr(supervisor, f"count_{name}"))
         for name, member in machine.signature.members.items():
-            if name.startswith(("error_", "code_", "address_", "index_", "running_", "stalled_", "waiting_")):
+            value = getattr(machine, name)
+            if name.startswith(("running_", "stalled_", "waiting_")):
+                m.d.comb += getattr(supervisor, name).eq(value)
+            elif name.startswith(("error_", "code_", "address_", "index_")):
                 assert member.flow == Out
-                m.d.comb += getattr(supervisor, name).eq(getattr(machine, name))
+                # A report crosses the chip in a cycle of its own; one of the cycle of a reset is void.
+                report = Signal.like(value, name=f"report_{name}")
+                m.d.sync += report.eq(Mux(supervisor.soft_reset, 0, value))
+                m.d.comb += getattr(supervisor, name).eq(report)
         m.d.comb += [
             supervisor.busy.eq(machine.busy),
             supervisor.progress.eq(machine.progress),

@@ -19,7 +19,8 @@ from amaranth.back import verilog
 from amaranth.hdl import ClockSignal, Instance, Module, ResetSignal, Value
 from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
-from lockstep_isa.config import CoreConfig
+from lockstep_isa.config import ConfigurationError, CoreConfig
+from lockstep_isa.instructions import TABLE_ENTRY_BYTES
 
 #: Module name of the generated core.
 TOP = "lockstep_core"
@@ -83,6 +84,21 @@ def component_verilog(component: wiring.Component, name: str) -> str:
     return text + library_verilog(text)
 
 
+def require_buildable(config: CoreConfig) -> None:
+    """Raise :class:`lockstep_isa.config.ConfigurationError` unless the RTL builds ``config``."""
+    if config.lanes > config.rows:
+        raise ConfigurationError(
+            f"core '{config.name}': the RTL builds at most one lane per row, not {config.lanes} for {config.rows} rows; "
+            f"the fast core runs it: 'fast:{config.name}'"
+        )
+    widest = min(config.rows, TABLE_ENTRY_BYTES)
+    if config.bus_bytes > widest:
+        raise ConfigurationError(
+            f"core '{config.name}': the RTL builds buses of up to {widest} bytes for {config.rows} rows, not "
+            f"{config.bus_bytes}; the fast core runs it: 'fast:{config.name}'"
+        )
+
+
 def _optimise(text: str) -> str:
     """``text`` with its registers written as registers with enables and resets, by Yosys.
 
@@ -112,6 +128,7 @@ def core_verilog(config: CoreConfig) -> str:
     """
     from .core import Core
 
+    require_buildable(config)
     text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
     return _optimise(text) + _library_module("lockstep_ram")
 

@@ -7,14 +7,15 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, find_compiler, run_command
+from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, cpu_identity, find_compiler, run_command
 from lockstep_isa.config import CoreConfig
-from lockstep_rtl.generate import TOP, core_identity, core_verilog
+from lockstep_rtl.generate import TOP, core_identity, core_verilog, require_buildable
 
 NATIVE = Path(__file__).parent / "native"
 #: Oldest Verilator whose output is known to be right here.
@@ -87,10 +88,13 @@ def find_verilator() -> Verilator:
 def build_core(config: CoreConfig, trace: bool = False, progress: Progress = None) -> Path:
     """The shared library of the Verilated core, from the cache or built now.
 
-    config : any configuration that the RTL builds. trace : with FST waveforms, about three times slower.
+    config : a configuration; :class:`lockstep_isa.config.ConfigurationError` if the RTL does not build it. trace : with FST waveforms, about three times slower.
     progress : told in one line what is built. Raises :class:`ToolchainError` where a tool is missing or fails.
     """
+    require_buildable(config)
     verilator, compiler = find_verilator(), find_compiler()
+    if trace:
+        _require_trace_headers(compiler)
     sources = [NATIVE / "rtl_core.cpp", NATIVE / "memory_model.hpp"]
     flags = [*VERILATOR_FLAGS, *(["--trace-fst"] if trace else [])]
 
@@ -107,8 +111,26 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
         *COMPILER_FLAGS,
         *(s.read_text() for s in sources),
     ]
-    key += [f"bus {config.bus_bytes}", *(TRACE_LIBRARIES if trace else ())]
+    key += [
+        run_command([*compiler, "--version"]),
+        cpu_identity(),
+        f"bus {config.bus_bytes}",
+        *(TRACE_LIBRARIES if trace else ()),
+    ]
     return build_cached(key, build, progress) / "core.so"
+
+
+def _require_trace_headers(compiler: list[str]) -> None:
+    """Raise :class:`ToolchainError` unless what Verilator's FST writer includes is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cpp"
+        probe.write_text("#include <lz4.h>\n#include <zlib.h>\n")
+        try:
+            run_command([*compiler, "-fsyntax-only", probe])
+        except ToolchainError:
+            raise ToolchainError(
+                "waveforms need the headers of lz4 and zlib; install them with 'apt-get install liblz4-dev zlib1g-dev'"
+            ) from None
 
 
 def _build(

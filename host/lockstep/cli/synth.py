@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,8 @@ def register(app: typer.Typer) -> None:
 def synth(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="A core; 'lockstep devices' lists them.")],
     workdir: Annotated[
-        Path | None, typer.Option(help="Folder for the files of the tools; a temporary one if not given.")
+        Path | None,
+        typer.Option(help="Folder for the files of the tools; a temporary one if not given."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,11 +37,11 @@ def synth(
     from lockstep_rtl.synthesis import synthesise
 
     with Steps() as steps:
+        folder = workdir or Path(tempfile.mkdtemp(prefix="lockstep-synth-"))
+        # Where a tool fails, its logs stay: the message names them.
+        report = synthesise(config, folder, steps)
         if workdir is None:
-            with tempfile.TemporaryDirectory(prefix="lockstep-synth-") as folder:
-                report = synthesise(config, Path(folder), steps)
-        else:
-            report = synthesise(config, workdir, steps)
+            shutil.rmtree(folder)
     if as_json:
         emit(
             {

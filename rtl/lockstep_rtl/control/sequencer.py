@@ -76,14 +76,13 @@ class Sequencer(wiring.Component):
         # Fetch: bursts of one 64-byte word; ``credit`` words are asked for or waiting.
         address, remaining = Signal(ADDRESS_BITS), Signal(32)
         credit, flying = Signal(range(FETCH_AHEAD + 1)), Signal(range(FETCH_AHEAD + 1))
-        inside, shown, want = Signal(), Signal(), Signal()
+        inside, want = Signal(), Signal()
         ar, r = self.bus.ar, self.bus.r
         beyond = Signal(ADDRESS_BITS + 1)
         m.d.comb += [
             beyond.eq(address + INSTRUCTION_BYTES),
             inside.eq((address >= self.window.base) & (beyond <= self.window.limit) & (address[:6] == 0)),
-            want.eq(shown | (remaining.any() & (credit != FETCH_AHEAD) & ~self.halt)),
-            ar.valid.eq(want & inside),
+            want.eq(~ar.valid & remaining.any() & (credit != FETCH_AHEAD) & ~self.halt),
             ar.addr.eq(address),
             ar.len.eq(beats - 1),
             r.ready.eq(1),
@@ -91,8 +90,10 @@ class Sequencer(wiring.Component):
         ]
         asked, arrived, used = Signal(), Signal(), Signal()
         m.d.comb += [asked.eq(ar.valid & ar.ready), arrived.eq(r.valid & r.last)]
+        # Checked in one cycle, shown from the next one until it is taken.
+        with m.If(~ar.valid | ar.ready):
+            m.d.sync += ar.valid.eq(want & inside)
         m.d.sync += [
-            shown.eq(ar.valid & ~ar.ready),
             credit.eq(credit + asked - used),
             flying.eq(flying + asked - arrived),
         ]
@@ -109,6 +110,13 @@ class Sequencer(wiring.Component):
         head = buffer.r_data
         index, left = self.index, Signal(32)
         known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
+        # The verdict on the head is one cycle old: it is looked at in one cycle and dispatched from the next one on.
+        vetted, is_known, is_malformed = Signal(), Signal(), Signal()
+        m.d.sync += [
+            vetted.eq(buffer.r_rdy & ~buffer.r_en),
+            is_known.eq(known),
+            is_malformed.eq(malformed),
+        ]
         for t in INSTRUCTION_TYPES:
             push = getattr(self, f"push_{t.name.lower()}")
             view = data.View(instruction_layout(t), head[: t.width])
@@ -125,7 +133,7 @@ class Sequencer(wiring.Component):
                 m.d.comb += [
                     known.eq(1),
                     malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
-                    push.valid.eq(dispatch & ~malformed),
+                    push.valid.eq(dispatch & ~is_malformed),
                     pushed.eq(push.valid & push.ready),
                 ]
         assert len(BY_OPCODE) == len(INSTRUCTION_TYPES)
@@ -161,9 +169,9 @@ class Sequencer(wiring.Component):
                     m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
                     m.next = "STOP"
             with m.State("DISPATCH"):
-                m.d.comb += dispatch.eq(buffer.r_rdy & ~self.halt)
-                with m.If(dispatch & ~(known & ~malformed)):
-                    m.d.comb += [fail.eq(1), code.eq(Mux(known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
+                m.d.comb += dispatch.eq(vetted & ~self.halt)
+                with m.If(dispatch & ~(is_known & ~is_malformed)):
+                    m.d.comb += [fail.eq(1), code.eq(Mux(is_known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
                     m.next = "STOP"
                 with m.If(pushed):
                     m.d.comb += [buffer.r_en.eq(1), self.dispatched.eq(1)]

@@ -53,20 +53,18 @@ class MatrixUnit(wiring.Component):
 
         active, started = Signal(), Signal()
         i = Signal.like(self.instruction.payload)
-        k = Signal(ADDRESS_BITS)
+        # What is left of this tile's words, of the inner and of the outer loop; the last one is a 1.
+        words, inner, outer = (Signal(ADDRESS_BITS, name=f"{n}_left") for n in ("words", "inner", "outer"))
         # Idle cycles before the words of each tile, and those that this tile still has to wait.
         padding, idle = Signal(range(columns)), Signal(range(columns))
-        inner, outer = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
         # Word addresses: of this k, of this tile's start, of this outer step's start.
         a, a_tile, a_outer = (Signal(ADDRESS_BITS, name=f"a{n}") for n in ("", "_tile", "_outer"))
         w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
 
-        first, last_word, step, go, tile_end = (
-            Signal(name=n) for n in ("first", "last_word", "step", "go", "tile_end")
-        )
+        first = Signal(init=1)
+        last_word, step, go, tile_end = (Signal(name=n) for n in ("last_word", "step", "go", "tile_end"))
         m.d.comb += [
-            first.eq(k == 0),
-            last_word.eq(k == i.depth - 1),
+            last_word.eq(words == 1),
             step.eq(active & (started | accumulators.room)),
             go.eq(step & ~idle.any()),
             self.stalled.eq(active & ~started & ~accumulators.room),
@@ -83,25 +81,25 @@ class MatrixUnit(wiring.Component):
         with m.If(idle.any() & step):
             m.d.sync += idle.eq(idle - 1)
         with m.If(go):
-            m.d.sync += [k.eq(k + 1), a.eq(a + 1), w.eq(w + 1)]
+            m.d.sync += [first.eq(0), words.eq(words - 1), a.eq(a + 1), w.eq(w + 1)]
         with m.If(tile_end):
-            m.d.sync += [k.eq(0), started.eq(0), idle.eq(padding)]
+            m.d.sync += [first.eq(1), words.eq(i.depth), started.eq(0), idle.eq(padding)]
 
         last_inner, last_outer, end = Signal(), Signal(), Signal()
         m.d.comb += [
-            last_inner.eq(inner == i.inner - 1),
-            last_outer.eq(outer == i.outer - 1),
+            last_inner.eq(inner == 1),
+            last_outer.eq(outer == 1),
             end.eq(tile_end & last_inner & last_outer),
             self.done.eq(end),
             self.instruction.ready.eq(~active | end),
         ]
         with m.If(tile_end):
             with m.If(last_inner):
-                m.d.sync += [inner.eq(0), outer.eq(outer + 1)]
+                m.d.sync += [inner.eq(i.inner), outer.eq(outer - 1)]
                 for word, tile, start, step in ((a, a_tile, a_outer, i.a_outer), (w, w_tile, w_outer, i.w_outer)):
                     m.d.sync += [word.eq(start + step), tile.eq(start + step), start.eq(start + step)]
             with m.Else():
-                m.d.sync += inner.eq(inner + 1)
+                m.d.sync += inner.eq(inner - 1)
                 for word, tile, step in ((a, a_tile, i.a_inner), (w, w_tile, i.w_inner)):
                     m.d.sync += [word.eq(tile + step), tile.eq(tile + step)]
         with m.If(end):
@@ -109,7 +107,8 @@ class MatrixUnit(wiring.Component):
         with m.If(self.instruction.valid & self.instruction.ready):
             n = self.instruction.payload
             short = Mux(n.depth < columns, columns - n.depth, 0)
-            m.d.sync += [i.eq(n), active.eq(1), k.eq(0), inner.eq(0), outer.eq(0), padding.eq(short), idle.eq(short)]
+            m.d.sync += [i.eq(n), active.eq(1), words.eq(n.depth), inner.eq(n.inner), outer.eq(n.outer)]
+            m.d.sync += [padding.eq(short), idle.eq(short)]
             m.d.sync += [word.eq(n.a) for word in (a, a_tile, a_outer)]
             m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]
 

@@ -38,8 +38,8 @@ class BurstSplitter(wiring.Component):
 
     Ports
     -----
-    block : In(stream of BLOCK), the next one is accepted while the last burst of the one before leaves.
-    burst : Out(stream of BURST).
+    block : In(stream of BLOCK), the next one is accepted once the one before is cut up.
+    burst : Out(stream of BURST), two cycles behind the cut; one a cycle within a block, one idle cycle between blocks.
     window : In(Window). error : Out(UnitError), OUT_OF_WINDOW or MISALIGNED; the burst is then never shown.
     """
 
@@ -62,41 +62,58 @@ class BurstSplitter(wiring.Component):
         rows = Signal(16)
         beats, remaining = Signal(BEAT_BITS), Signal(BEAT_BITS)
 
+        # Cycle 0: the next burst is cut off.
         in_block = Signal(range(BURST_BEATS))
         to_border, length = Signal(range(BURST_BEATS + 1)), Signal(range(BURST_BEATS + 1))
-        end = Signal(ADDRESS_BITS + 1)
-        inside, aligned = Signal(), Signal()
+        cut = Signal(data.StructLayout({"addr": ADDRESS_BITS, "length": length.shape(), "aligned": 1}))
+        cut_valid, advance, passes = Signal(), Signal(), Signal()
         m.d.comb += [
             in_block.eq(address >> beat_bits),
             to_border.eq(BURST_BEATS - in_block),
             length.eq(Mux(remaining < to_border, remaining, to_border)),
-            end.eq(address + (length << beat_bits)),
-            inside.eq((address >= self.window.base) & (end <= self.window.limit)),
-            aligned.eq((address[:beat_bits] | stride[:beat_bits]) == 0),
-            self.burst.valid.eq(active & inside & aligned),
-            self.burst.payload.addr.eq(address),
-            self.burst.payload.len.eq(length - 1),
-            self.error.valid.eq(active & ~(inside & aligned)),
-            self.error.code.eq(Mux(aligned, ErrorCode.OUT_OF_WINDOW, ErrorCode.MISALIGNED)),
-            self.error.address.eq(address),
+            advance.eq(active & (~cut_valid | passes)),
+            self.block.ready.eq(~active),
         ]
-        row_end, block_end = Signal(), Signal()
-        m.d.comb += [
-            row_end.eq(remaining == length),
-            block_end.eq(self.burst.valid & self.burst.ready & row_end & (rows == 1)),
-            self.block.ready.eq(~active | block_end),
-        ]
-        with m.If(self.burst.valid & self.burst.ready):
-            m.d.sync += [address.eq(end), remaining.eq(remaining - length)]
-            with m.If(row_end):
+        with m.If(advance):
+            m.d.sync += [
+                cut.addr.eq(address),
+                cut.length.eq(length),
+                cut.aligned.eq((address[:beat_bits] | stride[:beat_bits]) == 0),
+                address.eq(address + (length << beat_bits)),
+                remaining.eq(remaining - length),
+            ]
+            with m.If(remaining == length):
                 m.d.sync += [
                     rows.eq(rows - 1),
                     remaining.eq(beats),
                     row_start.eq(row_start + stride),
                     address.eq(row_start + stride),
+                    active.eq(rows != 1),
                 ]
-        with m.If(block_end):
-            m.d.sync += active.eq(0)
+
+        # Cycle 1: it is compared with the window.
+        end, inside = Signal(ADDRESS_BITS + 1), Signal()
+        m.d.comb += [
+            end.eq(cut.addr + (cut.length << beat_bits)),
+            inside.eq((cut.addr >= self.window.base) & (end <= self.window.limit)),
+            passes.eq(cut_valid & inside & cut.aligned & (~self.burst.valid | self.burst.ready)),
+            self.error.valid.eq(cut_valid & ~(inside & cut.aligned)),
+            self.error.code.eq(Mux(cut.aligned, ErrorCode.OUT_OF_WINDOW, ErrorCode.MISALIGNED)),
+            self.error.address.eq(cut.addr),
+        ]
+        with m.If(advance | passes):
+            m.d.sync += cut_valid.eq(advance)
+
+        # Cycle 2: it is shown.
+        with m.If(self.burst.ready):
+            m.d.sync += self.burst.valid.eq(0)
+        with m.If(passes):
+            m.d.sync += [
+                self.burst.valid.eq(1),
+                self.burst.payload.addr.eq(cut.addr),
+                self.burst.payload.len.eq(cut.length - 1),
+            ]
+
         with m.If(self.block.valid & self.block.ready):
             block = self.block.payload
             m.d.sync += [

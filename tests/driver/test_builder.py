@@ -1,0 +1,93 @@
+"""The builder places the tokens that a program needs, and no others."""
+
+from __future__ import annotations
+
+import pytest
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_isa.config import preset
+from lockstep_isa.instructions import LOAD, MATRIX, STORE, VECTOR, Destination, Memory, Source, Unit
+from lockstep_isa.program import Program, ProgramError, validate
+
+TINY = preset("tiny")
+
+
+def masks(program: Program, field: str) -> list[set[str]]:
+    return [{u.name for u in Unit if i.values[field] >> u & 1} for i in program.instructions]
+
+
+def test_a_reader_waits_for_the_writer_of_its_words() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(LOAD, memory=Memory.ACTIVATION, words=8, address=0)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=8, address=256)
+    builder.emit(MATRIX, depth=8)
+    program = builder.finish()
+    assert masks(program, "signal") == [set(), {"MATRIX"}, set()]
+    assert masks(program, "wait") == [set(), set(), {"LOAD"}]
+
+
+def test_a_writer_waits_for_earlier_readers() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(MATRIX, depth=8)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=4, address=0, local=4)
+    assert masks(builder.finish(), "wait") == [set(), {"MATRIX"}]
+
+
+def test_disjoint_words_need_no_token() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(MATRIX, depth=8)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=4, address=0, local=8)
+    assert masks(builder.finish(), "wait") == [set(), set()]
+
+
+def test_one_wait_covers_everything_before_it() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=4, address=0)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=4, address=256, local=4)
+    builder.emit(VECTOR, source=Source.VECTOR, columns=4, x=4)
+    builder.emit(VECTOR, source=Source.VECTOR, columns=4, x=0)
+    assert masks(builder.finish(), "wait") == [set(), set(), {"LOAD"}, set()]
+
+
+def test_what_a_program_stores_is_loaded_behind_it() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(STORE, memory=Memory.VECTOR, words=4, address=4096)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=4, address=4096 + 32)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=4, address=0, local=4)
+    assert masks(builder.finish(), "wait") == [set(), {"STORE"}, set()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory": Memory.VECTOR, "words": 8, "local": 65535}, "reaches word"),
+        ({"memory": Memory.VECTOR, "words": 8, "address": 2}, "not a multiple of the bus width"),
+    ],
+)
+def test_validation_names_the_instruction(fields: dict[str, int], message: str) -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(LOAD, memory=Memory.PARAMETER, words=1, address=0)
+    try:
+        builder.emit(LOAD, **fields)
+    except IndexError:
+        pytest.fail("the builder must leave bounds to validation")
+    with pytest.raises(ProgramError, match=f"instruction 1 .*{message}"):
+        validate(TINY, builder.finish())
+
+
+def test_validation_refuses_programs_that_wait_for_themselves() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.emit(VECTOR, source=Source.ACCUMULATOR, destination=Destination.VECTOR, columns=4)
+    builder.emit(MATRIX, depth=8)
+    builder.emit(MATRIX, depth=8)
+    with pytest.raises(ProgramError, match="result tiles"):
+        validate(TINY, builder.finish())
+    starved = ProgramBuilder(TINY)
+    starved.emit(VECTOR, source=Source.ACCUMULATOR, destination=Destination.VECTOR, columns=4)
+    with pytest.raises(ProgramError, match="waits for itself"):
+        validate(TINY, starved.finish())
+
+
+def test_validation_refuses_another_configuration() -> None:
+    program = ProgramBuilder(preset("laptop")).finish()
+    with pytest.raises(ProgramError, match="compile it for this core"):
+        validate(TINY, program)

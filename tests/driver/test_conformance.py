@@ -1,0 +1,36 @@
+"""Every executor of programs passes the same conformance suite."""
+
+from __future__ import annotations
+
+import pytest
+from lockstep_driver import open_device
+from lockstep_driver.conformance import CHECKS, CheckResult, run_conformance
+
+DEVICES = ["fast:tiny", "fast:laptop", "fast:ulx3s", "rtl:tiny"]
+
+
+@pytest.fixture(scope="module", params=[*DEVICES, pytest.param("rtl:laptop", marks=pytest.mark.slow)])
+def results(request):
+    """What the suite says of one device, by check."""
+    with open_device(f"{request.param}?memory=4M") as device:
+        return {r.name: r for r in run_conformance(device)}
+
+
+@pytest.mark.parametrize("name", list(CHECKS))
+def test_device_conforms(results: dict[str, CheckResult], name: str) -> None:
+    assert results[name].failure is None, results[name].failure
+
+
+def test_the_suite_finds_a_device_that_loses_a_bit() -> None:
+    with open_device("fast:tiny?memory=4M") as device:
+        run = device._core.run
+
+        def flip(cycles: int) -> int:
+            passed = run(cycles)
+            device._core.memory[70_000] ^= 1
+            device._core.memory[300_000:600_000:64] ^= 1
+            return passed
+
+        device._core.run = flip
+        failed = {r.name for r in run_conformance(device) if r.failure}
+    assert "gives_the_golden_bits_on_random_programs" in failed

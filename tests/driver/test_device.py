@@ -1,0 +1,88 @@
+"""Devices by URI, their memory, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from lockstep_driver import DeviceNotFound, DriverError, OutOfDeviceMemory, open_device, parse
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_driver.memory import Allocator
+from lockstep_isa.config import preset
+from lockstep_isa.instructions import LOAD, Memory
+from lockstep_isa.program import Program, ProgramError
+
+
+def test_a_uri_names_scheme_core_and_options() -> None:
+    uri = parse("rtl:tiny?memory=8M&latency=7&refresh=0&wave=out.fst")
+    assert (uri.scheme, uri.config.name, uri.memory_bytes, uri.wave) == ("rtl", "tiny", 8 << 20, "out.fst")
+    assert (uri.timing.latency, uri.timing.refresh_interval) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("laptop", "unknown device 'laptop': devices are"),
+        ("gpu:laptop", "unknown device 'gpu:laptop'"),
+        ("rtl:huge", "unknown core 'huge': presets are tiny, laptop"),
+        ("rtl:tiny?memory=lots", "'lots' is no value for memory"),
+        ("rtl:tiny?memory=9G", "'9G' is no value for memory"),
+        ("rtl:tiny?colour=red", "unknown option 'colour'"),
+        ("fast:tiny?wave=x.fst", "unknown option 'wave'"),
+    ],
+)
+def test_a_wrong_uri_says_what_there_is(uri: str, message: str) -> None:
+    with pytest.raises(DeviceNotFound, match=message.replace("?", r"\?")):
+        parse(uri)
+
+
+def test_memory_is_given_back_and_merged() -> None:
+    allocator = Allocator(np.zeros(4096, np.uint8))
+    pieces = [allocator.allocate(1000) for _ in range(4)]
+    with pytest.raises(OutOfDeviceMemory, match="1024 bytes are missing"):
+        allocator.allocate(1000)
+    for piece in (pieces[2], pieces[0], pieces[1]):
+        allocator.free(piece)
+    assert allocator.allocate(3000).address == 0
+    with pytest.raises(DriverError, match="freed before"):
+        allocator.free(pieces[1])
+
+
+def test_a_program_for_another_core_is_refused_before_it_runs() -> None:
+    builder = ProgramBuilder(preset("laptop"))
+    builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=0)
+    with open_device("fast:tiny?memory=1M") as device, pytest.raises(DriverError, match="compile it for this core"):
+        device.run(builder.finish())
+
+
+def test_program_files_survive_and_damage_is_found(tmp_path) -> None:
+    builder = ProgramBuilder(preset("tiny"))
+    builder.emit(LOAD, memory=Memory.VECTOR, words=3, address=64, local=5)
+    program = builder.finish()
+    path = tmp_path / "program.lockstep"
+    program.save(path)
+    assert Program.load(path) == program
+    data = bytearray(path.read_bytes())
+    for damaged, message in (
+        (data[:-10], "truncated"),
+        (data[:-1] + b"\x55", "damaged"),
+        (b"PK" + data[2:], "not a Lockstep program"),
+        (data[:8] + b"\x63\x00\x00\x00" + data[12:], "instruction set 99"),
+    ):
+        with pytest.raises(ProgramError, match=message):
+            Program.from_bytes(bytes(damaged))
+
+
+def test_a_device_works_after_a_timeout() -> None:
+    from lockstep_driver import DeviceTimeout
+    from lockstep_isa.instructions import VECTOR, Instruction, Source
+
+    with open_device("rtl:tiny?memory=1M") as device:
+        device.write("WATCHDOG", 0)
+        stuck = device.load(
+            Program(device.config.crc, (Instruction(VECTOR, source=Source.ACCUMULATOR, columns=1),)), check=False
+        )
+        with pytest.raises(DeviceTimeout, match="it was reset"):
+            device.wait(device.submit(stuck), timeout=0.05)
+        builder = ProgramBuilder(device.config)
+        builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=0)
+        assert device.run(builder.finish(), timeout=30).instructions == 1
