@@ -88,8 +88,8 @@ def require_buildable(config: CoreConfig) -> None:
     """Raise :class:`lockstep_isa.config.ConfigurationError` unless the RTL builds ``config``."""
     if config.lanes > config.rows:
         raise ConfigurationError(
-            f"core '{config.name}': the RTL builds at most one lane per row, not {config.lanes} for {config.rows} rows; "
-            f"the fast core runs it: 'fast:{config.name}'"
+            f"core '{config.name}': the RTL builds at most one lane per row, not {config.lanes} for {config.rows} "
+            f"rows; the fast core runs it: 'fast:{config.name}'"
         )
     widest = min(config.rows, TABLE_ENTRY_BYTES)
     if config.bus_bytes > widest:

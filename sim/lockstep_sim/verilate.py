@@ -88,8 +88,9 @@ def find_verilator() -> Verilator:
 def build_core(config: CoreConfig, trace: bool = False, progress: Progress = None) -> Path:
     """The shared library of the Verilated core, from the cache or built now.
 
-    config : a configuration; :class:`lockstep_isa.config.ConfigurationError` if the RTL does not build it. trace : with FST waveforms, about three times slower.
-    progress : told in one line what is built. Raises :class:`ToolchainError` where a tool is missing or fails.
+    config : which core. trace : with FST waveforms, about three times slower. progress : told in one line what is
+    built. Raises :class:`ToolchainError` where a tool is missing or fails, and
+    :class:`lockstep_isa.config.ConfigurationError` for a core that the RTL does not build.
     """
     require_buildable(config)
     verilator, compiler = find_verilator(), find_compiler()
