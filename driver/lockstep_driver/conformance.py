@@ -211,14 +211,17 @@ def stops_at_words_beyond_a_memory(device: Device) -> None:
 
 @check
 def stops_at_malformed_instructions(device: Device) -> None:
-    """Unknown opcodes, counts of zero and stray bits are refused at dispatch."""
+    """Unknown opcodes, counts of zero, undefined values and stray bits are refused at dispatch."""
     good = encode(Instruction(MATRIX, depth=4, outer=1, inner=1))
     unknown = bytes([0x0F]) + bytes(63)
     stray = good[:-1] + b"\x80"
     offset, field = MATRIX.layout["depth"]
     without_depth = int.from_bytes(good, "little") & ~(((1 << field.width) - 1) << offset)
+    undefined = int.from_bytes(encode(Instruction(VECTOR)), "little") | 0xF << VECTOR.layout["function"][0]
     for code, expected in (
         (unknown, ErrorCode.BAD_OPCODE),
+        (undefined.to_bytes(64, "little"), ErrorCode.BAD_FIELD),
+        (encode(Instruction(STORE, memory=Memory.WEIGHT)), ErrorCode.BAD_FIELD),
         (stray, ErrorCode.BAD_FIELD),
         (without_depth.to_bytes(64, "little"), ErrorCode.BAD_FIELD),
     ):

@@ -11,7 +11,7 @@ import numpy as np
 from lockstep_hls.toolchain import FLAGS, INCLUDE, Progress, build_cached, compile_shared
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
 from lockstep_isa.errors import CONTROL_UNIT, ErrorCode
-from lockstep_isa.instructions import INSTRUCTION_BYTES, VECTOR, Instruction, Unit
+from lockstep_isa.instructions import INSTRUCTION_BYTES, VECTOR, Instruction, InstructionError, Unit
 from lockstep_isa.registers import (
     BY_NAME,
     CORE_COUNTERS,
@@ -230,10 +230,10 @@ def _field(words: NDArray[np.uint64], name: str) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=4096)
 def _shape(config: CoreConfig, key: tuple[int, ...]) -> tuple[int, int, int, int]:
-    values = dict(zip(_SHAPE_FIELDS, key, strict=True))
-    if values["tiles"] == 0 or values["columns"] == 0:
+    try:
+        i = Instruction(VECTOR, **dict(zip(_SHAPE_FIELDS, key, strict=True)))
+    except InstructionError:  # malformed: the core refuses it before its time matters
         return (0, 0, 0, 0)
-    i = Instruction(VECTOR, **values)
     first, other = 1 + row_cycles(config, i, True), row_cycles(config, i, False)
     return first, other, tail_cycles(config, i), column_cycles(config, i)
 

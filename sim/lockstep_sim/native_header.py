@@ -80,11 +80,18 @@ def instruction_header(config: CoreConfig) -> str:
                 value = f"static_cast<{field.choices.__name__}>({value})"
             inits.append(f"{_safe(field_name)}({value})")
         lines.append("      : " + ", ".join(inits) + " {}")
-        minima = [f"{_safe(f.name)} >= {f.minimum}u" for f in type.fields if f.minimum]
-        lines.append("  // No stray bits, no count of zero: what the hardware checks at dispatch.")
+        legal = [f"{_safe(f.name)} >= {f.minimum}u" for f in type.fields if f.minimum]
+        legal += [
+            f"static_cast<std::uint32_t>({_safe(f.name)}) < {len(f.choices)}u"
+            for f in type.fields
+            if f.choices is not None and len(f.choices) < 1 << f.width
+        ]
+        if type is isa.STORE:
+            legal.append(f"memory == Memory::{_camel(isa.Memory.VECTOR.name)}")
+        lines.append("  // No stray bits, no count of zero, no undefined value: what the hardware checks at dispatch.")
         lines.append(
             f"  bool well_formed(const Word& word) const {{ return word.clear_above({type.width})"
-            + "".join(f" && {x}" for x in minima)
+            + "".join(f" && {condition}" for condition in legal)
             + "; }"
         )
         lines.append("};")

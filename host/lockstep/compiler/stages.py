@@ -48,7 +48,7 @@ def split(graph: Graph) -> list[Stage]:
         level[node.value] = max(
             (level[v] + (on_device[v] and not on_device[node.value]) for v in node.inputs), default=0
         )
-    # A quantised pair lives on chip only: whoever reads it must be in its stage, so it moves there or is repeated.
+    # A quantised pair lives on chip only: whoever reads it must be in its stage, so it moves there.
     readers: dict[Value, list[Node]] = {}
     for node in graph:
         for value in node.inputs:
