@@ -23,14 +23,15 @@ def test_device_conforms(results: dict[str, CheckResult], name: str) -> None:
 
 def test_the_suite_finds_a_device_that_loses_a_bit() -> None:
     with open_device("fast:tiny?memory=4M") as device:
-        run = device._core.run
+        run, memory = device._core.run, device._core.memory
 
-        def flip(cycles: int) -> int:
+        def lossy(cycles: int) -> int:
+            """Whatever a run changed in memory loses its lowest bit, unless it is zero."""
+            before = memory.copy()
             passed = run(cycles)
-            device._core.memory[70_000] ^= 1
-            device._core.memory[300_000:600_000:64] ^= 1
+            memory[(before != memory) & (memory != 0)] &= 0xFE
             return passed
 
-        device._core.run = flip
+        device._core.run = lossy
         failed = {r.name for r in run_conformance(device) if r.failure}
-    assert "gives_the_golden_bits_on_random_programs" in failed
+    assert {"gives_the_golden_bits_on_random_programs", "loads_and_stores_what_it_was_given"} <= failed
