@@ -38,7 +38,7 @@ DEPTH = 48
 #: Partial sums of a row.
 PARTIALS = 64
 #: From the read of a partial sum to the first read that sees it changed.
-SUM_TURNAROUND = 6
+SUM_TURNAROUND = 7
 #: Sums enter the row sum here.
 SUM = MUL3
 
