@@ -26,7 +26,8 @@ class Scratchpad(wiring.Component):
     bounds_* : Out(1) each, an access beyond the end in this cycle, with ``bounds_address`` Out(16).
 
     The data word is shared by both readers: a reader looks at it in the cycle behind its own request.
-    Contents are undefined at the start, and a word read in the cycle in which it is written is the old one.
+    Contents are undefined at the start, and so is on silicon a word read in the cycle in which it is written: units
+    that share words take turns by tokens.
     """
 
     def __init__(self, width: int, granules: int, depth: int) -> None:

@@ -34,12 +34,15 @@ class Issue(wiring.Component):
     - with column min(64, columns - 1) until the adders are through with the sums of the row before,
     - with the last column of a transposed group until the group before it is written.
 
+    What is issued in one cycle is requested from the memories in the next one, out of registers.
+
     Ports
     -----
     instruction : In(stream). ``done`` : Out(1), once ``drained`` In(1) says that everything is written.
     fields : Out(instruction layout), held still from ``begin`` Out(1) to ``done``.
     accumulator, vector_read, parameter_read : Out, see lockstep_rtl.interfaces.
-    beat, first, last : Out(1), ``sub`` : Out, a beat, of the first or last column of a row tile, of which lanes.
+    beat, first, last : Out(1), ``sub`` : Out, a beat, of the first or last column of a row tile, of which lanes; in
+        the cycle of its requests.
     x, y, lane0, lane1 : Out(32 * lanes), words of the beat before. ``column0`` to ``column2`` : Out(32), of the beat
     before that.
     continue_valid : Out(1), ``parameter_read.data`` is the word from which the next row's maximum continues.
@@ -77,25 +80,43 @@ class Issue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config, i = self.config, self.fields
+        config, i, n = self.config, self.fields, self.instruction.payload
         rows, subwords = config.rows, config.subwords
         group_bits = (rows - 1).bit_length()
         word = 32 * rows
 
-        # What the instruction uses.
-        column0 = (i.mul1 == FirstMultiply.COLUMN0) | (i.mul2 == SecondMultiply.COLUMN0)
-        column_needs = Cat(column0, i.add2 == SecondAdd.COLUMN1, i.mul3 == ThirdMultiply.COLUMN2)
-        lane0 = (i.add1 == FirstAdd.LANE0) | (i.mul2 == SecondMultiply.LANE0) | (i.function == Function.EXP2)
-        resume = (i.maximum != Maximum.NONE) & i.max_continue
-        row_needs = Cat(column_needs, lane0, i.mul1 == FirstMultiply.LANE1, resume)
-        uses_y = (i.add1 == FirstAdd.Y) | (i.mul3 == ThirdMultiply.Y)
-        from_vector = i.source == Source.VECTOR
-        from_parameter = i.source == Source.PARAMETER
-        from_accumulator = i.source == Source.ACCUMULATOR
-        shares = uses_y & from_vector
-        transposed = i.destination == Destination.WEIGHT_TRANSPOSED
-        own_words = (i.destination == Destination.PARAMETER) & (i.sum | (i.maximum != Maximum.NONE))
-        least_prologue = Mux(resume, CONTINUE_PROLOGUE, Mux(own_words, 2, 1))
+        # What the instruction uses, worked out when it is taken.
+        with_column0 = (n.mul1 == FirstMultiply.COLUMN0) | (n.mul2 == SecondMultiply.COLUMN0)
+        with_lane0 = (n.add1 == FirstAdd.LANE0) | (n.mul2 == SecondMultiply.LANE0) | (n.function == Function.EXP2)
+        resume = (n.maximum != Maximum.NONE) & n.max_continue
+        with_y = (n.add1 == FirstAdd.Y) | (n.mul3 == ThirdMultiply.Y)
+        own_words = (n.destination == Destination.PARAMETER) & (n.sum | (n.maximum != Maximum.NONE))
+        row_needs, uses_y, shares = Signal(6), Signal(), Signal()
+        column_needs = row_needs[:3]
+        from_vector, from_parameter, from_accumulator, transposed = Signal(), Signal(), Signal(), Signal()
+        least_prologue = Signal(range(CONTINUE_PROLOGUE))  # beyond the first cycle
+        final_column, final_tile = Signal(16), Signal(16)
+        beyond_partials = Signal()
+        with m.If(self.instruction.valid & self.instruction.ready):
+            m.d.sync += [
+                i.eq(n),
+                row_needs[0].eq(with_column0),
+                row_needs[1].eq(n.add2 == SecondAdd.COLUMN1),
+                row_needs[2].eq(n.mul3 == ThirdMultiply.COLUMN2),
+                row_needs[3].eq(with_lane0),
+                row_needs[4].eq(n.mul1 == FirstMultiply.LANE1),
+                row_needs[5].eq(resume),
+                uses_y.eq(with_y),
+                shares.eq(with_y & (n.source == Source.VECTOR)),
+                from_vector.eq(n.source == Source.VECTOR),
+                from_parameter.eq(n.source == Source.PARAMETER),
+                from_accumulator.eq(n.source == Source.ACCUMULATOR),
+                transposed.eq(n.destination == Destination.WEIGHT_TRANSPOSED),
+                least_prologue.eq(Mux(resume, CONTINUE_PROLOGUE - 1, own_words)),
+                final_column.eq(n.columns - 1),
+                final_tile.eq(n.tiles - 1),
+                beyond_partials.eq(n.columns > PARTIALS),
+            ]
 
         # Where the pass is.
         tile, column = Signal(16), Signal(16)
@@ -105,7 +126,7 @@ class Issue(wiring.Component):
         y_row, y_address = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
         last_column, group_ends, ends = Signal(), Signal(), Signal()
         m.d.comb += [
-            last_column.eq(column == (i.columns - 1)[:16]),
+            last_column.eq(column == final_column),
             group_ends.eq(column[:group_bits].all()),
             ends.eq(sub == subwords - 1),
         ]
@@ -122,10 +143,14 @@ class Issue(wiring.Component):
         for kind, base in enumerate(bases):
             with m.If(choice[kind]):
                 m.d.comb += fetch_address.eq(base + (group if kind < 3 else tile))
+        requested, requested_parity = Signal(6), Signal()
         fetched, fetched_parity = Signal(6), Signal()
-        m.d.sync += fetched.eq(Mux(fetching, choice, 0))
+        m.d.sync += [
+            *(requested.eq(Mux(fetching, choice, 0)), requested_parity.eq(group[0])),
+            *(fetched.eq(requested), fetched_parity.eq(requested_parity)),
+        ]
         with m.If(fetching):
-            m.d.sync += [needed.eq(needed & ~choice), fetched_parity.eq(group[0])]
+            m.d.sync += needed.eq(needed & ~choice)
         lane_words = [Signal(word, name=f"lane{k}_word") for k in range(2)]
         column_words = [[Signal(word, name=f"column{k}_word{p}") for p in range(2)] for k in range(3)]
         for kind in range(3):
@@ -137,39 +162,40 @@ class Issue(wiring.Component):
                 m.d.sync += lane_words[k].eq(self.parameter_read.data)
         m.d.comb += self.continue_valid.eq(fetched[5])
 
-        # Pacing: cycles since the last beat of the row before, and of the transposed group before.
-        pauses = Array(row_pause(n, subwords) for n in (1, 2, 4, 8, 16, 32, 64))
+        # Pacing: cycles still to wait behind the row before, and behind the transposed group before.
+        pauses = Array(row_pause(columns, subwords) - 1 for columns in (1, 2, 4, 8, 16, 32, 64))
         levels = Signal(range(7))
         for level in range(6):
             with m.If(i.columns > 1 << level):
                 m.d.comb += levels.eq(level + 1)
-        since_row = Signal(range(row_pause(PARTIALS, subwords) + 1))
-        since_group = Signal(range(rows + 1))
-        paced_column = Mux(i.columns > PARTIALS, column == PARTIALS, last_column)
-        sum_waits = i.sum & tile.any() & paced_column & (since_row < pauses[levels])
-        group_waits = transposed & (group_ends | last_column) & (since_group < rows)
-        with m.If(since_row != row_pause(PARTIALS, subwords)):
-            m.d.sync += since_row.eq(since_row + 1)
-        with m.If(since_group != rows):
-            m.d.sync += since_group.eq(since_group + 1)
+        pause = Signal(range(row_pause(PARTIALS, subwords)))
+        m.d.sync += pause.eq(pauses[levels])
+        row_wait, group_wait = Signal.like(pause), Signal(range(rows))
+        paced_column = Mux(beyond_partials, column == PARTIALS, last_column)
+        sum_waits = i.sum & paced_column & row_wait.any()
+        group_waits = transposed & (group_ends | last_column) & group_wait.any()
+        with m.If(row_wait.any()):
+            m.d.sync += row_wait.eq(row_wait - 1)
+        with m.If(group_wait.any()):
+            m.d.sync += group_wait.eq(group_wait - 1)
 
         late = Signal()  # the words of the group that has begun are still being fetched
         no_tile = from_accumulator & ~self.accumulator.available
-        go, y_alone = Signal(), Signal()  # y_alone: a cycle of the issue that only reads y
+        go = Signal()
+        issues, y_alone = Signal(), Signal()  # a beat, or a cycle that only reads y
         m.d.comb += go.eq(~no_tile & ~sum_waits & ~group_waits & ~late)
 
         with m.FSM():
             with m.State("ACCEPT"):
                 m.d.comb += self.instruction.ready.eq(1)
                 with m.If(self.instruction.valid):
-                    m.d.sync += i.eq(self.instruction.payload)
                     m.next = "START"
             with m.State("START"):
                 m.d.comb += self.begin.eq(1)
                 m.d.sync += [
                     *(tile.eq(0), column.eq(0), sub.eq(0), group.eq(0), late.eq(0), read_y.eq(shares)),
                     *(x_row.eq(i.x), x_address.eq(i.x), y_row.eq(i.y), y_address.eq(i.y)),
-                    *(needed.eq(row_needs), least.eq(least_prologue - 1)),
+                    *(needed.eq(row_needs), least.eq(least_prologue), row_wait.eq(0), group_wait.eq(0)),
                 ]
                 m.next = "FETCH"
             with m.State("FETCH"):
@@ -184,14 +210,14 @@ class Issue(wiring.Component):
                 m.d.comb += [
                     self.stalled.eq(no_tile),
                     fetching.eq(needed.any()),
-                    self.beat.eq(go & ~read_y),
+                    issues.eq(go & ~read_y),
                     y_alone.eq(go & read_y),
                 ]
                 with m.If(late & one_left):
                     m.d.sync += [late.eq(0), needed.eq(column_needs), group.eq(group + 1)]
                 with m.If(y_alone):
                     m.d.sync += [read_y.eq(0), y_address.eq(y_address + 1)]
-                with m.If(self.beat):
+                with m.If(issues):
                     m.d.sync += sub.eq(sub + 1)
                     with m.If(ends):
                         m.d.sync += [
@@ -200,17 +226,17 @@ class Issue(wiring.Component):
                         with m.If(~shares):
                             m.d.sync += y_address.eq(y_address + 1)
                         with m.If(group_ends | last_column):
-                            m.d.sync += since_group.eq(1)
+                            m.d.sync += group_wait.eq(rows - 1)
                         with m.If(last_column):
-                            m.d.sync += since_row.eq(1)
+                            m.d.sync += row_wait.eq(pause)
                             m.d.sync += [
                                 *(tile.eq(tile + 1), column.eq(0), group.eq(0), late.eq(0)),
                                 *(x_row.eq(x_row + i.x_stride), x_address.eq(x_row + i.x_stride)),
                                 *(y_row.eq(y_row + i.y_stride), y_address.eq(y_row + i.y_stride)),
-                                *(needed.eq(row_needs), least.eq(least_prologue - 1)),
+                                *(needed.eq(row_needs), least.eq(least_prologue)),
                             ]
                             m.next = "FETCH"
-                            with m.If(tile == (i.tiles - 1)[:16]):
+                            with m.If(tile == final_tile):
                                 m.next = "DRAIN"
                         with m.Elif(group_ends & column_needs.any()):
                             with m.If(from_parameter):
@@ -224,38 +250,47 @@ class Issue(wiring.Component):
                 m.d.comb += self.done.eq(1)
                 m.next = "ACCEPT"
 
-        # Stage 0: reads.
+        # What is issued now is in stage 0 in the next cycle. The accumulators need no address: they are read now, and
+        # a tile that is through is given back at once.
+        issued_column = Signal(group_bits + 1)
+        reads_y = Signal()
         m.d.comb += [
-            self.first.eq(column == 0),
-            self.last.eq(last_column),
-            self.sub.eq(sub),
-            self.accumulator.enable.eq(self.beat & from_accumulator),
+            self.accumulator.enable.eq(issues & from_accumulator),
             self.accumulator.column.eq(column[:group_bits]),
-            self.accumulator.pop.eq(self.beat & from_accumulator & ends & (group_ends | last_column)),
-            self.vector_read.enable.eq((self.beat & from_vector) | y_alone | (self.beat & uses_y & ~shares)),
-            self.vector_read.address.eq(Mux(from_vector & ~(shares & read_y), x_address, y_address)),
-            self.parameter_read.enable.eq(fetching | (self.beat & from_parameter)),
+            self.accumulator.pop.eq(issues & from_accumulator & ends & (group_ends | last_column)),
+        ]
+        m.d.sync += [
+            *(self.beat.eq(issues), self.first.eq(column == 0), self.last.eq(last_column), self.sub.eq(sub)),
+            *(issued_column.eq(column), reads_y.eq(y_alone)),
+            self.vector_read.enable.eq(y_alone | (issues & (from_vector | uses_y))),
+            self.vector_read.address.eq(Mux(from_vector & ~read_y, x_address, y_address)),
+            self.parameter_read.enable.eq(fetching | (issues & from_parameter)),
             self.parameter_read.address.eq(Mux(fetching, fetch_address, x_address)),
         ]
 
+        # Stage 0: reads. The accumulators' answer waits for the others.
+        accumulator_read = Signal()
+        accumulated = Signal(word)
+        m.d.sync += accumulator_read.eq(self.accumulator.enable)
+        with m.If(accumulator_read):
+            m.d.sync += accumulated.eq(self.accumulator.data)
+
         # Stage 1: the answers, and the lanes' part of them.
         sub1 = Signal(range(subwords))
-        beat1, read_y1 = Signal(), Signal()
+        beat1, reads_y1 = Signal(), Signal()
         column1, parity1 = Signal(group_bits), Signal()
         held_y = Signal(word)
-        m.d.sync += [beat1.eq(self.beat), read_y1.eq(shares & self.vector_read.enable & read_y)]
+        m.d.sync += [beat1.eq(self.beat), reads_y1.eq(reads_y)]
         with m.If(self.beat):
-            m.d.sync += [sub1.eq(sub), column1.eq(column), parity1.eq(column[group_bits])]
-        with m.If(read_y1):
+            m.d.sync += [sub1.eq(self.sub), column1.eq(issued_column), parity1.eq(issued_column[group_bits])]
+        with m.If(reads_y1):
             m.d.sync += held_y.eq(self.vector_read.data)
         x = Signal(word)
-        with m.Switch(i.source):
-            with m.Case(Source.ACCUMULATOR):
-                m.d.comb += x.eq(self.accumulator.data)
-            with m.Case(Source.VECTOR):
-                m.d.comb += x.eq(self.vector_read.data)
-            with m.Default():
-                m.d.comb += x.eq(self.parameter_read.data)
+        m.d.comb += x.eq(self.parameter_read.data)
+        with m.If(from_accumulator):
+            m.d.comb += x.eq(accumulated)
+        with m.Elif(from_vector):
+            m.d.comb += x.eq(self.vector_read.data)
         y = Mux(shares, held_y, self.vector_read.data)
         taken = 32 * config.lanes
         m.d.comb += [

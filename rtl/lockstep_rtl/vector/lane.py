@@ -42,11 +42,11 @@ class LaneMode(data.Struct):
 
 
 def lane_mode(m, instruction, rounded):
-    """A register-free LaneMode of an instruction."""
+    """The LaneMode of an instruction, in registers: right one cycle behind it."""
     mode = Signal(LaneMode)
     for name in ("source", "add1", "mul1", "mul2", "add2", "mul3", "tap", "sum", "maximum", "max_continue"):
-        m.d.comb += getattr(mode, name).eq(getattr(instruction, name))
-    m.d.comb += [
+        m.d.sync += getattr(mode, name).eq(getattr(instruction, name))
+    m.d.sync += [
         mode.rounded.eq(rounded),
         mode.immediate0.eq(instruction.immediate0),
         mode.function.eq(function_mode(m, instruction)),

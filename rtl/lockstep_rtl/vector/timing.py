@@ -1,7 +1,7 @@
 """When things happen in the VECTOR unit: the stages of its pipeline, and the exact cycles of a pass without stalls.
 
-A beat is one column, or one group of ``lanes`` rows of it. Beats leave the issue stage in cycle 0 and never stall
-behind it; all numbers are cycles behind the issue.
+A beat is one column, or one group of ``lanes`` rows of it. Its words are requested in stage 0, ISSUE cycles behind
+the decision to issue it, and behind that it never stalls; stages are cycles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lockstep_isa.instructions import (
     ThirdMultiply,
 )
 
+#: From the issue of a beat to its stage 0.
+ISSUE = 1
 #: First stage of each step; a step ends where the next one begins.
 SELECT = 1  #: memory data are there; lanes take their operands
 CONVERT = 2
@@ -36,7 +38,7 @@ DEPTH = 48
 #: Partial sums of a row.
 PARTIALS = 64
 #: From the read of a partial sum to the first read that sees it changed.
-SUM_TURNAROUND = 6
+SUM_TURNAROUND = 7
 #: Sums enter the row sum here.
 SUM = MUL3
 
@@ -125,14 +127,14 @@ def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
 
 
 def tail_cycles(config: CoreConfig, i: Instruction) -> int:
-    """Cycles from the last beat to ``done``: the pipeline, and the last row sum or the last transposed group."""
+    """Cycles from the last beat's issue to ``done``: the pipeline, the last row sum or the last transposed group."""
     tail = DEPTH
     if i.sum:
         # To the tree, through it, through the adder into the assembled word, and its write.
         tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
     if i.destination == Destination.WEIGHT_TRANSPOSED:
         tail = max(tail, ROUNDED + config.rows + 2)
-    return tail
+    return ISSUE + tail
 
 
 def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:

@@ -1,6 +1,8 @@
 // A memory with one write port of GRANULES enables and one read port, both on the same clock: what every FPGA calls
-// simple dual-port block RAM. A read in the cycle of a write to the same word gives the old word. Written here and
-// not in Amaranth because Amaranth gives each word an initial value, which takes minutes for a megabyte.
+// simple dual-port block RAM. What a read gives in the cycle of a write to the same word is undefined on silicon, and
+// nothing may rely on it: whatever could race is ordered by tokens. no_rw_check says so to the synthesis, which would
+// otherwise compare addresses and set data aside to give the old word. Written here and not in Amaranth because
+// Amaranth gives each word an initial value, which takes minutes for a megabyte.
 module lockstep_ram #(
     parameter WIDTH = 32,
     parameter GRANULES = 1,
@@ -16,6 +18,7 @@ module lockstep_ram #(
     output reg [WIDTH-1:0] read_data
 );
     localparam PART = WIDTH / GRANULES;
+    (* no_rw_check *)
     reg [WIDTH-1:0] words [0:DEPTH-1];
     integer part;
 
