@@ -1,6 +1,6 @@
 """The issue stage: takes an instruction, fetches its operands, sends one beat per cycle into the pipeline."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal
+from amaranth.hdl import Array, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import (
