@@ -48,31 +48,34 @@ def round_and_pack(
 class FloatMultiply(wiring.Component):
     """z = a * b, or z = a untouched where ``bypass``.
 
-    Ports: ``a``, ``b`` In(32), ``bypass`` In(1), ``enables`` In(3), ``z`` Out(32).
+    Ports: ``a``, ``b`` In(32), ``bypass`` In(1), ``enables`` In(4), ``z`` Out(32).
     One product per cycle, LATENCY cycles later.
     """
 
-    LATENCY = 3
+    LATENCY = 4
 
     a: In(32)
     b: In(32)
     bypass: In(1)
-    enables: In(3)
+    enables: In(4)
     z: Out(32)
 
     def elaborate(self, platform):
         m = Module()
         a, b = Parts(self.a), Parts(self.b)
 
-        # Stage 0: multiply significands, add exponents. A bypassed word is multiplied by exactly 1.
-        product = Signal(48)
+        # Stage 0: multiply halves of the significands, add exponents. A bypassed word is multiplied by exactly 1.
+        low, middle0, middle1, high = (Signal(24) for _ in range(4))
         exponent = Signal(signed(10))
         sign = Signal()
         zero, infinite, nan, bypass = Signal(), Signal(), Signal(), Signal()
         factor = Mux(self.bypass, 1 << 23, b.significand)
         with m.If(self.enables[0]):
             m.d.sync += [
-                product.eq(a.significand * factor),
+                low.eq(a.significand[:12] * factor[:12]),
+                middle0.eq(a.significand[12:] * factor[:12]),
+                middle1.eq(a.significand[:12] * factor[12:]),
+                high.eq(a.significand[12:] * factor[12:]),
                 exponent.eq(a.exponent + Mux(self.bypass, 0, b.exponent - 127)),
                 sign.eq(a.sign ^ (b.sign & ~self.bypass)),
                 zero.eq(~(a.nonzero & b.nonzero)),
@@ -81,7 +84,22 @@ class FloatMultiply(wiring.Component):
                 bypass.eq(self.bypass),
             ]
 
-        # Stage 1: the leading one is in bit 47 or 46; find what rounding needs.
+        # Stage 1: the product.
+        product = Signal(48)
+        exponent0 = Signal(signed(10))
+        sign0, zero0, infinite0, nan0, bypass0 = (Signal() for _ in range(5))
+        with m.If(self.enables[1]):
+            m.d.sync += [
+                product.eq(Cat(low, high) + ((middle0 + middle1) << 12)),
+                exponent0.eq(exponent),
+                sign0.eq(sign),
+                zero0.eq(zero & ~bypass),
+                infinite0.eq(infinite & ~bypass),
+                nan0.eq(nan & ~bypass),
+                bypass0.eq(bypass),
+            ]
+
+        # Stage 2: the leading one is in bit 47 or 46; find what rounding needs.
         top = product[47]
         normal = Mux(top, product[1:], product[:47])
         guard, sticky = normal[22], normal[:22].any() | (top & product[0])
@@ -89,31 +107,35 @@ class FloatMultiply(wiring.Component):
         up = Signal()
         exponent1 = Signal(signed(10))
         sign1, zero1, infinite1, nan1, bypass1 = Signal(), Signal(), Signal(), Signal(), Signal()
-        with m.If(self.enables[1]):
+        with m.If(self.enables[2]):
             m.d.sync += [
                 significand.eq(normal[23:]),
                 up.eq(guard & (sticky | normal[23])),
-                exponent1.eq(exponent + top),
-                sign1.eq(sign),
-                zero1.eq(zero & ~bypass),
-                infinite1.eq(infinite & ~bypass),
-                nan1.eq(nan & ~bypass),
-                bypass1.eq(bypass),
+                exponent1.eq(exponent0 + top),
+                sign1.eq(sign0),
+                zero1.eq(zero0),
+                infinite1.eq(infinite0),
+                nan1.eq(nan0),
+                bypass1.eq(bypass0),
             ]
 
-        # Stage 2: round, pack, special cases.
+        # Stage 3: round, pack, special cases.
         packed = round_and_pack(m, sign1, exponent1, significand, up, bypass1)
         special = Mux(nan1, QUIET_NAN, Cat(Const(0, 23), infinite1.replicate(8), sign1))
-        with m.If(self.enables[2]):
+        with m.If(self.enables[3]):
             m.d.sync += self.z.eq(Mux(nan1 | infinite1 | zero1, special, packed))
         return m
 
 
-def normalise(m: Module, value: ValueLike, name: str) -> tuple[ValueLike, ValueLike]:
-    """(value shifted left until its highest bit is set, the shift), by five conditional shifts; up to 32 bits."""
+def shift_up(m: Module, value: ValueLike, steps: tuple[int, ...], name: str) -> tuple[ValueLike, ValueLike]:
+    """(value shifted left by those of ``steps`` that only push out zeros, which ones: lowest step first).
+
+    With (16, 8, 4, 2, 1), the highest bit that is set comes to the top, of up to 32 bits. The whole is too slow for
+    one stage: callers give (16, 8) in one and (4, 2, 1) in the next.
+    """
     width = len(value)
     shift = []
-    for step in (16, 8, 4, 2, 1):
+    for step in steps:
         empty = Signal(name=f"{name}_empty{step}")
         shifted = Signal(width, name=f"{name}_shift{step}")
         m.d.comb += [empty.eq(~value[width - step :].any()), shifted.eq(Mux(empty, value << step, value))]
@@ -125,16 +147,16 @@ def normalise(m: Module, value: ValueLike, name: str) -> tuple[ValueLike, ValueL
 class FloatAdd(wiring.Component):
     """z = a + b, or z = a untouched where ``bypass``.
 
-    Ports: ``a``, ``b`` In(32), ``bypass`` In(1), ``enables`` In(4), ``z`` Out(32).
+    Ports: ``a``, ``b`` In(32), ``bypass`` In(1), ``enables`` In(5), ``z`` Out(32).
     One sum per cycle, LATENCY cycles later.
     """
 
-    LATENCY = 4
+    LATENCY = 5
 
     a: In(32)
     b: In(32)
     bypass: In(1)
-    enables: In(4)
+    enables: In(5)
     z: Out(32)
 
     def elaborate(self, platform):
@@ -187,27 +209,46 @@ class FloatAdd(wiring.Component):
                 bypass1.eq(bypass),
             ]
 
-        # Stage 2: bring the leading one to bit 27.
-        value, count = normalise(m, total, "total")
+        # Stage 2: bring the leading one to the upper eight bits.
+        coarse, by_coarse = shift_up(m, total, (16, 8), "coarse")
+        near = Signal(28)
+        coarse_count = Signal(2)
+        exponent_near = Signal(8)
+        sign_near, zero_near, infinite_near, nan_near, bypass_near = (Signal() for _ in range(5))
+        with m.If(self.enables[2]):
+            m.d.sync += [
+                near.eq(coarse),
+                coarse_count.eq(by_coarse),
+                exponent_near.eq(exponent1),
+                sign_near.eq(Mux(total.any(), sign1, both1)),
+                zero_near.eq(~total.any()),
+                infinite_near.eq(infinite1),
+                nan_near.eq(nan1),
+                bypass_near.eq(bypass1),
+            ]
+
+        # Stage 3: and to bit 27.
+        value, by_fine = shift_up(m, near, (4, 2, 1), "fine")
+        count = Cat(by_fine, coarse_count)
         normal = Signal(28)
         exponent2 = Signal(signed(10))
         sign2, zero2, infinite2, nan2, bypass2 = (Signal() for _ in range(5))
-        with m.If(self.enables[2]):
+        with m.If(self.enables[3]):
             m.d.sync += [
                 normal.eq(value),
-                exponent2.eq(exponent1 + 1 - count),
-                sign2.eq(Mux(total.any(), sign1, both1)),
-                zero2.eq(~total.any()),
-                infinite2.eq(infinite1),
-                nan2.eq(nan1),
-                bypass2.eq(bypass1),
+                exponent2.eq(exponent_near + 1 - count),
+                sign2.eq(sign_near),
+                zero2.eq(zero_near),
+                infinite2.eq(infinite_near),
+                nan2.eq(nan_near),
+                bypass2.eq(bypass_near),
             ]
 
-        # Stage 3: round, pack, special cases.
+        # Stage 4: round, pack, special cases.
         up = normal[3] & (normal[:3].any() | normal[4])
         packed = round_and_pack(m, sign2, exponent2, normal[4:], up, bypass2)
         special = Mux(nan2, QUIET_NAN, Cat(Const(0, 23), infinite2.replicate(8), sign2))
-        with m.If(self.enables[3]):
+        with m.If(self.enables[4]):
             m.d.sync += self.z.eq(Mux(nan2 | infinite2 | zero2, special, packed))
         return m
 
@@ -215,15 +256,15 @@ class FloatAdd(wiring.Component):
 class IntToFloat(wiring.Component):
     """z = the int32 ``a`` as fp32, rounded; or z = a untouched where ``bypass``.
 
-    Ports: ``a`` In(32), ``bypass`` In(1), held still during a pass, ``enables`` In(3), ``z`` Out(32).
+    Ports: ``a`` In(32), ``bypass`` In(1), held still during a pass, ``enables`` In(4), ``z`` Out(32).
     One value per cycle, LATENCY cycles later.
     """
 
-    LATENCY = 3
+    LATENCY = 4
 
     a: In(32)
     bypass: In(1)
-    enables: In(3)
+    enables: In(4)
     z: Out(32)
 
     def elaborate(self, platform):
@@ -238,22 +279,35 @@ class IntToFloat(wiring.Component):
                 sign.eq(self.a[31]),
             ]
 
-        # Stage 1: bring the leading one to bit 31.
-        value, count = normalise(m, magnitude, "magnitude")
+        # Stage 1: bring the leading one to the upper eight bits.
+        coarse, by_coarse = shift_up(m, magnitude, (16, 8), "coarse")
+        near = Signal(32)
+        coarse_count = Signal(2)
+        sign_near = Signal()
+        with m.If(self.enables[1]):
+            m.d.sync += [
+                near.eq(Mux(self.bypass, magnitude, coarse)),
+                coarse_count.eq(by_coarse),
+                sign_near.eq(sign),
+            ]
+
+        # Stage 2: and to bit 31.
+        value, by_fine = shift_up(m, near, (4, 2, 1), "fine")
+        count = Cat(by_fine, coarse_count)
         normal = Signal(32)
         exponent = Signal(signed(10))
         sign1 = Signal()
-        with m.If(self.enables[1]):
+        with m.If(self.enables[2]):
             m.d.sync += [
-                normal.eq(Mux(self.bypass, magnitude, value)),
+                normal.eq(Mux(self.bypass, near, value)),
                 exponent.eq(Mux(normal_is_zero(value), 0, 158 - count)),
-                sign1.eq(sign),
+                sign1.eq(sign_near),
             ]
 
-        # Stage 2: round and pack.
+        # Stage 3: round and pack.
         up = normal[7] & (normal[:7].any() | normal[8])
         packed = round_and_pack(m, sign1, exponent, normal[8:], up)
-        with m.If(self.enables[2]):
+        with m.If(self.enables[3]):
             m.d.sync += self.z.eq(Mux(self.bypass, normal, packed))
         return m
 

@@ -59,7 +59,7 @@ class FunctionStage(wiring.Component):
     -----
     mode : In(FunctionMode), holds still during a pass.
     x : In(32), in stage 0. ``scale`` : In(32), the integer N of EXP2, in stage 3.
-    valid : In(23), bit i: a beat is in stage i. ``time`` : In(6), counts cycles.
+    valid : In(29), bit i: a beat is in stage i. ``time`` : In(6), counts cycles.
     write_enable, write_address, write_data : fill the table, see TableInterpolation.
     n : Out(signed(16)), the integer exponent of SCORE, in stage 3. ``z`` : Out(32), LATENCY cycles behind x.
     zero, nonfinite : Out(1), in stage 0: RECIP meets such a value.
@@ -67,18 +67,18 @@ class FunctionStage(wiring.Component):
     The lane's word takes two ways. The argument of the table goes through TableInterpolation; a payload waits for it
     in memory: the finished result where no table is needed, the sign and exponent to put back, or relu(x).
 
-        0        1 .. 17                       18                 19 .. 22          23
+        0        1 .. 22                       23                 24 .. 28          29
         clamp -> TableInterpolation ---------> scale, sign     -> final adder    -> z
              \\-> payload (delay) --------------^                  relu(x) - g, 1 - g, or untouched
     """
 
-    LATENCY = 23
+    LATENCY = 29
     SCALE = 3
 
     mode: In(FunctionMode)
     x: In(32)
     scale: In(32)
-    valid: In(23)
+    valid: In(29)
     time: In(6)
     write_enable: In(1)
     write_address: In(9)
@@ -144,9 +144,9 @@ class FunctionStage(wiring.Component):
         with m.If(valid[0] & mode.integer):
             m.d.sync += u.eq(next_u)
 
-        # Stages 1 to 17: the table.
+        # Stages 1 to 22: the table.
         m.submodules.table = table = TableInterpolation()
-        payload = delayed(m, "delay_payload", Cat(word, force), 1, 18, valid, self.time)
+        payload = delayed(m, "delay_payload", Cat(word, force), 1, 23, valid, self.time)
         m.d.comb += [
             table.u.eq(u),
             table.bias.eq(mode.bias),
@@ -154,7 +154,7 @@ class FunctionStage(wiring.Component):
             table.mask.eq(mode.mask),
             table.slot.eq(mode.slot),
             table.interpolate.eq(mode.interpolate),
-            table.valid.eq(valid[1:18] & mode.integer.replicate(17)),
+            table.valid.eq(valid[1:23] & mode.integer.replicate(22)),
             table.time.eq(self.time),
             table.write_enable.eq(self.write_enable),
             table.write_address.eq(self.write_address),
@@ -168,9 +168,9 @@ class FunctionStage(wiring.Component):
         amount = Signal(signed(10))
         with m.If(valid[3] & exp2):
             m.d.sync += amount.eq(Mux(difference > 511, 511, Mux(difference < -512, -512, difference)))
-        amount_later = delayed(m, "delay_amount", amount, 4, 18, valid, self.time, exp2)
+        amount_later = delayed(m, "delay_amount", amount, 4, 23, valid, self.time, exp2)
 
-        # Stage 18: put sign and exponent back.
+        # Stage 23: put sign and exponent back.
         g = Parts(table.y)
         waiting, forced = payload[:32], payload[32]
         power = Signal(signed(10))
@@ -202,18 +202,18 @@ class FunctionStage(wiring.Component):
             with m.Default():
                 m.d.comb += next_a.eq(Cat(scaled[:31], scaled[31] | waiting[31]))
         a, b, bypass = Signal(32), Signal(32), Signal()
-        with m.If(valid[18]):
+        with m.If(valid[23]):
             m.d.sync += [a.eq(next_a), bypass.eq(next_bypass)]
-        with m.If(valid[18] & mode.interpolate):
+        with m.If(valid[23] & mode.interpolate):
             m.d.sync += b.eq(Cat(table.y[:31], ~table.y[31]))
 
-        # Stages 19 to 22.
+        # Stages 24 to 28.
         m.submodules.final = final = FloatAdd()
         m.d.comb += [
             final.a.eq(a),
             final.b.eq(b),
             final.bypass.eq(bypass),
-            final.enables.eq(valid[19:23]),
+            final.enables.eq(valid[24:29]),
             self.z.eq(final.z),
         ]
         return m

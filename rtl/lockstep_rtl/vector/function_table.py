@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import TABLE_ENTRIES, TABLE_SLOTS
 
 from .delay import delayed
-from .fp import FloatAdd, FloatMultiply, normalise
+from .fp import FloatAdd, FloatMultiply, shift_up
 
 #: Bits of one entry: c0 fp32, the top 24 bits of c1, the top 16 bits of c2, lowest first.
 ENTRY_BITS = 72
@@ -33,7 +33,7 @@ class TableInterpolation(wiring.Component):
     One value per cycle. NaN, infinity and arguments outside the table are the business of whoever gives u.
     """
 
-    LATENCY = 17
+    LATENCY = 22
     INTEGER_LATENCY = 2
 
     u: In(32)
@@ -44,7 +44,7 @@ class TableInterpolation(wiring.Component):
     write_enable: In(1)
     write_address: In(9)
     write_data: In(ENTRY_BITS)
-    valid: In(17)
+    valid: In(22)
     time: In(6)
     interpolate: In(1)
     integer: Out(signed(INTEGER_BITS))
@@ -94,20 +94,37 @@ class TableInterpolation(wiring.Component):
                 original1.eq(original0),
             ]
 
-        # Stage 2: d as fp32; the table is read.
-        value, count = normalise(m, left, "left")
+        # Stage 2: the leading one of d comes near the top; which entry is read.
+        coarse, by_coarse = shift_up(m, left, (16, 8), "coarse")
+        near = Signal(24)
+        coarse_count = Signal(2)
+        small2, sign2 = Signal(), Signal()
+        original2 = Signal(31)
+        entry = Signal(9)
+        with m.If(self.valid[2] & self.interpolate):
+            m.d.sync += [
+                near.eq(coarse),
+                coarse_count.eq(by_coarse),
+                small2.eq(small1),
+                sign2.eq(sign1),
+                original2.eq(original1),
+                entry.eq(Cat((self.integer[:7] - self.base)[:7] & self.mask, self.slot)),
+            ]
+
+        # Stage 3: d as fp32; the table is read.
+        value, by_fine = shift_up(m, near, (4, 2, 1), "fine")
         d = Signal(32)
         d_exponent = Signal(8)
-        exact = Mux(value[-1], Cat(value[:23], d_exponent, sign1), 0)
+        exact = Mux(value[-1], Cat(value[:23], d_exponent, sign2), 0)
         m.d.comb += [
-            d_exponent.eq(self.bias - count),
-            read.en.eq(self.valid[2] & self.interpolate),
-            read.addr.eq(Cat((self.integer[:7] - self.base)[:7] & self.mask, self.slot)),
+            d_exponent.eq(self.bias - Cat(by_fine, coarse_count)),
+            read.en.eq(self.valid[3] & self.interpolate),
+            read.addr.eq(entry),
         ]
-        with m.If(self.valid[2] & self.interpolate):
-            m.d.sync += d.eq(Mux(small1, Cat(original1, sign1), exact))
+        with m.If(self.valid[3] & self.interpolate):
+            m.d.sync += d.eq(Mux(small2, Cat(original2, sign2), exact))
 
-        # Stage 3: the entry is there.
+        # Stage 4: the entry is there.
         c0, c1, c2 = read.data[:32], read.data[32:56], read.data[56:72]
         active = self.interpolate
         valid, time = self.valid, self.time
@@ -115,18 +132,18 @@ class TableInterpolation(wiring.Component):
         def gate(first, latency):
             return valid[first : first + latency] & active.replicate(latency)
 
-        c0_later = delayed(m, "delay_c0", c0, 3, 13, valid, time, active)
-        c1_later = delayed(m, "delay_c1", c1, 3, 6, valid, time, active)
-        d_later = delayed(m, "delay_d", d, 3, 10, valid, time, active)
+        c0_later = delayed(m, "delay_c0", c0, 4, 17, valid, time, active)
+        c1_later = delayed(m, "delay_c1", c1, 4, 8, valid, time, active)
+        d_later = delayed(m, "delay_d", d, 4, 13, valid, time, active)
         m.submodules.square = square = FloatMultiply()
-        m.d.comb += [square.a.eq(d), square.b.eq(Cat(Const(0, 16), c2)), square.enables.eq(gate(3, 3))]
-        # Stage 6.
+        m.d.comb += [square.a.eq(d), square.b.eq(Cat(Const(0, 16), c2)), square.enables.eq(gate(4, 4))]
+        # Stage 8.
         m.submodules.slope = slope = FloatAdd()
-        m.d.comb += [slope.a.eq(Cat(Const(0, 8), c1_later)), slope.b.eq(square.z), slope.enables.eq(gate(6, 4))]
-        # Stage 10.
-        m.submodules.rise = rise = FloatMultiply()
-        m.d.comb += [rise.a.eq(d_later), rise.b.eq(slope.z), rise.enables.eq(gate(10, 3))]
+        m.d.comb += [slope.a.eq(Cat(Const(0, 8), c1_later)), slope.b.eq(square.z), slope.enables.eq(gate(8, 5))]
         # Stage 13.
+        m.submodules.rise = rise = FloatMultiply()
+        m.d.comb += [rise.a.eq(d_later), rise.b.eq(slope.z), rise.enables.eq(gate(13, 4))]
+        # Stage 17.
         m.submodules.sum = total = FloatAdd()
-        m.d.comb += [total.a.eq(c0_later), total.b.eq(rise.z), total.enables.eq(gate(13, 4)), self.y.eq(total.z)]
+        m.d.comb += [total.a.eq(c0_later), total.b.eq(rise.z), total.enables.eq(gate(17, 5)), self.y.eq(total.z)]
         return m

@@ -88,11 +88,11 @@ def lane_signature(subwords: int) -> wiring.Signature:
 class Lane(wiring.Component):
     """The datapath of one lane; every control bit comes from outside, the same for all lanes.
 
-        stage 1   take x, y, lane words        15  x4 = x3 + {column1, immediate1}
-              2   int32 to fp32                19  x5 = f(x4)
-              5   x1 = x + {lane0, y}          42  x6 = x5 * {column2, y};  row sum takes x5
-              9   x2 = x1 * {lane1, ...}       45  ``result``: x5 or x6;  row maximum takes x6 or n
-             12   x3 = x2 * {lane0, column0}   47  ``rounded``: the low 8 bits of its rounding
+        stage 1   take x, y, lane words        19  x4 = x3 + {column1, immediate1}
+              2   int32 to fp32                24  x5 = f(x4)
+              6   x1 = x + {lane0, y}          53  x6 = x5 * {column2, y};  row sum takes x5
+             11   x2 = x1 * {lane1, ...}       57  ``result``: x5 or x6;  row maximum takes x6 or n
+             15   x3 = x2 * {lane0, column0}   59  ``rounded``: the low 8 bits of its rounding
 
     Ports
     -----
@@ -145,7 +145,7 @@ class Lane(wiring.Component):
         scale = wait("scale", lane0, CONVERT, scale_stage, exp2)
         mul3_b = wait("mul3", Mux(mul3_y, y, self.column2), CONVERT, MUL3, mode.mul3 != ThirdMultiply.NONE)
 
-        # Stages 5 to 18.
+        # Stages 6 to 23.
         m.submodules.add1 = add1 = FloatAdd()
         m.d.comb += [
             add1.a.eq(convert.z),
@@ -177,7 +177,7 @@ class Lane(wiring.Component):
             add2.enables.eq(valid[ADD2:FUNCTION]),
         ]
 
-        # Stages 19 to 41.
+        # Stages 24 to 52.
         m.submodules.function = function = FunctionStage()
         m.d.comb += [
             function.mode.eq(mode.function),
@@ -192,7 +192,7 @@ class Lane(wiring.Component):
             self.nonfinite.eq(function.nonfinite),
         ]
 
-        # Stages 42 to 44.
+        # Stages 53 to 56.
         m.submodules.mul3 = mul3 = FloatMultiply()
         m.d.comb += [
             mul3.a.eq(function.z),
@@ -206,7 +206,7 @@ class Lane(wiring.Component):
         wiring.connect(m, wiring.flipped(self.sums), sums.controls)
         m.d.comb += [sums.x.eq(function.z), sums.valid.eq(valid[SUM] & mode.sum), self.sum.eq(sums.sum)]
 
-        # Stages 45 and 46.
+        # Stages 57 and 58.
         exponent_mode = mode.maximum == Maximum.EXPONENT
         # Functions other than SCORE count as having the exponent 0.
         n = Mux(mode.function.function == Function.SCORE, function.n, 0)

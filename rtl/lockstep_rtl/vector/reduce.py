@@ -14,7 +14,7 @@ class SumControls(wiring.Signature):
 
     Cycle 0: ``touch`` writes x to ``address`` of ``fill``; ``accumulate`` reads there; ``fold`` reads ``address`` and
     ``other`` of the other half. Cycle 1: ``blank`` replaces the second operand by +0. ``enables`` of the operands and
-    of the adder behind them, and in cycle 6 ``store`` writes the sum to ``target`` of half ``store_half``.
+    of the adder behind them, and in cycle 7 ``store`` writes the sum to ``target`` of half ``store_half``.
     """
 
     def __init__(self, subwords: int) -> None:
@@ -30,7 +30,7 @@ class SumControls(wiring.Signature):
                 "accumulating": Out(1),
                 "folded_half": Out(1),
                 "blank": Out(1),
-                "enables": Out(5),
+                "enables": Out(6),
                 "store": Out(1),
                 "store_half": Out(1),
                 "target": Out(bits),
@@ -44,7 +44,7 @@ class PartialSums(wiring.Component):
     Ports
     -----
     controls : In(SumControls). ``x`` : In(32) with ``valid`` In(1), in cycle 0.
-    sum : Out(32), the adder's result, six cycles behind its read.
+    sum : Out(32), the adder's result, seven cycles behind its read.
 
     The first 64 columns of a row only fill their half, so the adder folds the other half, that of the row before,
     meanwhile. What is filled in has not passed the adder; every partial sum does before the end, where signs of zero,
@@ -89,7 +89,7 @@ class PartialSums(wiring.Component):
         with m.If(c.enables[0]):
             m.d.sync += [a.eq(Mux(half, firsts[1], firsts[0])), b.eq(Mux(c.accumulating, x, folded))]
 
-        # Cycles 2 to 5: add.
+        # Cycles 2 to 6: add.
         m.d.comb += [
             adder.a.eq(a),
             adder.b.eq(b),
@@ -220,7 +220,7 @@ class SumControl(wiring.Component):
             with m.If(active[i]):
                 m.d.sync += targets[i].eq(c.address if i == 0 else targets[i - 1])
         m.d.comb += [
-            c.enables.eq(active[1:6]),
+            c.enables.eq(active[1:7]),
             c.store.eq(active[stages] & ~finishing[-1]),
             c.store_half.eq(halves[-1]),
             c.target.eq(targets[-1]),

@@ -24,21 +24,21 @@ ISSUE = 1
 #: First stage of each step; a step ends where the next one begins.
 SELECT = 1  #: memory data are there; lanes take their operands
 CONVERT = 2
-ADD1 = 5
-MUL1 = 9
-MUL2 = 12
-ADD2 = 15
-FUNCTION = 19
-MUL3 = 42
-RESULT = 45
-ROUNDED = 47
+ADD1 = 6
+MUL1 = 11
+MUL2 = 15
+ADD2 = 19
+FUNCTION = 24
+MUL3 = 53
+RESULT = 57
+ROUNDED = 59
 #: In the cycle DEPTH behind the last beat nothing of it is left in the pipeline.
-DEPTH = 48
+DEPTH = 60
 
 #: Partial sums of a row.
 PARTIALS = 64
 #: From the read of a partial sum to the first read that sees it changed.
-SUM_TURNAROUND = 7
+SUM_TURNAROUND = 8
 #: Sums enter the row sum here.
 SUM = MUL3
 

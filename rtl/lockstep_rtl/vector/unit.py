@@ -25,7 +25,7 @@ class VectorUnit(wiring.Component):
     """Fused passes over tiles x columns elements of ``rows`` lanes each.
 
         instruction -> issue --+--> lane 0 .. L-1 ---------------------------+--> VECTOR, PARAMETER
-                         |     |     stage 1 .. 41    42 .. 44   45, 46      +--> ACTIVATION, WEIGHT
+                         |     |     stage 1 .. 52    53 .. 56   57, 58      +--> ACTIVATION, WEIGHT
         accumulators ----+     |     x1 .. x5         x6         8 bits      |
         VECTOR, PARAMETER      +--> valid, first, last, sub: one bit a stage,
                                     once for all lanes; row sums, maxima ----+--> PARAMETER

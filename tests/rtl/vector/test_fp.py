@@ -69,7 +69,7 @@ async def int_to_float_bypass_is_untouched(dut):
         return
     await start(dut)
     a = np.random.default_rng(8).integers(0, 2**32, 500, np.uint32)
-    result = await stream_through(dut, 3, {"a": a, "bypass": np.ones(500, bool)}, "z", stalls(0))
+    result = await stream_through(dut, fp.IntToFloat.LATENCY, {"a": a, "bypass": np.ones(500, bool)}, "z", stalls(0))
     assert_equal(np.array(result, np.uint32), a, "bypassed word")
 
 

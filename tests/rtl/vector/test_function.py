@@ -33,7 +33,7 @@ class Bench(wiring.Component):
     shift: In(4)
     x: In(32)
     scale: In(32)
-    enables: In(23)
+    enables: In(29)
     write_enable: In(1)
     write_address: In(9)
     write_data: In(ENTRY_BITS)

@@ -174,7 +174,7 @@ async def plain_columns_flow_one_per_beat(dut):
         to_stride=columns,
     )
     cycles = await check(machine, copy)
-    assert cycles == 50 + tiles * (1 + columns * machine.config.subwords)
+    assert cycles == 62 + tiles * (1 + columns * machine.config.subwords)
 
 
 @cocotb.test()
