@@ -48,7 +48,7 @@ def test_an_unknown_core(cli: Command, folder: Path) -> None:
 
 
 def test_a_core_that_the_rtl_does_not_build(cli: Command, folder: Path) -> None:
-    cli("embed", folder, "cat", "--device", "rtl:paper").refused(2, "bus of 128 bytes")
+    cli("embed", folder, "cat", "--device", "rtl:paper").refused(2, "one lane per row", "fast:paper")
 
 
 def test_a_missing_model(cli: Command, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ class Sequencer(wiring.Component):
                     m.d.sync += [
                         address.eq(self.ring_base + (slot << (DESCRIPTOR_BYTES - 1).bit_length())),
                         remaining.eq(1),
+                        index.eq(0),
                     ]
                     m.next = "READ"
             with m.State("READ"), m.If(buffer.r_rdy):
