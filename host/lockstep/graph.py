@@ -101,6 +101,18 @@ class Add(Node):
 
 
 @dataclass(frozen=True)
+class Multiply(Node):
+    """``out = x * y``; an operand with one row multiplies every token."""
+
+    x: Value
+    y: Value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x, self.y)
+
+
+@dataclass(frozen=True)
 class LayerNorm(Node):
     """``out = (x - mean) * rsqrt(variance + eps) * gamma + beta`` over features; gamma, beta: ``float32[features]``."""
 
@@ -115,8 +127,48 @@ class LayerNorm(Node):
 
 
 @dataclass(frozen=True)
+class RMSNorm(Node):
+    """``out = x * rsqrt(mean(x^2) + eps) * gamma``, by itself over each of ``groups`` equal pieces of the features.
+
+    gamma: ``float32[features / groups]``. Several groups are the heads of a norm on queries or keys.
+    """
+
+    x: Value
+    gamma: str
+    eps: float
+    groups: int = 1
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Rotary(Node):
+    """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864) of ``heads`` heads.
+
+    cos, sin: ``float32[positions, pairs]``, row = absolute position of the token. The first ``2 * pairs`` features of
+    each head are rotated, the rest pass. Feature i turns with feature i + pairs, or with its neighbour if
+    ``interleaved``.
+    """
+
+    x: Value
+    cos: str
+    sin: str
+    heads: int
+    head_dim: int
+    interleaved: bool = False
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
 class Activation(Node):
-    """A function of the contract on every element: ``gelu_erf``, ``gelu_tanh``, ``silu``, ``sigmoid`` or ``tanh``."""
+    """A function of the contract on every element: ``gelu_erf``, ``gelu_tanh``, ``silu``, ``sigmoid``, ``tanh`` or
+    ``relu``.
+    """
 
     x: Value
     function: str
@@ -179,11 +231,15 @@ class Linear(Node):
 
 @dataclass(frozen=True)
 class Attention(Node):
-    """Bidirectional attention of every token to every token, head by head (section 6 of the contract).
+    """Attention of tokens to tokens, head by head (section 6 of the contract).
 
-    q, k, v and the result are ``float32[tokens, heads * head_dim]``; head ``h`` owns the features
-    ``h * head_dim : (h + 1) * head_dim``. They are quantised per token and head inside. ``tile`` keys are taken at a
-    time.
+    q and the result are ``float32[tokens, heads * head_dim]``, k and v ``float32[tokens, kv_heads * head_dim]``; head
+    ``h`` owns the features ``h * head_dim : (h + 1) * head_dim`` and attends to keys and values of head
+    ``h // (heads / kv_heads)``. They are quantised per token and head inside. ``tile`` keys are taken at a time, tiles
+    beginning at multiples of ``tile``.
+
+    A token at position p sees keys up to p if ``causal``, and of those with a ``window`` the last ``window`` ones.
+    ``bias`` is the value of a ``PositionBias`` that is added to the scaled scores, or none.
     """
 
     q: Value
@@ -193,10 +249,34 @@ class Attention(Node):
     head_dim: int
     scale: float
     tile: int = ATTENTION_TILE
+    kv_heads: int = 0
+    causal: bool = False
+    window: int | None = None
+    bias: Value | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        return (self.q, self.k, self.v)
+        return (self.q, self.k, self.v) if self.bias is None else (self.q, self.k, self.v, self.bias)
+
+
+@dataclass(frozen=True)
+class PositionBias(Node):
+    """What some models add to attention scores depending on positions alone: ``float32[heads, tokens, tokens]``.
+
+    ``function`` maps the arrays of ``reads`` (integers of the sequence) to it; the host computes it from integers and
+    parameters by data movement alone, so it is exact on every machine.
+    """
+
+    reads: tuple[Value, ...]
+    function: Callable[..., np.ndarray] = dataclasses.field(compare=False, repr=False)
+    heads: int
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return self.reads
 
 
 @dataclass(frozen=True)
@@ -272,18 +352,33 @@ class Graph:
         """The model's inputs by name."""
         return {node.name: node for node in self.of(Input)}
 
+    @property
+    def causal(self) -> bool:
+        """Whether it is a causal language model: all its attention is causal, and its only input is token ids.
+
+        Then no token depends on later ones, and a sequence can be run piece by piece with a key-value cache.
+        """
+        attention, inputs = self.of(Attention), self.of(Input)
+        return (
+            bool(attention)
+            and all(node.causal for node in attention)
+            and len(inputs) == 1
+            and inputs[0].shape == (None,)
+            and inputs[0].dtype.startswith("int")
+        )
+
     def counts(self) -> dict[str, int]:
         """How many nodes of each kind there are, by the name of the kind."""
         return dict(Counter(type(node).__name__ for node in self.nodes))
 
 
-_TENSOR_FIELDS = ("tensor", "table", "gamma", "beta", "weight", "scales", "bias", "prescale")
+_TENSOR_FIELDS = ("tensor", "table", "gamma", "beta", "weight", "scales", "bias", "prescale", "cos", "sin")
 
 
 def tensor_names(node: Node) -> list[str]:
     """Names of the parameters that ``node`` uses, in the order of its fields."""
     values: list[Any] = [getattr(node, field) for field in _TENSOR_FIELDS if hasattr(node, field)]
-    return [value for value in values if value is not None]
+    return [value for value in values if isinstance(value, str)]
 
 
 def live(nodes: list[Node], output: Value) -> list[Node]:
