@@ -8,9 +8,9 @@ import zlib
 from dataclasses import dataclass
 
 #: Layout version of the register map and the command ring; a driver refuses another one.
-ABI_VERSION = 1
+ABI_VERSION = 2
 #: Version of the instruction table and of the numeric contract; a program for another one is refused.
-ISA_VERSION = 1
+ISA_VERSION = 2
 
 
 class ConfigurationError(ValueError):

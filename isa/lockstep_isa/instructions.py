@@ -8,7 +8,7 @@ Every instruction is one 512-bit word, little endian, header first.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,8 @@ TABLE_ENTRIES = 128
 TABLE_SLOTS = 4
 #: Bytes of one table entry in device memory: c0, c1, c2 as fp32, then four bytes of zero.
 TABLE_ENTRY_BYTES = 16
+#: Run-time operands of a program, 32-bit words; operand 0 is always zero.
+OPERANDS = 64
 
 
 class Unit(enum.IntEnum):
@@ -46,6 +48,7 @@ class Source(enum.IntEnum):
     ACCUMULATOR = 0  #: result tiles in the order in which MATRIX produced them, converted to fp32
     VECTOR = 1
     PARAMETER = 2
+    INTEGER = 3  #: PARAMETER words as int32, converted to fp32
 
 
 class Destination(enum.IntEnum):
@@ -57,6 +60,8 @@ class Destination(enum.IntEnum):
     ACTIVATION = 3  #: rounded to 8 bits
     WEIGHT = 4  #: rounded to 8 bits
     WEIGHT_TRANSPOSED = 5  #: rounded to 8 bits; groups of ``columns`` columns become words of one row each
+    BYTES = 6  #: rounded to 8 bits, in the low byte of each lane of a VECTOR word, the rest zero
+    BYTES_TRANSPOSED = 7  #: like WEIGHT_TRANSPOSED, but into VECTOR words like BYTES
 
 
 class FirstAdd(enum.IntEnum):
@@ -91,6 +96,7 @@ class SecondAdd(enum.IntEnum):
     NONE = 0
     COLUMN1 = 1
     IMMEDIATE1 = 2
+    Y = 3
 
 
 class Function(enum.IntEnum):
@@ -98,8 +104,8 @@ class Function(enum.IntEnum):
 
     NONE = 0
     RELU = 1  #: x where x > 0, else +0
-    SCORE = 2  #: clamp to +-32000; its exponent part feeds the EXPONENT maximum
-    EXP2 = 3  #: 2^x scaled by 2^-N, N the integer in LANE0
+    SCORE = 2  #: clamp to +-32000, masked: -inf; its exponent part feeds the EXPONENT maximum
+    EXP2 = 3  #: 2^x scaled by 2^-N, N the integer in LANE0; +0 for -inf
     RECIP = 4
     RSQRT = 5
     RELU_MINUS = 6  #: relu(x) - g(min(|x|, limit)): gelu, silu
@@ -122,6 +128,13 @@ class Tap(enum.IntEnum):
     AFTER = 1
 
 
+class Mask(enum.IntEnum):
+    """Which scores SCORE hides: they become -inf, with the least exponent."""
+
+    NONE = 0
+    CAUSAL = 1  #: row r of tile t sees columns up to p = first_row + t * rows + r, with a window the last ``window``
+
+
 class Maximum(enum.IntEnum):
     """The row maximum that a vector pass keeps."""
 
@@ -134,7 +147,9 @@ class Maximum(enum.IntEnum):
 class Field:
     """One field of an instruction: its name, width in bits, meaning, and its enumeration if it has one.
 
-    ``minimum`` is the least legal value (counts of zero are malformed).
+    ``minimum`` is the least legal value (counts of zero are malformed). Where ``operand`` is true, a selector field
+    ``NAME_operand`` behind the others names a run-time operand that is added, modulo 2^width; 0 names none. An
+    instruction whose count becomes zero by that does nothing but take and give its tokens.
     """
 
     name: str
@@ -142,6 +157,12 @@ class Field:
     doc: str
     choices: type[enum.IntEnum] | None = None
     minimum: int = 0
+    operand: bool = False
+
+
+def selector(name: str) -> str:
+    """The field that names the operand of field ``name``."""
+    return f"{name}_operand"
 
 
 @dataclass(frozen=True)
@@ -155,10 +176,24 @@ class InstructionType:
     fields: tuple[Field, ...]
 
     @cached_property
+    def variable(self) -> tuple[Field, ...]:
+        """The fields that may have a run-time operand."""
+        return tuple(f for f in self.fields if f.operand)
+
+    @cached_property
+    def encoded(self) -> tuple[Field, ...]:
+        """All fields in the order of their bits: header, fields, operand selectors."""
+        bits = (OPERANDS - 1).bit_length()
+        selectors = (
+            Field(selector(f.name), bits, f"operand that is added to {f.name}, 0: none") for f in self.variable
+        )
+        return (*HEADER, *self.fields, *selectors)
+
+    @cached_property
     def layout(self) -> dict[str, tuple[int, Field]]:
-        """Field name -> (first bit, field), header fields included."""
+        """Field name -> (first bit, field), header fields and operand selectors included."""
         offset, result = 0, {}
-        for field in (*HEADER, *self.fields):
+        for field in self.encoded:
             result[field.name] = (offset, field)
             offset += field.width
         assert offset <= 8 * INSTRUCTION_BYTES, f"{self.name} needs {offset} bits"
@@ -167,7 +202,7 @@ class InstructionType:
     @cached_property
     def width(self) -> int:
         """Bits used, header included."""
-        return sum(f.width for f in (*HEADER, *self.fields))
+        return sum(f.width for f in self.encoded)
 
 
 HEADER = (
@@ -181,23 +216,36 @@ def _address(name: str, doc: str) -> Field:
     return Field(name, 16, doc)
 
 
-def _count(name: str, doc: str) -> Field:
-    return Field(name, 16, doc, minimum=1)
+def _count(name: str, doc: str, operand: bool = False) -> Field:
+    return Field(name, 16, doc, minimum=1, operand=operand)
 
 
 _TRANSFER = (
     Field("memory", 3, "on-chip memory", Memory),
-    Field("rows", 16, "rows of the block", minimum=1),
-    Field("words", 16, "on-chip words (TABLE: entries) per row", minimum=1),
-    Field("address", 32, "byte address in device memory, a multiple of the bus width"),
+    _count("rows", "rows of the block", operand=True),
+    _count("words", "on-chip words (TABLE: entries) per row", operand=True),
+    Field("address", 32, "byte address in device memory, a multiple of the bus width", operand=True),
     Field("stride", 32, "bytes from one row to the next in device memory, a multiple of the bus width"),
-    _address("local", "first on-chip word"),
+    Field("local", 16, "first on-chip word", operand=True),
     Field("local_stride", 16, "on-chip words from one row to the next"),
 )
 
 LOAD = InstructionType("LOAD", 1, Unit.LOAD, "Copy a two-dimensional block from device memory on chip.", _TRANSFER)
 STORE = InstructionType(
-    "STORE", 4, Unit.STORE, "Copy a two-dimensional block of the VECTOR scratchpad to device memory.", _TRANSFER
+    "STORE",
+    4,
+    Unit.STORE,
+    "Copy a two-dimensional block of the VECTOR scratchpad to device memory.",
+    (
+        *_TRANSFER,
+        Field("bytes", 1, "write only the low byte of each lane: words of `rows` bytes in device memory"),
+        Field(
+            "lane",
+            6,
+            "first lane that is written of the words of the first row; other rows are written whole",
+            operand=True,
+        ),
+    ),
 )
 MATRIX = InstructionType(
     "MATRIX",
@@ -206,9 +254,9 @@ MATRIX = InstructionType(
     "For o < outer, for i < inner: append the int32 tile sum_k A[a + o*a_outer + i*a_inner + k]^T "
     "W[w + o*w_outer + i*w_inner + k] over k < depth to the accumulator queue.",
     (
-        _count("depth", "K: operand words per tile"),
+        _count("depth", "K: operand words per tile", operand=True),
         _count("outer", "outer loop count"),
-        _count("inner", "inner loop count"),
+        _count("inner", "inner loop count", operand=True),
         _address("a", "first ACTIVATION word"),
         _address("a_outer", "ACTIVATION words per outer step"),
         _address("a_inner", "ACTIVATION words per inner step"),
@@ -239,7 +287,7 @@ VECTOR = InstructionType(
         Field("maximum", 2, "write a row maximum to PARAMETER[max_to + t]", Maximum),
         Field("max_continue", 1, "start the maximum from the word that stands there instead of from nothing"),
         _count("tiles", "row tiles t"),
-        _count("columns", "columns j of each row tile"),
+        _count("columns", "columns j of each row tile", operand=True),
         _address("x", "first word of x (VECTOR or PARAMETER)"),
         _address("x_stride", "words of x per row tile"),
         _address("y", "first word of y (VECTOR)"),
@@ -256,6 +304,9 @@ VECTOR = InstructionType(
         _address("max_to", "first PARAMETER word of the row maxima"),
         Field("immediate0", 32, "fp32"),
         Field("immediate1", 32, "fp32"),
+        Field("mask", 1, "scores that SCORE hides", Mask),
+        Field("first_row", 20, "position of row 0 of row tile 0 relative to column 0, two's complement", operand=True),
+        Field("window", 16, "columns that a row sees at most; 0: all up to its own"),
     ),
 )
 
@@ -287,11 +338,10 @@ class Instruction:
             raise InstructionError(f"{type.name} has no field '{sorted(unknown)[0]}'")
         complete: dict[str, int] = {}
         for name, (_, field) in layout.items():
-            value = int(values.get(name, field.minimum))
-            if not field.minimum <= value < 1 << field.width:
-                raise InstructionError(
-                    f"{type.name}.{name} = {value} is outside {field.minimum}..{(1 << field.width) - 1}"
-                )
+            minimum = 0 if field.operand and values.get(selector(name)) else field.minimum
+            value = int(values.get(name, minimum))
+            if not minimum <= value < 1 << field.width:
+                raise InstructionError(f"{type.name}.{name} = {value} is outside {minimum}..{(1 << field.width) - 1}")
             if field.choices is not None:
                 try:
                     value = field.choices(value)
@@ -324,6 +374,22 @@ class Instruction:
     def replace(self, **values: int) -> Instruction:
         """A copy with some fields changed."""
         return Instruction(self.type, **{k: v for k, v in self.values.items() if k != "opcode"} | values)
+
+
+def resolve(instruction: Instruction, operands: Sequence[int]) -> Instruction | None:
+    """The instruction that runs with these operands, or None where a count is zero and it only exchanges tokens.
+
+    operands : as many values as the program has operands; operand n of an instruction is ``operands[n - 1]``.
+    """
+    changes: dict[str, int] = {}
+    for field in instruction.type.variable:
+        number = instruction.values[selector(field.name)]
+        if number:
+            changes[field.name] = (instruction.values[field.name] + operands[number - 1]) % (1 << field.width)
+            changes[selector(field.name)] = 0
+            if changes[field.name] < field.minimum:
+                return None
+    return instruction.replace(**changes) if changes else instruction
 
 
 def encode(instruction: Instruction) -> bytes:

@@ -92,4 +92,5 @@ DESCRIPTOR_FIELDS = (
     ("count", "instructions"),
     ("config_crc", "CRC of the configuration for which the program was built"),
     ("fence", "value that FENCE takes when the program is complete"),
+    ("operands", "byte address of the run-time operands, a multiple of 64; 0: there are none, all are zero"),
 )
