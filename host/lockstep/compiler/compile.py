@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import LOAD, Memory
 from lockstep_isa.program import Program
 
 from lockstep.graph import (
@@ -18,16 +19,23 @@ from lockstep.graph import (
     Input,
     LayerNorm,
     Linear,
+    Multiply,
     Node,
     Quantise,
+    RMSNorm,
+    Rotary,
     Value,
 )
 
 from .allocation import CapacityError
 from .attention import AttentionLowering, Projection, Sequence
-from .image import Image, LinearImage
+from .causal import CausalAttentionLowering
+from .context import CausalRun, Context
+from .image import Image
 from .layout import panel_count
-from .lowering import Lowering, Panels, QuantisedPanels, rows_of
+from .lowering import PARAMETER_RING, WEIGHT_RING, Lowering, Panels, QuantisedPanels, rows_of
+from .norms import layer_norm, rms_norm
+from .rotary import Angles, rotary
 from .stages import Stage
 
 
@@ -67,7 +75,10 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
                 features[node.value] = node.heads * node.head_dim
             case LayerNorm():
                 features[node.value] = graph.tensors[node.gamma].size
-            case Add():
+            case RMSNorm() | Rotary():
+                if node.x in features:
+                    features[node.value] = features[node.x]
+            case Add() | Multiply():
                 known = [features[v] for v in node.inputs if v in features]
                 if known:
                     features[node.value] = max(known)
@@ -77,6 +88,8 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
     return features
 
 
+#: Share of the WEIGHT memory for streamed weights where the rest holds tiles of a key-value cache.
+_CACHED_WEIGHT_RING = 0.5
 #: Fewest row tiles in a block of a feed-forward layer: weights are streamed once per block.
 _LEAST_BLOCK = 3
 
@@ -95,7 +108,12 @@ class StageCompiler:
     Parameters
     ----------
     config : the core. graph, stage : what to compile. image : the parameters. lengths : tokens of each sequence.
-    bindings : where inputs and outputs lie in device memory.
+    bindings : where inputs and outputs lie in device memory. run : for new tokens of one cached sequence, which are
+    then all rows of its tiles.
+
+    Attributes
+    ----------
+    context : the program's run-time operands; none without ``run``.
     """
 
     def __init__(
@@ -106,10 +124,13 @@ class StageCompiler:
         image: Image,
         lengths: tuple[int, ...],
         bindings: Mapping[Value, Binding],
+        run: CausalRun | None = None,
     ) -> None:
-        self.config, self.graph, self.stage = config, graph, stage
-        self.low = Lowering(config, image)
+        self.config, self.graph, self.stage, self.run = config, graph, stage, run
+        self.low = Lowering(config, image, WEIGHT_RING if run is None else _CACHED_WEIGHT_RING, PARAMETER_RING)
+        self.context = None if run is None else Context(self.low.builder, config, run.capacity, run.tiles)
         self.image = image
+        self.angles: dict[tuple[str, str], Angles] = {}
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
@@ -129,7 +150,7 @@ class StageCompiler:
         """The program; raises :class:`CapacityError` where the batch does not fit the core."""
         longest = max(s.tokens for s in self.sequences)
         for node in self.stage.device:
-            if isinstance(node, Attention) and longest > node.tile:
+            if isinstance(node, Attention) and self.run is None and longest > node.tile:
                 raise CapacityError(
                     f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core "
                     "takes; split the text"
@@ -206,6 +227,10 @@ class StageCompiler:
         together = (
             (isinstance(node, Linear) and isinstance(reader, Attention) and self._per_head(node, reader))
             or (isinstance(node, Linear) and isinstance(reader, Activation))
+            or (isinstance(node, Linear) and isinstance(reader, Multiply) and self._rides(node, reader))
+            or (
+                isinstance(node, Linear) and isinstance(reader, Add) and node.bias is None and self._rides(node, reader)
+            )
             or (isinstance(node, Add) and isinstance(reader, LayerNorm))
         )
         if together:
@@ -224,14 +249,35 @@ class StageCompiler:
         return _FeedForward(first, activation, reader, second) if isinstance(second, Linear) else None
 
     def _per_head(self, node: Linear, reader: Attention) -> bool:
-        return self.graph.tensors[node.weight].shape[0] == reader.heads * reader.head_dim
+        width = self.graph.tensors[node.weight].shape[0]
+        return self.run is None and width == reader.heads * reader.head_dim == reader.kv_heads * reader.head_dim
+
+    def _rides(self, node: Linear, reader: Add | Multiply) -> bool:
+        """Whether the other operand of a sum or product can meet this linear layer's results as they are drained."""
+        other = reader.y if reader.x == node.value else reader.x
+        if other == node.value or other in self.deferred:
+            return False
+        if isinstance(reader, Multiply):
+            return not self._prescaled(reader.value)
+        # Sums that ride on a layer norm are left to it.
+        return not isinstance(self._only_reader(reader.value), LayerNorm)
+
+    def _prescaled(self, value: Value) -> bool:
+        wanted = self._wanted_maxima(value)
+        return wanted is not None and wanted[0] is not None
 
     def _lower(self, node: Node) -> None:
         match node:
             case Add():
                 self._finish(node, self._add(node))
+            case Multiply():
+                self._multiply(node)
             case LayerNorm():
                 self._layer_norm(node)
+            case RMSNorm():
+                self._rms_norm(node)
+            case Rotary():
+                self._rotary(node)
             case Activation():
                 self._activation(node)
             case Quantise():
@@ -239,19 +285,66 @@ class StageCompiler:
                 self._done(node.x)
             case Linear() if node.value in self.chains:
                 self._feed_forward(self.chains[node.value])
+            case Linear() if self.run is not None and node.value == self.graph.output:
+                self._logits(node, self.run)
             case Linear():
                 self._linear(node, node, None)
+            case Attention() if self.run is not None:
+                self._causal_attention(node, self.run)
             case Attention():
                 self._attention(node)
             case _:
                 raise TypeError(f"{type(node).__name__} does not run on a device")
 
     def _add(self, node: Add) -> Panels:
+        linear, other = self._riding(node)
+        if linear is not None:
+            return self._linear_with(linear, node, other)
         x, y = self._read(node.x), self._read(node.y)
         into = self._reuse_or_new(node.x, x.features)
         self.low.add(x, y, into)
         self._done(node.x)
         self._done(node.y)
+        return into
+
+    def _multiply(self, node: Multiply) -> None:
+        linear, other = self._riding(node)
+        if linear is not None:
+            self._finish(node, self._linear_with(linear, node, other))
+            return
+        x, y = self._read(node.x), self._read(node.y)
+        into = self._reuse_or_new(node.x, x.features)
+        absmax = self._wanted_maxima(node.value)
+        fields = {}
+        if absmax is not None and absmax[0] is None:
+            fields = self.low.absmax_fields(into, None, 0, False)
+        self.low.multiply(x, y, into, **fields)
+        self._done(node.x)
+        self._done(node.y)
+        self._finish(node, into)
+
+    def _riding(self, node: Add | Multiply) -> tuple[Linear | None, Value]:
+        """The linear layer that waits for a sum or product, and the value that it meets."""
+        for value, other in ((node.x, node.y), (node.y, node.x)):
+            producer = self.deferred.pop(value, None)
+            if isinstance(producer, Linear):
+                return producer, other
+        return None, node.y
+
+    def _linear_with(self, linear: Linear, node: Add | Multiply, other: Value) -> Panels:
+        """A linear layer whose results meet ``other`` while they are drained."""
+        q, operand = self.quantised[linear.quantised], self._read(other)
+        image = self.image.linear(
+            linear.weight, linear.scales, linear.bias, None, self.low.panels_per_chunk(q.features)
+        )
+        into = self._reuse_or_new(other, operand.features)
+        absmax = self._wanted_maxima(node.value)
+        if isinstance(node, Add):
+            self.low.linear(q, image, into, absmax, residual=operand)
+        else:
+            self.low.linear(q, image, into, absmax, factor=operand)
+        self._done(linear.quantised)
+        self._done(other)
         return into
 
     def _layer_norm(self, node: LayerNorm) -> None:
@@ -260,15 +353,56 @@ class StageCompiler:
         if isinstance(added, Add):
             x, y = self._read(added.x), self._read(added.y)
             into = self._reuse_or_new(added.x, x.features)
-            self.low.layer_norm(x, y, into, node.gamma, node.beta, node.eps, absmax)
+            layer_norm(self.low, x, y, into, node.gamma, node.beta, node.eps, absmax)
             self._done(added.x)
             self._done(added.y)
         else:
             x = self._read(node.x)
             into = self._reuse_or_new(node.x, x.features)
-            self.low.layer_norm(x, None, into, node.gamma, node.beta, node.eps, absmax)
+            layer_norm(self.low, x, None, into, node.gamma, node.beta, node.eps, absmax)
             self._done(node.x)
         self._finish(node, into)
+
+    def _rms_norm(self, node: RMSNorm) -> None:
+        x = self._read(node.x)
+        into = self._reuse_or_new(node.x, x.features)
+        absmax = self._wanted_maxima(node.value)
+        rms_norm(self.low, x, into, node.gamma, node.eps, node.groups, absmax)
+        self._done(node.x)
+        self._finish(node, into)
+
+    def _rotary(self, node: Rotary) -> None:
+        if node.interleaved:
+            raise CapacityError("rotary embeddings of neighbouring features are not built for cores; run on the cpu")
+        x = self._read(node.x)
+        into = self._reuse_or_new(node.x, x.features)
+        if into.start != x.start:
+            self.low.elementwise(x, into)
+        rotary(self.low, into, self._angles(node), node.heads)
+        self._done(node.x)
+        self._finish(node, into)
+
+    def _angles(self, node: Rotary) -> Angles:
+        """The rotary table's rows for every row tile, loaded at their first use."""
+        key = (node.cos, node.sin)
+        if key not in self.angles:
+            address, pairs = self.image.angles(*key)
+            words = 2 * pairs
+            start = self.low.vectors.take(self.tiles * words)
+            for sequence in self.sequences:
+                self.low.builder.emit(
+                    LOAD,
+                    memory=Memory.VECTOR,
+                    rows=sequence.tiles,
+                    words=words,
+                    address=address,
+                    address_operand=0 if self.context is None else self.context.aligned(4 * words),
+                    stride=words * self.config.vector_word_bytes,
+                    local=start + sequence.first * words,
+                    local_stride=words,
+                )
+            self.angles[key] = Angles(start, pairs)
+        return self.angles[key]
 
     def _activation(self, node: Activation) -> None:
         producer = self.deferred.pop(node.x, None)
@@ -293,6 +427,32 @@ class StageCompiler:
         self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
         self._done(node.quantised)
         self._finish(result, into)
+
+    def _logits(self, node: Linear, run: CausalRun) -> None:
+        """The output layer, stored chunk by chunk: a vocabulary need not fit on chip."""
+        low, q = self.low, self.quantised[node.quantised]
+        if run.logits != "none":
+            if run.logits == "last":
+                q = rows_of(q, run.tiles - 1, 1)
+            image = self.image.linear(node.weight, node.scales, node.bias, None, low.panels_per_chunk(q.features))
+            binding = self.bindings[node.value]
+            for chunk in image.chunks:
+                into = Panels(low.vectors.take(q.tiles * chunk.columns), chunk.columns, q.tiles)
+                low.drain(q, image, chunk, low.product(q, image, chunk), into.start, into.features)
+                word = self.config.vector_word_bytes
+                low.store(into, binding.address + chunk.first * word, binding.features * word)
+                low.free(into)
+        self._done(node.quantised)
+
+    def _causal_attention(self, node: Attention, run: CausalRun) -> None:
+        assert self.context is not None
+        q, k, v = (self._read(value) for value in (node.q, node.k, node.v))
+        into = self._new(node.heads * node.head_dim)
+        lowering = CausalAttentionLowering(self.low, self.context, node, run.caches[node.value])
+        lowering.emit(q, k, v, into, self._wanted_maxima(node.value))
+        for value in node.inputs:
+            self._done(value)
+        self._finish(node, into)
 
     def _feed_forward(self, chain: _FeedForward) -> None:
         """A block's second product runs behind the next block's first one, so that requantisation hides behind that."""

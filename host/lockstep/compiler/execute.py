@@ -18,6 +18,7 @@ from .allocation import CapacityError
 from .compile import Binding, StageCompiler, feature_counts, sequences_of
 from .image import Image
 from .layout import from_panels, panel_count, to_panels
+from .session import DeviceSession
 from .stages import Stage, split
 
 
@@ -71,6 +72,22 @@ class DeviceExecutor:
                     count = max(1, count // 2)
             position += count
         return results
+
+    def open_session(self, graph: Graph, capacity: int) -> DeviceSession:
+        """A sequence of ``graph`` with a key-value cache for ``capacity`` tokens; see :class:`DeviceSession`."""
+        return DeviceSession(self, graph, capacity)
+
+    def image(self, graph: Graph) -> Image:
+        """The parameters of ``graph`` in device memory."""
+        self._use(graph)
+        assert self._image is not None
+        return self._image
+
+    def launch(self, loaded: LoadedProgram, operands: dict[str, int] | None = None) -> None:
+        """Run a program that is loaded."""
+        counters = self.device.run(loaded, operands=operands)
+        if self._observe is not None:
+            self._observe(counters)
 
     def close(self) -> None:
         """Free what lies in device memory; the device stays open."""
@@ -155,9 +172,7 @@ class DeviceExecutor:
                 for known, tokens in zip(values, lengths, strict=True)
             ]
             compiled.buffers[value].write(np.concatenate(panels))
-        counters = self.device.run(compiled.loaded)
-        if self._observe is not None:
-            self._observe(counters)
+        self.launch(compiled.loaded)
         for value in stage.outputs:
             features = compiled.bindings[value].features
             raw = compiled.buffers[value].data.view(np.float32).reshape(-1, features, rows)

@@ -92,6 +92,14 @@ class Image:
             self._known[key] = self._place(entries)
         return self._known[key]  # type: ignore[return-value]
 
+    def angles(self, cos: str, sin: str) -> tuple[int, int]:
+        """Byte address and pairs of a rotary table: panels of positions, ``pairs`` words of cosines, then of sines."""
+        key = ("angles", cos, sin)
+        if key not in self._known:
+            table = np.concatenate([self._tensors[cos], self._tensors[sin]], axis=1).astype(np.float32)
+            self._known[key] = (self._place(to_panels(flush(table), self._config.rows)), table.shape[1] // 2)
+        return self._known[key]  # type: ignore[return-value]
+
     def linear(
         self, weight: str, scales: str, bias: str | None, group: int | None, panels_per_chunk: int
     ) -> LinearImage:

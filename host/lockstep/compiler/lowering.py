@@ -8,6 +8,7 @@ signals: the builder finds the tokens, so the order of emission decides only wha
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +46,8 @@ _KINDS = {
     "odd": Function.ODD,
     "sigmoid": Function.SIGMOID,
 }
-#: Share of the WEIGHT and PARAMETER memories that streamed parameters may fill.
-_WEIGHT_RING, _PARAMETER_RING = 0.75, 0.5
+#: Share of the WEIGHT and PARAMETER memories that streamed parameters may fill, unless said otherwise.
+WEIGHT_RING, PARAMETER_RING = 0.75, 0.5
 
 
 def float_bits(value: float | np.floating[Any]) -> int:
@@ -77,6 +78,29 @@ class QuantisedPanels:
     scales: int
 
 
+@dataclass(frozen=True)
+class HeadGroup:
+    """Some heads of a value in one pass: ``count`` tiles, each ``stride`` words from the one before.
+
+    ``first`` is the first tile in an array that has one entry per head and row tile.
+    """
+
+    start: int
+    count: int
+    stride: int
+    first: int
+
+
+def head_groups(x: Panels, heads: int) -> Iterator[HeadGroup]:
+    """Passes that cover every head of ``x``: all heads at once with one row tile, else head by head."""
+    d = x.features // heads
+    if x.tiles == 1:
+        yield HeadGroup(x.start, heads, d, 0)
+        return
+    for head in range(heads):
+        yield HeadGroup(x.start + head * d, x.tiles, x.features, head * x.tiles)
+
+
 def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
     """Row tiles ``first`` .. ``first + tiles`` of a quantised value."""
     return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
@@ -87,20 +111,27 @@ class Lowering:
 
     Parameters
     ----------
-    config : the core. image : the model's parameters in device memory.
+    config : the core. image : the model's parameters in device memory. weight_ring, parameter_ring : share of the
+    WEIGHT and PARAMETER memories that streamed parameters may fill; keys, values and statistics have the rest.
     """
 
-    def __init__(self, config: CoreConfig, image: Image) -> None:
+    def __init__(
+        self,
+        config: CoreConfig,
+        image: Image,
+        weight_ring: float = WEIGHT_RING,
+        parameter_ring: float = PARAMETER_RING,
+    ) -> None:
         self.config, self.image = config, image
         self.builder = ProgramBuilder(config)
-        weight_ring = int(config.weight_words * _WEIGHT_RING)
-        parameter_ring = int(config.parameter_words * _PARAMETER_RING)
+        weight_words = int(config.weight_words * weight_ring)
+        parameter_words = int(config.parameter_words * parameter_ring)
         self.vectors = Pieces("VECTOR", 0, config.vector_words)
         self.activations = Pieces("ACTIVATION", 0, config.activation_words)
-        self.weight_ring = Ring("WEIGHT", 0, weight_ring)
-        self.weights = Pieces("WEIGHT", weight_ring, config.weight_words)
-        self.parameter_ring = Ring("PARAMETER", 0, parameter_ring)
-        self.parameters = Pieces("PARAMETER", parameter_ring, config.parameter_words)
+        self.weight_ring = Ring("WEIGHT", 0, weight_words)
+        self.weights = Pieces("WEIGHT", weight_words, config.weight_words)
+        self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
+        self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
         self._loaded_activation: str | None = None
         self._column_words: dict[str, int] = {}
         for name, slot in SLOTS.items():
@@ -153,15 +184,15 @@ class Lowering:
         )
         return Panels(start, features, tiles)
 
-    def store(self, x: Panels, address: int) -> None:
-        """Panels to device memory, packed one behind the other."""
+    def store(self, x: Panels, address: int, stride: int | None = None) -> None:
+        """Panels to device memory, ``stride`` bytes apart, or packed one behind the other."""
         self.builder.emit(
             STORE,
             memory=Memory.VECTOR,
             rows=x.tiles,
             words=x.features,
             address=address,
-            stride=x.features * self.config.vector_word_bytes,
+            stride=stride or x.features * self.config.vector_word_bytes,
             local=x.start,
             local_stride=x.features,
         )
@@ -184,10 +215,20 @@ class Lowering:
         """One VECTOR instruction."""
         self.builder.emit(VECTOR, **fields)
 
-    def scalars(self, x: int, to: int, tiles: int, **fields: int) -> None:
-        """One value per row: PARAMETER words x .. x + tiles become words to .. to + tiles."""
+    def scalars(self, x: int, to: int, tiles: int, operand: int = 0, **fields: int) -> None:
+        """One value per row: PARAMETER words x .. x + tiles become words to .. to + tiles.
+
+        ``operand`` : a run-time operand that stands for ``tiles``, which is then its greatest value; 0: none.
+        """
         self.emit_pass(
-            source=Source.PARAMETER, destination=Destination.PARAMETER, tiles=1, columns=tiles, x=x, to=to, **fields
+            source=Source.PARAMETER,
+            destination=Destination.PARAMETER,
+            tiles=1,
+            columns=0 if operand else tiles,
+            columns_operand=operand,
+            x=x,
+            to=to,
+            **fields,
         )
 
     def absmax_fields(self, into: Panels, prescale: str | None, first_column: int, continued: bool) -> dict[str, int]:
@@ -238,76 +279,20 @@ class Lowering:
             **fields,
         )
 
-    def layer_norm(
-        self,
-        x: Panels,
-        y: Panels | None,
-        into: Panels,
-        gamma: str,
-        beta: str,
-        eps: float,
-        absmax: tuple[str | None] | None,
-    ) -> None:
-        """into = layer_norm(x + y), or of x alone; ``absmax`` names the pre-scale whose maxima to keep, in a tuple."""
-        n, tiles = x.features, x.tiles
-        mean, rstd = self.parameters.take(tiles), self.parameters.take(tiles)
-        if y is not None:
-            self.add(x, y, into, sum=1, sum_to=mean)
-            x = into
-        else:
-            self.emit_pass(source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean)
-        share = np.float32(1 / n)
-        self.scalars(mean, mean, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
-        self.emit_pass(
-            source=Source.VECTOR,
-            add1=FirstAdd.LANE0,
-            lane0=mean,
-            mul1=FirstMultiply.SELF,
-            tiles=tiles,
-            columns=n,
-            x=x.start,
-            x_stride=n,
-            sum=1,
-            sum_to=rstd,
-        )
-        self.scalars(
-            rstd,
-            rstd,
-            tiles,
-            mul1=FirstMultiply.IMMEDIATE0,
-            immediate0=float_bits(share),
-            add2=SecondAdd.IMMEDIATE1,
-            immediate1=float_bits(eps),
-            function=Function.RSQRT,
-            table=SLOTS["rsqrt"],
-        )
-        fields = {} if absmax is None else self.absmax_fields(into, absmax[0], 0, False)
-        self.elementwise(
-            x,
-            into,
-            add1=FirstAdd.LANE0,
-            lane0=mean,
-            mul1=FirstMultiply.LANE1,
-            lane1=rstd,
-            mul2=SecondMultiply.COLUMN0,
-            column0=self.load_columns(gamma),
-            add2=SecondAdd.COLUMN1,
-            column1=self.load_columns(beta),
-            **fields,
-        )
-        for words in (mean, rstd):
-            self.parameters.give(words)
-        for name in (gamma, beta):
-            self.drop_columns(name)
-        if absmax is not None:
-            self.drop_columns(absmax[0])
+    def multiply(self, x: Panels, y: Panels, into: Panels, **fields: int) -> None:
+        """into = x * y, element by element."""
+        fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER, "y": y.start, "y_stride": y.features}
+        self.elementwise(x, into, **fields)
 
     # --- Quantisation ------------------------------------------------------------------------------------------
 
-    def scale_and_inverse(self, absmax: int, tiles: int, steps: int, scale: int, inverse: int) -> None:
-        """scale = absmax / steps and inverse = 1 / scale, one value per row."""
-        self.scalars(absmax, scale, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(np.float32(1 / steps)))
-        self.scalars(scale, inverse, tiles, function=Function.RECIP, table=SLOTS["recip"])
+    def scale_and_inverse(
+        self, absmax: int, tiles: int, steps: int, scale: int, inverse: int, operand: int = 0
+    ) -> None:
+        """scale = absmax / steps and inverse = 1 / scale, one value per row; ``operand`` may stand for ``tiles``."""
+        share = float_bits(np.float32(1 / steps))
+        self.scalars(absmax, scale, tiles, operand, mul1=FirstMultiply.IMMEDIATE0, immediate0=share)
+        self.scalars(scale, inverse, tiles, operand, function=Function.RECIP, table=SLOTS["recip"])
 
     def row_maxima(self, x: Panels, prescale: str | None) -> int:
         """PARAMETER words with the absolute maxima of the rows of x, computed now if no pass has left them."""
@@ -408,12 +393,23 @@ class Lowering:
         into: Panels,
         absmax: tuple[str | None] | None = None,
         activation: str | None = None,
+        residual: Panels | None = None,
+        factor: Panels | None = None,
     ) -> None:
-        """into = activation(q . weight + bias), chunk by chunk."""
+        """into = activation(q . weight + bias), chunk by chunk.
+
+        ``residual`` is added in the place of a bias; ``factor`` multiplies the result, and then ``absmax`` names no
+        pre-scale. Both may be ``into`` itself.
+        """
         function = {} if activation is None else self.function_fields(activation)
         for n, chunk in enumerate(linear.chunks):
             fields = dict(function)
             if absmax is not None:
                 fields |= self.absmax_fields(into, absmax[0], chunk.first, n > 0)
+            if residual is not None:
+                fields |= {"add2": SecondAdd.Y, "y": residual.start + chunk.first, "y_stride": residual.features}
+            if factor is not None:
+                fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER}
+                fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
             words = self.product(q, linear, chunk)
             self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)

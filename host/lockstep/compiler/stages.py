@@ -15,13 +15,16 @@ from lockstep.graph import (
     Graph,
     LayerNorm,
     Linear,
+    Multiply,
     Node,
     Quantise,
+    RMSNorm,
+    Rotary,
     Value,
 )
 
 #: What a core executes.
-DEVICE_NODES = (Activation, Add, Attention, LayerNorm, Linear, Quantise)
+DEVICE_NODES = (Activation, Add, Attention, LayerNorm, Linear, Multiply, Quantise, RMSNorm, Rotary)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,269 @@
+"""The key-value cache in device memory, and the run-time operands through which one program serves every context.
+
+A program for M row tiles runs at any aligned position: its first row tile holds the positions ``row .. row + R``, of
+which those before the first new token are idle. So a token always stands in lane ``position mod R``, keys and values
+are appended without moving lanes, and rotary tables are read in whole words.
+
+Keys of a head lie in panels, one word per feature; values one word per token and group of R features; scales one fp32
+per token. All are appended where they belong, so the cache is never moved:
+
+    keys    int8 [kv_heads][capacity / R][head_dim][R]        key scales    float32[kv_heads][capacity / R][R]
+    values  int8 [kv_heads][head_dim / R][capacity][R]        value scales  float32[kv_heads][capacity / R][R]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep_driver import Buffer, Device
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_isa.config import CoreConfig
+
+from lockstep.graph import Attention, Graph
+
+from .allocation import CapacityError
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Where the cache of one attention lies: byte addresses of its four arrays."""
+
+    keys: int
+    values: int
+    key_scales: int
+    value_scales: int
+
+
+def cache_bytes(config: CoreConfig, node: Attention, capacity: int) -> tuple[int, int]:
+    """Bytes of the keys or the values, and of the scales of either, of one attention."""
+    width = -(-node.head_dim // config.rows) * config.rows
+    return node.kv_heads * capacity * width, node.kv_heads * capacity * 4
+
+
+class Cache:
+    """The key-value cache of one sequence in the memory of one device.
+
+    Parameters
+    ----------
+    device : whose memory is used. graph : whose attention is served. capacity : tokens, a multiple of R.
+
+    Raises :class:`OutOfDeviceMemory` where it does not fit, with nothing kept.
+    """
+
+    def __init__(self, device: Device, graph: Graph, capacity: int) -> None:
+        self._device = device
+        self._buffers: list[Buffer] = []
+        self.layers: dict[int, LayerCache] = {}
+        try:
+            for node in graph.of(Attention):
+                data, scales = cache_bytes(device.config, node, capacity)
+                addresses = [self._place(size) for size in (data, data, scales, scales)]
+                self.layers[node.value] = LayerCache(*addresses)
+        except Exception:
+            self.close()
+            raise
+
+    def _place(self, size: int) -> int:
+        buffer = self._device.allocate(size)
+        self._buffers.append(buffer)
+        # What was there before could be no number at all, and nothing times no number is no number.
+        buffer.data[:] = 0
+        return buffer.address
+
+    def close(self) -> None:
+        """Free the device memory."""
+        for buffer in self._buffers:
+            self._device.free(buffer)
+        self._buffers.clear()
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: its first new token, and the aligned position of lane 0."""
+
+    first: int
+    rows: int
+
+    @property
+    def aligned(self) -> int:
+        """Position of lane 0 of the first row tile."""
+        return self.first - self.lane
+
+    @property
+    def lane(self) -> int:
+        """Lane of the first new token."""
+        return self.first % self.rows
+
+
+@dataclass(frozen=True)
+class Section:
+    """Operand numbers of one tile of keys in a program; the tile is skipped where it holds no key.
+
+    Attributes
+    ----------
+    panels, keys : R keys each, and the keys. present, tiles, columns : 1, row tiles and features of a head, or 0
+    where the tile is skipped. index : the tile, counted from the first one that the window shows.
+    """
+
+    index: int
+    panels: int
+    keys: int
+    present: int
+    tiles: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Operand numbers of what a window (or all of the context) shows: its tiles of keys and where they begin."""
+
+    sections: tuple[Section, ...]
+    row: int
+    keys: int
+    values: int
+    scales: int
+
+
+class Context:
+    """The operands of one program: declared while it is built, valued when it runs.
+
+    Parameters
+    ----------
+    builder : of the program. config : the core. capacity : tokens that the cache holds, a multiple of R.
+    tiles : row tiles of the program.
+    """
+
+    def __init__(self, builder: ProgramBuilder, config: CoreConfig, capacity: int, tiles: int) -> None:
+        self.builder, self.config, self.capacity, self.tiles = builder, config, capacity, tiles
+        self._numbers: dict[str, int] = {}
+        self._formulas: dict[str, Callable[[Position], int]] = {}
+        self._windows: dict[tuple[int | None, int, int], Window] = {}
+        self._last = capacity - tiles * config.rows
+        if self._last < 0:
+            raise CapacityError(f"{tiles} row tiles of {config.rows} tokens do not fit a cache of {capacity} tokens")
+
+    def values(self, first: int) -> dict[str, int]:
+        """The value of every operand for a run whose first new token is at position ``first``."""
+        at = Position(first, self.config.rows)
+        return {name: formula(at) for name, formula in self._formulas.items()}
+
+    def operand(self, name: str, least: int, greatest: int, formula: Callable[[Position], int]) -> int:
+        """The number of an operand, declared once."""
+        if name not in self._numbers:
+            self._numbers[name] = self.builder.operand(name, least, greatest)
+            self._formulas[name] = formula
+        return self._numbers[name]
+
+    @property
+    def lane(self) -> int:
+        """Lane of the first new token."""
+        return self.operand("lane", 0, self.config.rows - 1, lambda at: at.lane)
+
+    def aligned(self, factor: int) -> int:
+        """The aligned position times a factor: an offset into an array with ``factor`` bytes a token."""
+        return self.operand(f"row*{factor}", 0, self._last * factor, lambda at: at.aligned * factor)
+
+    @property
+    def first(self) -> int:
+        """Offset of the first new token in an array with a word of R bytes a token."""
+        rows = self.config.rows
+        return self.operand(f"first*{rows}", 0, (self.capacity - 1) * rows, lambda at: at.first * rows)
+
+    @property
+    def new_words(self) -> int:
+        """Words behind the idle ones of the first row tile: one a token, all row tiles."""
+        rows = self.config.rows
+        most = self.tiles * rows
+        return self.operand("new_words", most - rows + 1, most, lambda at: most - at.lane)
+
+    def window(self, size: int | None, tile: int, head_dim: int) -> Window:
+        """The tiles of ``tile`` keys that a window of ``size`` tokens (none: all) can show, as sections."""
+        key = (size, tile, head_dim)
+        if key not in self._windows:
+            self._windows[key] = self._window(size, tile, head_dim)
+        return self._windows[key]
+
+    def _window(self, size: int | None, tile: int, head_dim: int) -> Window:
+        rows, most = self.config.rows, self.tiles * self.config.rows
+        prefix = "" if size is None else f"window{size}."
+        all_tiles = -(-self.capacity // tile)
+        # The first row sees back to row - size + 1; the last one stands most - 1 behind it.
+        count = all_tiles if size is None else min(all_tiles, -(-(size + most) // tile) + 1)
+
+        def start(at: Position) -> int:
+            """First tile that any row sees."""
+            return 0 if size is None else min(max(0, at.aligned - size + 1) // tile, all_tiles - count)
+
+        def keys(index: int) -> Callable[[Position], int]:
+            end = self.capacity
+
+            def formula(at: Position) -> int:
+                begin = (start(at) + index) * tile
+                return max(0, min(at.aligned + most, begin + tile, end) - begin)
+
+            return formula
+
+        sections = []
+        for index in range(count):
+            held = keys(index)
+            name = f"{prefix}tile{index}"
+            greatest = min(tile, self.capacity - index * tile)
+            # Tile 0 always holds a key of any row: it is never skipped.
+            least = 0 if index else rows
+
+            def scaled(
+                label: str, factor: int, held: Callable[[Position], int] = held, name: str = name, least: int = least
+            ) -> int:
+                return self.operand(
+                    f"{name}.{label}", factor if least else 0, factor, lambda at: factor if held(at) else 0
+                )
+
+            sections.append(
+                Section(
+                    index,
+                    self.operand(
+                        f"{name}.panels", least // rows, greatest // rows, lambda at, held=held: held(at) // rows
+                    ),
+                    self.operand(f"{name}.keys", least, greatest, held),
+                    scaled("present", 1) if index else 0,
+                    scaled("tiles", self.tiles) if index else 0,
+                    scaled(f"columns{head_dim}", head_dim) if index else 0,
+                )
+            )
+        if size is None:
+            return Window(tuple(sections), self.aligned(1), 0, 0, 0)
+        furthest = (all_tiles - count) * tile
+
+        def offset(factor: int) -> int:
+            return self.operand(f"{prefix}start*{factor}", 0, furthest * factor, lambda at: start(at) * tile * factor)
+
+        row = self.operand(f"{prefix}row", 0, min(self._last, tile + size), lambda at: at.aligned - start(at) * tile)
+        return Window(tuple(sections), row, offset(head_dim), offset(rows), offset(4))
+
+
+@dataclass(frozen=True)
+class CausalRun:
+    """What a program for new tokens of one cached sequence is compiled for.
+
+    Attributes
+    ----------
+    capacity : tokens that the cache holds. tiles : row tiles of new tokens, idle lanes in front included.
+    caches : where the cache of every attention lies, by its value.
+    logits : whether the output is computed for the last row tile, for all of them, or not at all.
+    """
+
+    capacity: int
+    tiles: int
+    caches: Mapping[int, LayerCache]
+    logits: Literal["last", "all", "none"]
+
+
+def rounded_capacity(config: CoreConfig, tokens: int, least_tile: int) -> int:
+    """Tokens that a cache for ``tokens`` holds: whole panels, and whole tiles of keys once there are several."""
+    unit = config.rows if tokens <= least_tile else least_tile
+    capacity = -(-tokens // unit) * unit
+    if capacity >= 1 << 19:
+        raise CapacityError(f"a context of {tokens} tokens is longer than the {(1 << 19) - 1} that positions can name")
+    return capacity

@@ -1,0 +1,217 @@
+"""A sequence with its key-value cache on a device: prefill in chunks of row tiles, decode with one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from lockstep_driver import Buffer, LoadedProgram
+
+from lockstep.errors import InputError, ModelError, SequenceLengthError
+from lockstep.evaluate import host_node
+from lockstep.graph import Attention, Fallback, Graph, Indices, Input, Linear, PositionBias, Value
+
+from .allocation import CapacityError
+from .compile import Binding, StageCompiler, feature_counts
+from .context import Cache, CausalRun, Context, rounded_capacity
+from .layout import from_panels, to_panels
+from .stages import Stage, split
+
+if TYPE_CHECKING:
+    from .execute import DeviceExecutor
+
+#: Most row tiles of new tokens in one program; fewer where they do not fit the core.
+MOST_TILES = 8
+
+Logits = Literal["last", "all", "none"]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    loaded: LoadedProgram
+    context: Context
+    buffers: dict[Value, Buffer]
+    bindings: dict[Value, Binding]
+
+
+class DeviceSession:
+    """One sequence on one device; see :class:`lockstep.session.Session`.
+
+    Parameters
+    ----------
+    executor : holds the device and the parameters in its memory. graph : a causal language model, contract stage.
+    capacity : most tokens.
+
+    Raises :class:`ModelError` for a graph that cannot be run piece by piece, :class:`OutOfDeviceMemory` and
+    :class:`CapacityError` for what does not fit.
+    """
+
+    def __init__(self, executor: DeviceExecutor, graph: Graph, capacity: int) -> None:
+        require_causal(graph, capacity)
+        self._executor, self._graph = executor, graph
+        device = executor.device
+        self._rows = device.config.rows
+        self.capacity = capacity
+        self._held = rounded_capacity(device.config, capacity, min(node.tile for node in graph.of(Attention)))
+        self._stages = split(graph)
+        self._features = feature_counts(graph)
+        self._image = executor.image(graph)
+        self._cache = Cache(device, graph, self._held)
+        self._programs: dict[tuple[int, int, Logits], _Compiled] = {}
+        self._most = min(MOST_TILES, self._held // self._rows)
+        self._ids = np.zeros(capacity, np.int64)
+        self.length = 0
+        self._closed = False
+        try:
+            self._program(0, 1, "last")
+        except Exception:
+            self.close()
+            raise
+
+    def extend(self, token_ids: Any, logits: Literal["last", "all"] = "last") -> np.ndarray:
+        """Append tokens; ``float32[1, vocabulary]`` behind the last one, or ``float32[tokens, vocabulary]``."""
+        ids = checked_ids(self, token_ids)
+        start, end = self.length, self.length + len(ids)
+        self._ids[start:end] = ids
+        results, first = [], start
+        while first < end:
+            tiles = min(self._most, -(-(first % self._rows + end - first) // self._rows))
+            count = min(end - first, tiles * self._rows - first % self._rows)
+            wanted: Logits = "all" if logits == "all" else "last" if first + count == end else "none"
+            try:
+                found = self._run(first, count, tiles, wanted)
+            except CapacityError:
+                if tiles == 1:
+                    raise
+                self._most = tiles // 2
+                continue
+            if found is not None:
+                results.append(found)
+            first += count
+        # Not before everything ran: an error leaves the sequence as it was.
+        self.length = end
+        return np.concatenate(results)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise SequenceLengthError(f"a sequence of {self.length} tokens cannot be cut to {length}")
+        self.length = length
+
+    def close(self) -> None:
+        """Free what the sequence holds in device memory."""
+        if self._closed:
+            return
+        self._closed = True
+        device = self._executor.device
+        for compiled in self._programs.values():
+            device.unload(compiled.loaded)
+            for buffer in compiled.buffers.values():
+                device.free(buffer)
+        self._programs.clear()
+        self._cache.close()
+
+    # --- One run of one program ----------------------------------------------------------------------------------
+
+    def _run(self, first: int, count: int, tiles: int, wanted: Logits) -> np.ndarray | None:
+        values: dict[Value, Any] = {}
+        result = None
+        for number, stage in enumerate(self._stages):
+            for node in stage.host:
+                if isinstance(node, Input):
+                    values[node.value] = self._ids[first : first + count]
+                elif isinstance(node, Indices):
+                    # Positions and the like may depend on every token so far.
+                    found = node.function(*(self._ids[: first + count] for _ in node.reads))
+                    values[node.value] = found[-count:] if len(found) > 1 else np.repeat(found, count)
+                else:
+                    values[node.value] = host_node(self._graph, node, [values[v] for v in node.inputs])
+            if not stage.device:
+                continue
+            compiled = self._program(number, tiles, wanted)
+            self._write(stage, compiled, values, first % self._rows, count, tiles)
+            self._executor.launch(compiled.loaded, compiled.context.values(first))
+            for value in stage.outputs:
+                found = self._read(compiled, value, first, count, tiles, wanted)
+                values[value] = found
+                if value == self._graph.output:
+                    result = found
+        return None if wanted == "none" else result
+
+    def _write(
+        self, stage: Stage, compiled: _Compiled, values: dict[Value, Any], lane: int, count: int, tiles: int
+    ) -> None:
+        for value in stage.inputs:
+            features = compiled.bindings[value].features
+            rows = np.zeros((tiles * self._rows, features), np.float32)
+            rows[lane : lane + count] = values[value]
+            compiled.buffers[value].write(to_panels(rows, self._rows))
+
+    def _read(
+        self, compiled: _Compiled, value: Value, first: int, count: int, tiles: int, wanted: Logits
+    ) -> np.ndarray:
+        features, lane = compiled.bindings[value].features, first % self._rows
+        raw = compiled.buffers[value].data.view(np.float32).reshape(-1, features, self._rows)
+        if value == self._graph.output and wanted == "last":
+            return raw[-1, :, (lane + count - 1) % self._rows][None].copy()
+        return from_panels(raw, tiles * self._rows)[lane : lane + count]
+
+    def _program(self, number: int, tiles: int, wanted: Logits) -> _Compiled:
+        key = (number, tiles, wanted)
+        if key not in self._programs:
+            self._programs[key] = self._compile(self._stages[number], tiles, wanted)
+        return self._programs[key]
+
+    def _compile(self, stage: Stage, tiles: int, wanted: Logits) -> _Compiled:
+        device, graph = self._executor.device, self._graph
+        output = next(node for node in graph if node.value == graph.output)
+        buffers: dict[Value, Buffer] = {}
+        bindings: dict[Value, Binding] = {}
+        try:
+            for value in dict.fromkeys((*stage.inputs, *stage.outputs)):
+                features = self._features[value]
+                kept = 1 if value == graph.output and wanted != "all" and isinstance(output, Linear) else tiles
+                buffers[value] = device.allocate(kept * features * device.config.vector_word_bytes)
+                bindings[value] = Binding(buffers[value].address, features)
+            run = CausalRun(self._held, tiles, self._cache.layers, wanted)
+            lengths = (tiles * self._rows,)
+            compiler = StageCompiler(device.config, graph, stage, self._image, lengths, bindings, run)
+            loaded = device.load(compiler.compile())
+        except Exception:
+            for buffer in buffers.values():
+                device.free(buffer)
+            raise
+        assert compiler.context is not None
+        return _Compiled(loaded, compiler.context, buffers, bindings)
+
+
+def require_causal(graph: Graph, capacity: int) -> None:
+    """Raise unless ``graph`` is a causal language model that can be run piece by piece, for ``capacity`` tokens."""
+    if not graph.causal:
+        raise ModelError(f"{graph.source} is no causal language model, so it cannot generate; use embed or run")
+    for node in graph:
+        if isinstance(node, Fallback | PositionBias):
+            reason = node.reason if isinstance(node, Fallback) else "a bias on positions"
+            raise ModelError(
+                f"{graph.source} cannot be run token by token: {reason}; 'lockstep inspect' lists its parts"
+            )
+    if not 1 <= capacity <= graph.max_tokens:
+        raise SequenceLengthError(
+            f"a context of {capacity} tokens was asked for, but the model has positions for {graph.max_tokens}"
+        )
+
+
+def checked_ids(session: Any, token_ids: Any) -> np.ndarray:
+    """``int64[tokens]`` that the session can take; raises :class:`InputError` or :class:`SequenceLengthError`."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise InputError(f"token ids are {ids.dtype}{list(ids.shape)}, not int64[tokens]")
+    if ids.size == 0:
+        raise SequenceLengthError("there are no tokens; give at least one")
+    if session.length + ids.size > session.capacity:
+        raise SequenceLengthError(
+            f"{ids.size} tokens do not fit behind {session.length} in a context of {session.capacity}; open a longer one, or "
+            "shorten the prompt"
+        )
+    return ids.astype(np.int64)
