@@ -31,7 +31,7 @@ from .allocation import CapacityError
 from .attention import AttentionLowering, Projection, Sequence
 from .causal import CausalAttentionLowering
 from .context import CausalRun, Context
-from .image import Image
+from .image import Image, LinearImage
 from .layout import panel_count
 from .lowering import PARAMETER_RING, WEIGHT_RING, Lowering, Panels, QuantisedPanels, rows_of
 from .norms import layer_norm, rms_norm

@@ -211,7 +211,7 @@ def checked_ids(session: Any, token_ids: Any) -> np.ndarray:
         raise SequenceLengthError("there are no tokens; give at least one")
     if session.length + ids.size > session.capacity:
         raise SequenceLengthError(
-            f"{ids.size} tokens do not fit behind {session.length} in a context of {session.capacity}; open a longer one, or "
-            "shorten the prompt"
+            f"{ids.size} tokens do not fit behind {session.length} in a context of {session.capacity}; open a longer "
+            "one, or shorten the prompt"
         )
     return ids.astype(np.int64)
