@@ -20,8 +20,8 @@ U8 = npt.NDArray[np.uint8]
 PARTIAL_SUMS = 64
 #: Scores (in powers of two) are held inside +-SCORE_LIMIT before :func:`exp2_parts`.
 SCORE_LIMIT = np.float32(32000)
-#: The exponent that a masked key is given.
-MASKED_EXPONENT = -(2**20)
+#: The exponent that a masked key is given: the least that a score can have.
+MASKED_EXPONENT = -32000
 
 _SMALLEST_NORMAL = 2.0**-126
 _NAN = np.uint32(0x7FC00000)

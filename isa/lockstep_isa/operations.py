@@ -2,76 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
-from lockstep_isa.numerics import (
-    F32,
-    I32,
-    MASKED_EXPONENT,
-    absmax,
-    add,
-    clamp_score,
-    evaluate,
-    exp2_parts,
-    int_to_float,
-    mul,
-    recip,
-    round_to_int8bits,
-    rowsum,
-    rsqrt,
-    scale2,
-)
+from lockstep_isa.attention import MAX_TILE, attention, attention_cached, visible
+from lockstep_isa.numerics import F32, add, evaluate, mul, relu, rowsum, rsqrt
+from lockstep_isa.quantisation import I8, MAX_K, U8, linear, matmul_int, quantise_rows, requantise
 from lockstep_isa.tables import FUNCTIONS
 
-I8 = npt.NDArray[np.int8]
-U8 = npt.NDArray[np.uint8]
-
-#: Longest sum of int8 products that cannot leave int32, even with -128 on both sides.
-MAX_K = 131_071
-#: Most keys in a tile: a sum of that many uint8 x int8 products cannot leave int32.
-MAX_TILE = 65_793
-
-__all__ = ["add", "apply_function", "attention", "layer_norm", "linear", "matmul_int", "quantise_rows"]
-
-
-def matmul_int(a: npt.NDArray[np.integer], b: npt.NDArray[np.integer]) -> I32:
-    """The exact product a[M, K] @ b[K, N] of 8-bit integers (float64 holds every partial sum)."""
-    return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int32)
-
-
-def requantise(x: F32, steps: int) -> tuple[U8, F32]:
-    """(low 8 bits of RNE(x / s), s) with s = absmax(row) / steps, for x: float32[rows, n].
-
-    A zero or non-finite row gives 0 everywhere and keeps its s.
-    """
-    s = mul(absmax(x), np.float32(1 / steps))
-    return round_to_int8bits(mul(x, recip(s)[:, None])), s
-
-
-def quantise_rows(x: npt.ArrayLike, prescale: npt.ArrayLike | None = None) -> tuple[I8, F32]:
-    """Symmetric int8 with one scale per row.
-
-    x : float32[M, K].  prescale : float32[K], multiplied into the columns first.
-    Returns q : int8[M, K] and s : float32[M] with x * prescale ~ q * s.
-    """
-    x = np.asarray(x, np.float32)
-    q, s = requantise(x if prescale is None else mul(x, prescale), 127)
-    return q.view(np.int8), s
-
-
-def linear(q: I8, s: npt.ArrayLike, w: I8, sw: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> F32:
-    """y = (float(q @ w.T) * s) * sw + bias, as float32[M, N].
-
-    q : int8[M, K].  s : float32[M].  w : int8[N, K].  sw : float32[N].  bias : float32[N], or None for no addition.
-    Raises ValueError where K exceeds :data:`MAX_K`.
-    """
-    if q.shape[1] > MAX_K:
-        raise ValueError(f"K = {q.shape[1]} may overflow the int32 accumulators; split it into parts of {MAX_K}")
-    y = mul(mul(int_to_float(matmul_int(q, w.T)), np.asarray(s, np.float32)[:, None]), sw)
-    return y if bias is None else add(y, bias)
+__all__ = [
+    "I8",
+    "MAX_K",
+    "MAX_TILE",
+    "U8",
+    "add",
+    "apply_function",
+    "attention",
+    "attention_cached",
+    "layer_norm",
+    "linear",
+    "matmul_int",
+    "multiply",
+    "quantise_rows",
+    "requantise",
+    "rms_norm",
+    "rotary",
+    "visible",
+]
 
 
 def layer_norm(x: npt.ArrayLike, gamma: npt.ArrayLike, beta: npt.ArrayLike, eps: float) -> F32:
@@ -83,56 +40,48 @@ def layer_norm(x: npt.ArrayLike, gamma: npt.ArrayLike, beta: npt.ArrayLike, eps:
     return add(mul(mul(centred, rstd[:, None]), gamma), beta)
 
 
-def attention(
-    q: npt.ArrayLike,
-    k: npt.ArrayLike,
-    v: npt.ArrayLike,
-    *,
-    tile: int,
-    scale: float | None = None,
-    mask: npt.NDArray[np.bool_] | None = None,
-) -> F32:
-    """softmax(q @ k.T * scale) @ v for one head, as float32[M, d], streaming over tiles of keys.
+def rms_norm(x: npt.ArrayLike, gamma: npt.ArrayLike, eps: float, groups: int = 1) -> F32:
+    """Root-mean-square normalisation of each of ``groups`` equal pieces of every row of x: float32[M, n].
 
-    q : float32[M, d].  k, v : float32[n, d].  mask : bool[M, n], True where a key may be seen.
-    scale : 1 / sqrt(d) unless given.  tile : keys per tile, part of the result; from n upwards there is one tile,
-    for which the recurrence below gives the bits of ``(float(O) * sP) * recip(l)``: it only adds to +0 and scales by 1.
+    gamma : float32[n / groups], for every piece. Pieces are heads where queries and keys are normalised.
     """
-    q8, sq = quantise_rows(q)
-    k8, sk = quantise_rows(k)
-    v8, sv = quantise_rows(v)
-    rows, d = q8.shape
-    keys = len(k8)
-    if tile < 1 or min(tile, keys) > MAX_TILE:
-        raise ValueError(f"tile = {tile} must be from 1 to {MAX_TILE}")
-    c = mul(sq, np.float32(math.log2(math.e) * (1 / math.sqrt(d) if scale is None else scale)))
+    x = np.asarray(x, np.float32)
+    pieces = x.reshape(len(x) * groups, x.shape[1] // groups)
+    share = np.float32(1 / pieces.shape[1])
+    r = rsqrt(add(mul(rowsum(mul(pieces, pieces)), share), np.float32(eps)))
+    return mul(mul(pieces, r[:, None]), gamma).reshape(x.shape)
 
-    peak = np.full(rows, MASKED_EXPONENT, np.int32)  # M: the greatest exponent so far
-    total = np.zeros(rows, np.float32)  # L: the sum of exponentials, relative to 2**M
-    out = np.zeros((rows, d), np.float32)  # O: the weighted values, relative to 2**M
-    for start in range(0, keys, tile):
-        at = slice(start, start + tile)
-        scores = int_to_float(matmul_int(q8, k8[at].T))
-        m, n = exp2_parts(clamp_score(mul(mul(scores, sk[at]), c[:, None])))
-        if mask is not None:
-            n = np.where(mask[:, at], n, np.int32(MASKED_EXPONENT))
-        tile_peak = n.max(axis=1)
-        e = scale2(m, n - tile_peak[:, None])
-        p, sp = requantise(mul(e, sv[at]), 255)
-        product = int_to_float(matmul_int(p, v8[at]))
 
-        new_peak = np.maximum(peak, tile_peak)
-        keep, join = peak - new_peak, tile_peak - new_peak
-        total = add(scale2(total, keep), scale2(rowsum(e), join))
-        out = add(scale2(out, keep[:, None]), mul(product, scale2(sp, join)[:, None]))
-        peak = new_peak
-    return mul(out, recip(total)[:, None])
+def rotary(x: npt.ArrayLike, cos: npt.ArrayLike, sin: npt.ArrayLike, heads: int, interleaved: bool = False) -> F32:
+    """Rotary position embedding of x: float32[M, heads * d], as float32[M, heads * d].
+
+    cos, sin : float32[M, pairs], of each row's position; the first 2 * pairs features of every head turn, the others
+    pass. Feature i turns with feature i + pairs; with ``interleaved``, feature 2i with 2i + 1.
+    """
+    x = np.asarray(x, np.float32)
+    cos, sin = (np.asarray(table, np.float32)[:, None] for table in (cos, sin))
+    pairs = cos.shape[-1]
+    y = x.reshape(len(x), heads, -1).copy()
+    low, high = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    )
+    a, b = y[..., low].copy(), y[..., high].copy()
+    y[..., low] = add(mul(a, cos), mul(b, -sin))
+    y[..., high] = add(mul(b, cos), mul(a, sin))
+    return y.reshape(x.shape)
+
+
+def multiply(x: npt.ArrayLike, y: npt.ArrayLike) -> F32:
+    """x * y, float32[M, n]; an operand with one row is used for every row."""
+    return mul(x, y)
 
 
 def apply_function(name: str, x: npt.ArrayLike) -> F32:
-    """The table function called ``name`` on every element of x: float32[...]."""
+    """The function called ``name``, a table or ``relu``, on every element of x: float32[...]."""
+    if name == "relu":
+        return relu(x)
     try:
         table = FUNCTIONS[name]
     except KeyError:
-        raise ValueError(f"unknown function '{name}': there are {', '.join(FUNCTIONS)}") from None
+        raise ValueError(f"unknown function '{name}': there are {', '.join([*FUNCTIONS, 'relu'])}") from None
     return evaluate(table, x)
