@@ -163,13 +163,13 @@ class Context:
 
     def aligned(self, factor: int) -> int:
         """The aligned position times a factor: an offset into an array with ``factor`` bytes a token."""
-        return self.operand(f"row*{factor}", 0, self._last * factor, lambda at: at.aligned * factor)
+        return self.operand(f"row_x{factor}", 0, self._last * factor, lambda at: at.aligned * factor)
 
     @property
     def first(self) -> int:
         """Offset of the first new token in an array with a word of R bytes a token."""
         rows = self.config.rows
-        return self.operand(f"first*{rows}", 0, (self.capacity - 1) * rows, lambda at: at.first * rows)
+        return self.operand(f"first_x{rows}", 0, (self.capacity - 1) * rows, lambda at: at.first * rows)
 
     @property
     def new_words(self) -> int:
@@ -187,7 +187,7 @@ class Context:
 
     def _window(self, size: int | None, tile: int, head_dim: int) -> Window:
         rows, most = self.config.rows, self.tiles * self.config.rows
-        prefix = "" if size is None else f"window{size}."
+        prefix = "" if size is None else f"window{size}_"
         all_tiles = -(-self.capacity // tile)
         # The first row sees back to row - size + 1; the last one stands most - 1 behind it.
         count = all_tiles if size is None else min(all_tiles, -(-(size + most) // tile) + 1)
@@ -217,16 +217,16 @@ class Context:
                 label: str, factor: int, held: Callable[[Position], int] = held, name: str = name, least: int = least
             ) -> int:
                 return self.operand(
-                    f"{name}.{label}", factor if least else 0, factor, lambda at: factor if held(at) else 0
+                    f"{name}_{label}", factor if least else 0, factor, lambda at: factor if held(at) else 0
                 )
 
             sections.append(
                 Section(
                     index,
                     self.operand(
-                        f"{name}.panels", least // rows, greatest // rows, lambda at, held=held: held(at) // rows
+                        f"{name}_panels", least // rows, greatest // rows, lambda at, held=held: held(at) // rows
                     ),
-                    self.operand(f"{name}.keys", least, greatest, held),
+                    self.operand(f"{name}_keys", least, greatest, held),
                     scaled("present", 1) if index else 0,
                     scaled("tiles", self.tiles) if index else 0,
                     scaled(f"columns{head_dim}", head_dim) if index else 0,
@@ -237,9 +237,9 @@ class Context:
         furthest = (all_tiles - count) * tile
 
         def offset(factor: int) -> int:
-            return self.operand(f"{prefix}start*{factor}", 0, furthest * factor, lambda at: start(at) * tile * factor)
+            return self.operand(f"{prefix}start_x{factor}", 0, furthest * factor, lambda at: start(at) * tile * factor)
 
-        row = self.operand(f"{prefix}row", 0, min(self._last, tile + size), lambda at: at.aligned - start(at) * tile)
+        row = self.operand(f"{prefix}row", 0, self._last, lambda at: at.aligned - start(at) * tile)
         return Window(tuple(sections), row, offset(head_dim), offset(rows), offset(4))
 
 
