@@ -1,53 +1,43 @@
-"""The contract operations on the CPU: the same signatures and bits as ``lockstep_isa.operations``, in compiled C++."""
+"""The contract operations on the CPU: the same signatures and bits as ``lockstep_isa.operations``, in compiled C++.
+
+Large operations use all cores, which changes no bit.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import math
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
-from lockstep_isa.numerics import F32, I32
-from lockstep_isa.operations import I8, MAX_K, MAX_TILE
-from lockstep_isa.tables import FUNCTIONS, MAX_ENTRIES, TableFunction
+from lockstep_isa.attention import check_tile, check_window, score_factor
+from lockstep_isa.numerics import F32
+from lockstep_isa.operations import I8
+from lockstep_isa.tables import FUNCTIONS
 
-from lockstep_hls.toolchain import Progress, compile_shared
+from lockstep_hls.library import address, library, prepare, table
+from lockstep_hls.weights import PackedWeights, pack_weights, packed
 
-KINDS = ("exp2", "recip", "rsqrt", "relu_minus", "odd", "sigmoid")
-DEPTH_ALIGNMENT = 64
-
-_SIZE, _FLOAT, _POINTER = ctypes.c_size_t, ctypes.c_float, ctypes.c_void_p
-_ARGUMENTS = {
-    "lockstep_apply": [_POINTER, _SIZE, _POINTER, _POINTER],
-    "lockstep_add": [_SIZE] + 3 * [_POINTER],
-    "lockstep_quantise_rows": [_POINTER, _SIZE, _SIZE] + 4 * [_POINTER],
-    "lockstep_offsets": [_SIZE, _SIZE] + 2 * [_POINTER],
-    "lockstep_linear": 3 * [_SIZE] + 8 * [_POINTER],
-    "lockstep_layer_norm": [_POINTER, _SIZE, _SIZE] + 3 * [_POINTER] + [_FLOAT, _FLOAT, _POINTER],
-    "lockstep_attention_workspace": 4 * [_SIZE],
-    "lockstep_attention": 2 * [_POINTER] + 4 * [_SIZE] + [_FLOAT] + 6 * [_POINTER],
-}
-
-
-def prepare(progress: Progress = None) -> Path:
-    """Compile the kernels, if this machine has not done so yet; it takes a few seconds.
-
-    Raises :class:`lockstep_hls.toolchain.ToolchainError` where there is no compiler.
-    """
-    return compile_shared([Path(__file__).with_name("kernels.cpp")], progress=progress)
+__all__ = [
+    "PackedWeights",
+    "add",
+    "apply_function",
+    "attention",
+    "attention_cached",
+    "layer_norm",
+    "linear",
+    "multiply",
+    "pack_weights",
+    "prepare",
+    "quantise_rows",
+    "rms_norm",
+    "rotary",
+    "set_threads",
+]
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(prepare()))
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = _SIZE if name.endswith("workspace") else None
-    return library
+def set_threads(threads: int) -> None:
+    """Use so many threads from now on, at least one; all cores unless this is called."""
+    if threads < 1:
+        raise ValueError(f"threads = {threads} must be at least 1")
+    library().lockstep_set_threads(threads)
 
 
 def _floats(x: npt.ArrayLike, *shape: int) -> F32:
@@ -65,39 +55,42 @@ def _matrix(x: npt.ArrayLike) -> F32:
     return array
 
 
-def _at(array: npt.NDArray | None) -> int | None:
-    return None if array is None else array.ctypes.data
-
-
-def table_bytes(table: TableFunction) -> bytes:
-    """The table in the layout of ``struct Table``."""
-    header = np.array([KINDS.index(table.kind), table.k, table.base, table.entries], np.int32)
-    columns = np.zeros((3, MAX_ENTRIES), np.float32)
-    columns[:, : table.entries] = table.c0, table.c1, table.c2
-    return header.tobytes() + columns.tobytes()
-
-
-@cache
-def _table(name: str) -> ctypes.Array[ctypes.c_char]:
-    data = table_bytes(FUNCTIONS[name])
-    return ctypes.create_string_buffer(data, len(data))
-
-
 def apply_function(name: str, x: npt.ArrayLike) -> F32:
-    """The table function called ``name`` on every element of x: float32[...]."""
-    if name not in FUNCTIONS:
-        raise ValueError(f"unknown function '{name}': there are {', '.join(FUNCTIONS)}")
+    """The function called ``name``, a table or ``relu``, on every element of x: float32[...]."""
+    if name not in FUNCTIONS and name != "relu":
+        raise ValueError(f"unknown function '{name}': there are {', '.join([*FUNCTIONS, 'relu'])}")
     x = _floats(x)
     y = np.empty_like(x)
-    _library().lockstep_apply(_table(name), x.size, _at(x), _at(y))
+    if name == "relu":
+        library().lockstep_relu(x.size, address(x), address(y))
+    else:
+        library().lockstep_apply(table(name), x.size, address(x), address(y))
     return y
 
 
 def add(a: npt.ArrayLike, b: npt.ArrayLike) -> F32:
     """a + b, float32[...], with NumPy's broadcasting."""
-    left, right = (_floats(x) for x in np.broadcast_arrays(np.asarray(a, np.float32), np.asarray(b, np.float32)))
-    y = np.empty_like(left)
-    _library().lockstep_add(y.size, _at(left), _at(right), _at(y))
+    return _pairs("lockstep_add", a, b)
+
+
+def multiply(x: npt.ArrayLike, y: npt.ArrayLike) -> F32:
+    """x * y, float32[...], with NumPy's broadcasting."""
+    return _pairs("lockstep_multiply", x, y)
+
+
+def _pairs(function: str, a: npt.ArrayLike, b: npt.ArrayLike) -> F32:
+    left, right = _floats(a), _floats(b)
+    if not (left.ndim == right.ndim == 2 and left.shape[1] == right.shape[1] and 1 in (len(left), len(right))):
+        if left.shape != right.shape:
+            left, right = (_floats(x) for x in np.broadcast_arrays(left, right))
+        shape = left.shape
+        left, right = left.reshape(1, -1), right.reshape(1, -1)
+    else:
+        shape = (max(len(left), len(right)), left.shape[1])
+    rows, n = max(len(left), len(right)), left.shape[1]
+    y = np.empty(shape, np.float32)
+    strides = (n if len(x) > 1 else 0 for x in (left, right))
+    getattr(library(), function)(rows, n, address(left), next(strides), address(right), next(strides), address(y))
     return y
 
 
@@ -107,51 +100,26 @@ def quantise_rows(x: npt.ArrayLike, prescale: npt.ArrayLike | None = None) -> tu
     rows, n = x.shape
     factors = None if prescale is None else _floats(prescale, n)
     q, s = np.empty((rows, n), np.int8), np.empty(rows, np.float32)
-    _library().lockstep_quantise_rows(_table("recip"), rows, n, _at(x), _at(factors), _at(q), _at(s))
+    library().lockstep_quantise_rows(table("recip"), rows, n, *map(address, (x, factors, q, s)))
     return q, s
-
-
-@dataclass(frozen=True)
-class PackedWeights:
-    """int8[N, K] weights as :func:`linear` reads them: rows padded with zeros, and 128 times the sum of each."""
-
-    padded: I8
-    offsets: I32
-    k: int
-
-
-def pack_weights(w: I8) -> PackedWeights:
-    """Prepare w: int8[N, K] once for many calls of :func:`linear`."""
-    rows, k = w.shape
-    if k > MAX_K:
-        raise ValueError(f"K = {k} may overflow the int32 accumulators; split it into parts of {MAX_K}")
-    if w.dtype != np.int8:
-        raise ValueError(f"weights must be int8, not {w.dtype}")
-    padded = np.zeros((rows, -(-k // DEPTH_ALIGNMENT) * DEPTH_ALIGNMENT), np.int8)
-    padded[:, :k] = w
-    offsets = np.empty(rows, np.int32)
-    _library().lockstep_offsets(rows, padded.shape[1], _at(padded), _at(offsets))
-    return PackedWeights(padded, offsets, k)
 
 
 def linear(q: I8, s: npt.ArrayLike, w: I8 | PackedWeights, sw: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> F32:
     """y = (float(q @ w.T) * s) * sw + bias, as float32[M, N].
 
-    q : int8[M, K].  s : float32[M].  w : int8[N, K], better packed.  sw, bias : float32[N].
+    q : int8[M, K].  s : float32[M].  sw, bias : float32[N].
+    w : int8[N, K]. An array that is not read-only is packed anew in every call; a read-only one once.
     """
-    weights = w if isinstance(w, PackedWeights) else pack_weights(w)
-    columns, depth = weights.padded.shape
+    weights = w if isinstance(w, PackedWeights) else packed(w)
     if q.dtype != np.int8 or q.ndim != 2 or q.shape[1] != weights.k:
         raise ValueError(f"expected int8[M, {weights.k}], not {q.dtype}{list(q.shape)}")
-    rows = len(q)
-    q = np.ascontiguousarray(q)
-    scales, channels = _floats(s, rows), _floats(sw, columns)
+    rows, columns = len(q), weights.columns
+    q, scales, channels = np.ascontiguousarray(q), _floats(s, rows), _floats(sw, columns)
     added = None if bias is None else _floats(bias, columns)
-    shifted, y = np.empty((rows, depth), np.uint8), np.empty((rows, columns), np.float32)
-    _library().lockstep_linear(
-        *(rows, columns, weights.k, _at(q), _at(scales), _at(weights.padded), _at(weights.offsets)),
-        *(_at(channels), _at(added), _at(shifted), _at(y)),
-    )
+    y = np.empty((rows, columns), np.float32)
+    library().lockstep_linear(
+        rows, columns, weights.k, *map(address, (q, scales, weights.data, channels, added, y))
+    )  # fmt: skip
     return y
 
 
@@ -160,10 +128,67 @@ def layer_norm(x: npt.ArrayLike, gamma: npt.ArrayLike, beta: npt.ArrayLike, eps:
     x = _matrix(x)
     rows, n = x.shape
     gain, shift, y = _floats(gamma, n), _floats(beta, n), np.empty_like(x)
-    _library().lockstep_layer_norm(
-        *(_table("rsqrt"), rows, n, _at(x), _at(gain), _at(shift), np.float32(1 / n), eps, _at(y))
+    share = np.float32(1 / n)
+    library().lockstep_layer_norm(
+        table("rsqrt"), rows, n, address(x), address(gain), address(shift), share, eps, address(y)
     )
     return y
+
+
+def rms_norm(x: npt.ArrayLike, gamma: npt.ArrayLike, eps: float, groups: int = 1) -> F32:
+    """Root-mean-square normalisation of each of ``groups`` equal pieces of every row of x: float32[M, n].
+
+    gamma : float32[n / groups], for every piece.
+    """
+    x = _matrix(x)
+    rows, n = x.shape
+    if groups < 1 or n % groups:
+        raise ValueError(f"{n} features do not make {groups} equal groups")
+    n //= groups
+    gain, y = _floats(gamma, n), np.empty_like(x)
+    share = np.float32(1 / n)
+    library().lockstep_rms_norm(table("rsqrt"), rows * groups, n, address(x), address(gain), share, eps, address(y))
+    return y
+
+
+def rotary(x: npt.ArrayLike, cos: npt.ArrayLike, sin: npt.ArrayLike, heads: int, interleaved: bool = False) -> F32:
+    """Rotary position embedding of x: float32[M, heads * d].
+
+    cos, sin : float32[M, pairs], of each row's position; the first 2 * pairs features of every head turn.
+    """
+    x, cos = _matrix(x), _matrix(cos)
+    (rows, features), pairs = x.shape, cos.shape[1]
+    cos, sin = _floats(cos, rows, pairs), _floats(sin, rows, pairs)
+    if heads < 1 or features % heads or 2 * pairs > features // heads:
+        raise ValueError(f"{features} features are no {heads} heads with {pairs} pairs each")
+    y = np.empty_like(x)
+    library().lockstep_rotary(
+        rows, heads, features // heads, pairs, interleaved, address(x), address(cos), address(sin), address(y)
+    )
+    return y
+
+
+def attention_cached(
+    q: npt.ArrayLike,
+    positions: npt.ArrayLike,
+    k8: I8,
+    sk: npt.ArrayLike,
+    v8: I8,
+    sv: npt.ArrayLike,
+    *,
+    tile: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    bias: npt.ArrayLike | None = None,
+) -> F32:
+    """softmax(q @ k.T * scale + bias) @ v over a cache, as float32[M, heads * d]; all heads in one call.
+
+    q : float32[M, heads * d].  positions : int[M].  k8, v8 : int8[n, kv_heads * d].  sk, sv : float32[n, kv_heads], or
+    float32[n] for one head.  bias : float32[heads, M, n], or float32[M, n] for one head.  The rest is as in
+    :func:`lockstep_isa.attention.attention_cached`.
+    """
+    return _attend(q, positions, k8, sk, v8, sv, tile, scale, causal, window, bias, None)
 
 
 def attention(
@@ -181,19 +206,49 @@ def attention(
     """
     q, k = _matrix(q), _matrix(k)
     (rows, d), keys = q.shape, len(k)
-    k, v = _floats(k, keys, d), _floats(v, keys, d)
-    if tile < 1 or min(tile, keys) > MAX_TILE:
-        raise ValueError(f"tile = {tile} must be from 1 to {MAX_TILE}")
     if mask is not None and mask.shape != (rows, keys):
         raise ValueError(f"expected bool{[rows, keys]} as mask, not {list(mask.shape)}")
-    tile = max(1, min(tile, keys))
+    (k8, sk), (v8, sv) = quantise_rows(_floats(k, keys, d)), quantise_rows(_floats(v, keys, d))
+    return _attend(q, np.zeros(rows, np.int64), k8, sk, v8, sv, tile, scale, False, None, None, mask)
+
+
+def _attend(
+    q: npt.ArrayLike,
+    positions: npt.ArrayLike,
+    k8: I8,
+    sk: npt.ArrayLike,
+    v8: I8,
+    sv: npt.ArrayLike,
+    tile: int,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    bias: npt.ArrayLike | None,
+    mask: npt.NDArray[np.bool_] | None,
+) -> F32:
+    q, key_scales = _matrix(q), _floats(sk)
+    (rows, features), (keys, kv_features) = q.shape, k8.shape
+    kv_heads = key_scales.size // keys if keys else 1
+    if kv_heads < 1 or key_scales.size != keys * kv_heads or kv_features % kv_heads:
+        raise ValueError(f"scales {list(key_scales.shape)} do not fit keys {list(k8.shape)}")
+    d = kv_features // kv_heads
+    heads = features // d
+    if features % d or heads % kv_heads:
+        raise ValueError(f"{features} features of queries are no multiple of {kv_heads} heads of {d}")
+    for cache in (k8, v8):
+        if cache.dtype != np.int8 or cache.shape != (keys, kv_features):
+            raise ValueError(f"expected int8{[keys, kv_features]}, not {cache.dtype}{list(cache.shape)}")
+    check_tile(tile, keys)
+    check_window(window)
+    at = np.ascontiguousarray(positions, np.int64)
+    if at.shape != (rows,):
+        raise ValueError(f"expected int[{rows}] as positions, not {list(at.shape)}")
+    added = None if bias is None else _floats(np.reshape(bias, (heads, rows, keys)))
     seen = None if mask is None else np.ascontiguousarray(mask, np.bool_)
-    factor = np.float32(math.log2(math.e) * (1 / math.sqrt(d) if scale is None else scale))
-    library = _library()
-    workspace = np.zeros(library.lockstep_attention_workspace(rows, keys, d, tile), np.uint8)
-    out = np.zeros((rows, d), np.float32)
-    library.lockstep_attention(
-        *(_table("exp2"), _table("recip"), rows, keys, d, tile, factor),
-        *(_at(q), _at(k), _at(v), _at(seen), _at(workspace), _at(out)),
+    arrays = (at, q, np.ascontiguousarray(k8), key_scales, np.ascontiguousarray(v8), _floats(sv, *key_scales.shape))
+    out = np.empty((rows, features), np.float32)
+    library().lockstep_attention(
+        *(table("exp2"), table("recip"), rows, keys, heads, kv_heads, d, max(1, min(tile, keys))),
+        *(score_factor(scale, d), causal, window or 0, *map(address, (*arrays, added, seen, out))),
     )
     return out

@@ -23,7 +23,7 @@ INCLUDE = Path(__file__).parent / "include"
 #: Separate roundings, no traps, wrapping integers; never -ffast-math, which would change results.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-pthread"),
 )
 LAST_LINES = 20
 

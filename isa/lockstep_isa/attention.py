@@ -30,6 +30,8 @@ Visible = npt.NDArray[np.bool_]
 
 #: Most keys in a tile: a sum of that many uint8 x int8 products cannot leave int32.
 MAX_TILE = 65_793
+#: Scores become powers of two.
+LOG2_E = np.float32(math.log2(math.e))
 
 
 def visible(positions: npt.ArrayLike, keys: int, causal: bool, window: int | None = None) -> Visible:
@@ -37,6 +39,7 @@ def visible(positions: npt.ArrayLike, keys: int, causal: bool, window: int | Non
 
     causal : only keys up to the query's position.  window : of those, only the last ``window``.
     """
+    check_window(window)
     p, j = np.asarray(positions)[:, None], np.arange(keys)
     seen = np.ones((len(p), keys), np.bool_)
     if causal:
@@ -117,10 +120,6 @@ def attention(
     return _stream(q, k8, sk, v8, sv, seen, None, score_factor(scale, q.shape[1]), tile)
 
 
-#: Scores become powers of two.
-LOG2_E = np.float32(math.log2(math.e))
-
-
 def score_factor(scale: float | None, d: int) -> np.float32:
     """What a query's scale is multiplied by, so that its scores are exponents of two."""
     return np.float32(math.log2(math.e) * (1 / math.sqrt(d) if scale is None else scale))
@@ -130,6 +129,12 @@ def check_tile(tile: int, keys: int) -> None:
     """Raise ValueError for a tile of no keys, or one whose sums could leave int32."""
     if tile < 1 or min(tile, keys) > MAX_TILE:
         raise ValueError(f"tile = {tile} must be from 1 to {MAX_TILE}")
+
+
+def check_window(window: int | None) -> None:
+    """Raise ValueError for a window of no keys."""
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} must be at least 1")
 
 
 def _stream(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lockstep_hls.kernels import table_bytes
+from lockstep_hls.library import table_bytes
 from lockstep_hls.toolchain import compile_shared
 from lockstep_isa import numerics
 from support import DATA, SPECIALS, adversarial_floats, assert_same_bits

@@ -15,7 +15,7 @@ constexpr std::uint32_t kInfinity = 0x7F800000u;
 constexpr std::uint32_t kNaN = 0x7FC00000u;
 constexpr std::uint32_t kFraction = 0x007FFFFFu;
 constexpr std::uint32_t kOne = 0x3F800000u;
-constexpr std::int32_t kMaskedExponent = -(1 << 20);
+constexpr std::int32_t kMaskedExponent = -32000;
 constexpr float kScoreLimit = 32000.0f;
 
 inline std::uint32_t bits_of(float x) {

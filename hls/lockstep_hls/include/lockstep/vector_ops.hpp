@@ -65,19 +65,6 @@ inline void apply(const Table& table, std::size_t n, const float* __restrict x, 
   }
 }
 
-// (m[i], n[i]) with 2^z = m * 2^n for z = (float(score[i] - offset[i]) * scale[i]) * factor, held inside +-32000.
-[[gnu::noinline]] inline void exp2_scores(const Table& exp2_table, std::size_t count,
-                                          const std::int32_t* __restrict score, const std::int32_t* __restrict offset,
-                                          const float* __restrict scale, float factor, float* __restrict m,
-                                          std::int32_t* __restrict n) {
-  for (std::size_t i = 0; i < count; ++i) {
-    const float z = (static_cast<float>(score[i] - offset[i]) * scale[i]) * factor;
-    const Exp2Parts parts = exp2_parts(exp2_table, clamp_score(z));
-    m[i] = parts.m;
-    n[i] = parts.n;
-  }
-}
-
 // y = (x - mean) / sqrt(variance + eps) * gamma + beta, in two passes; share = fl(1/n).
 inline void layer_norm(const Table& rsqrt_table, std::size_t n, const float* __restrict x,
                        const float* __restrict gamma, const float* __restrict beta, float share, float eps,
@@ -87,6 +74,26 @@ inline void layer_norm(const Table& rsqrt_table, std::size_t n, const float* __r
   const float variance = rowsum(n, [y](std::size_t i) { return y[i] * y[i]; }) * share;
   const float rstd = rsqrt(rsqrt_table, variance + eps);
   for (std::size_t i = 0; i < n; ++i) y[i] = (y[i] * rstd) * gamma[i] + beta[i];
+}
+
+// y = x / sqrt(mean of squares + eps) * gamma; share = fl(1/n).
+inline void rms_norm(const Table& rsqrt_table, std::size_t n, const float* __restrict x, const float* __restrict gamma,
+                     float share, float eps, float* __restrict y) {
+  const float square = rowsum(n, [x](std::size_t i) { return x[i] * x[i]; }) * share;
+  const float r = rsqrt(rsqrt_table, square + eps);
+  for (std::size_t i = 0; i < n; ++i) y[i] = (x[i] * r) * gamma[i];
+}
+
+// y = one head x of d features with its first 2 * pairs ones rotated: feature i with i + pairs, or 2i with 2i + 1.
+template <bool interleaved>
+inline void rotary(std::size_t d, std::size_t pairs, const float* __restrict x, const float* __restrict cosine,
+                   const float* __restrict sine, float* __restrict y) {
+  for (std::size_t i = 0; i < pairs; ++i) {
+    const std::size_t low = interleaved ? 2 * i : i, high = interleaved ? 2 * i + 1 : i + pairs;
+    y[low] = x[low] * cosine[i] + x[high] * -sine[i];
+    y[high] = x[high] * cosine[i] + x[low] * sine[i];
+  }
+  for (std::size_t i = 2 * pairs; i < d; ++i) y[i] = x[i];
 }
 
 }  // namespace lockstep
