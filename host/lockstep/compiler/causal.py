@@ -10,6 +10,7 @@ row tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,11 +65,26 @@ class _Tile:
 
 @dataclass(frozen=True)
 class _State:
-    """What a query head keeps from tile to tile: peak and sum (PARAMETER), weighted values (VECTOR)."""
+    """What query heads keep from tile to tile, per head and row tile: peak and sum (PARAMETER words), weighted values
+    (VECTOR words).
+    """
 
     peak: int
     total: int
     out: int
+
+
+@dataclass(frozen=True)
+class _Met:
+    """A head whose probabilities for one tile of keys wait for their product with the values."""
+
+    section: Section
+    tile: _Tile
+    head: int
+    probabilities: int
+    scale: int
+    total: int
+    before: int
 
 
 class CausalAttentionLowering:
@@ -88,38 +104,59 @@ class CausalAttentionLowering:
         self.window: Window = context.window(node.window, node.tile, node.head_dim)
         self.most_keys = min(node.tile, context.capacity)
 
-    def emit(self, q: Panels, k: Panels, v: Panels, into: Panels, absmax: tuple[str | None] | None) -> None:
-        """Append ``k`` and ``v``, attend with ``q``, write to ``into``; ``absmax`` as in :meth:`Lowering.linear`."""
-        low, node = self.low, self.node
-        self._append(k, v)
-        queries, factors = self._queries(q)
-        aligned = absmax is not None and (absmax[0] is None or node.head_dim % self.rows == 0)
-        for kv_head in range(node.kv_heads):
-            heads = range(kv_head * self.group, (kv_head + 1) * self.group)
-            states = {head: self._state() for head in heads}
+    def emit(
+        self,
+        q: Panels,
+        k: Panels,
+        v: Panels,
+        into: Panels,
+        maxima: tuple[int | None, int | None],
+        prefetch: Callable[[], None],
+    ) -> None:
+        """Append ``k`` and ``v``, attend with ``q``, write to ``into``.
+
+        maxima : PARAMETER words with the absolute maxima of each head and row tile of q and k, where known already.
+        prefetch : called before the cache is loaded, so that what it loads need not wait for the appended keys.
+        """
+        low = self.low
+        self._append(k, v, maxima[1])
+        prefetch()
+        queries, factors = self._queries(q, maxima[0])
+        state = self._state()
+        before: _Met | None = None
+        for kv_head in range(self.node.kv_heads):
             for section in self.window.sections:
+                if before is not None and not self._room_for_tile():
+                    self._mix(before, state)
+                    self._forget(before.tile)
+                    before = None
                 tile = self._load(kv_head, section)
-                for head in heads:
-                    self._meet(section, tile, queries, factors, head, states[head])
-                low.weights.give(tile.keys)
-                low.weights.give(tile.values)
-                low.parameters.give(tile.key_scales)
-                low.parameters.give(tile.value_scales)
-            for head in heads:
-                self._finish(states[head], head, into, absmax if aligned else None)
-        if absmax is not None and aligned:
-            low.drop_columns(absmax[0])
+                for head in range(kv_head * self.group, (kv_head + 1) * self.group):
+                    # The next scores stand between a softmax and its product, so that neither unit waits.
+                    met = self._meet(section, tile, queries, factors, head, state)
+                    if before is not None:
+                        self._mix(before, state)
+                        if before.tile is not tile:
+                            self._forget(before.tile)
+                    before = met
+        assert before is not None
+        self._mix(before, state)
+        self._forget(before.tile)
+        self._finish(state, into)
         low.activations.give(queries.start)
         low.parameters.give(queries.scales)
         low.parameters.give(factors)
 
     # --- Quantisation and the cache ----------------------------------------------------------------------------
 
-    def _scales(self, x: Panels, heads: int) -> tuple[int, int]:
-        """PARAMETER words of scales and their inverses, one per head and row tile."""
+    def _scales(self, x: Panels, heads: int, maxima: int | None = None) -> tuple[int, int]:
+        """PARAMETER words of scales and their inverses, one per head and row tile; ``maxima`` if they are known."""
         low = self.low
         count, d = heads * x.tiles, x.features // heads
         scale, inverse = low.parameters.take(count), low.parameters.take(count)
+        if maxima is not None:
+            low.scale_and_inverse(maxima, count, 127, scale, inverse)
+            return scale, inverse
         for group in head_groups(x, heads):
             low.emit_pass(
                 source=Source.VECTOR,
@@ -155,10 +192,10 @@ class CausalAttentionLowering:
                 **fields,
             )
 
-    def _queries(self, q: Panels) -> tuple[_Quantised, int]:
+    def _queries(self, q: Panels, maxima: int | None) -> tuple[_Quantised, int]:
         """Queries as left operands, and PARAMETER words of the factors that turn scores into exponents of 2."""
         low, node = self.low, self.node
-        scale, inverse = self._scales(q, node.heads)
+        scale, inverse = self._scales(q, node.heads, maxima)
         words = self.tiles * node.head_dim
         start = low.activations.take(node.heads * words)
         self._round(q, node.heads, inverse, Destination.ACTIVATION, start, words)
@@ -169,7 +206,7 @@ class CausalAttentionLowering:
         low.scalars(scale, factors, count, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(factor))
         return _Quantised(start, words, scale), factors
 
-    def _append(self, k: Panels, v: Panels) -> None:
+    def _append(self, k: Panels, v: Panels, maxima: int | None) -> None:
         """Quantise the new keys and values and store them where they belong in the cache."""
         low, node, context, rows = self.low, self.node, self.context, self.rows
         d, tiles, capacity = node.head_dim, self.tiles, context.capacity
@@ -177,7 +214,7 @@ class CausalAttentionLowering:
             (k, False, self.cache.keys, self.cache.key_scales),
             (v, True, self.cache.values, self.cache.value_scales),
         ):
-            scale, inverse = self._scales(x, node.kv_heads)
+            scale, inverse = self._scales(x, node.kv_heads, None if transposed else maxima)
             head_words = self.value_groups * tiles * rows if transposed else tiles * d
             destination = Destination.BYTES_TRANSPOSED if transposed else Destination.BYTES
             values = low.vectors.take(node.kv_heads * head_words)
@@ -200,7 +237,7 @@ class CausalAttentionLowering:
                         **varying("words", tiles * rows, context.new_words),
                         "stride": capacity * rows,
                         "address": data + head * self.value_groups * capacity * rows,
-                        "address_operand": context.first,
+                        "address_operand": context.first(rows),
                         "local": values + head * head_words,
                         "local_operand": context.lane,
                         "local_stride": tiles * rows,
@@ -278,19 +315,29 @@ class CausalAttentionLowering:
     # --- One query head and one tile of keys -------------------------------------------------------------------
 
     def _state(self) -> _State:
-        low = self.low
+        low, count = self.low, self.node.heads * self.tiles
         return _State(
-            low.parameters.take(self.tiles),
-            low.parameters.take(self.tiles),
-            low.vectors.take(self.tiles * self.node.head_dim),
+            low.parameters.take(count), low.parameters.take(count), low.vectors.take(count * self.node.head_dim)
         )
 
-    def _meet(self, section: Section, tile: _Tile, queries: _Quantised, factors: int, head: int, state: _State) -> None:
-        """Scores, softmax and weighted values of one head with one tile of keys, joined with the tiles before."""
+    def _room_for_tile(self) -> bool:
+        """Whether another tile of keys and values fits beside those in use."""
+        keys, values = self.most_keys * self.node.head_dim // self.rows, self.value_groups * self.most_keys
+        return self.low.weights.largest >= keys + values
+
+    def _forget(self, tile: _Tile) -> None:
+        low = self.low
+        for words in (tile.keys, tile.values):
+            low.weights.give(words)
+        for words in (tile.key_scales, tile.value_scales):
+            low.parameters.give(words)
+
+    def _meet(self, section: Section, tile: _Tile, queries: _Quantised, factors: int, head: int, state: _State) -> _Met:
+        """Scores of one head with one tile of keys, and their softmax as 8-bit probabilities."""
         low, node, tiles, d = self.low, self.node, self.tiles, self.node.head_dim
         first, most = section.index == 0, self.most_keys
         columns = varying("columns", 0, section.keys)
-        row_count = varying("columns", tiles, section.tiles)
+        peak, total = state.peak + head * tiles, state.total + head * tiles
         low.builder.emit(
             MATRIX,
             depth=d,
@@ -301,18 +348,17 @@ class CausalAttentionLowering:
             w=tile.keys,
             w_inner=d,
         )
-        before = low.parameters.take(tiles)
+        before, own_total = low.parameters.take(tiles), low.parameters.take(tiles)
         if not first:
             low.emit_pass(
                 source=Source.PARAMETER,
                 destination=Destination.PARAMETER,
                 tiles=1,
-                x=state.peak,
+                x=peak,
                 to=before,
-                **row_count,
+                **varying("columns", tiles, section.tiles),
             )
-        weights = low.vectors.take(tiles * most)
-        total, largest = low.parameters.take(tiles), low.parameters.take(tiles)
+        weights, largest = low.vectors.take(tiles * most), low.parameters.take(tiles)
         low.emit_pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
@@ -326,7 +372,7 @@ class CausalAttentionLowering:
             first_row_operand=self.window.row,
             window=node.window or 0,
             maximum=Maximum.EXPONENT,
-            max_to=state.peak,
+            max_to=peak,
             max_continue=int(not first),
             tiles=tiles,
             to=weights,
@@ -338,9 +384,9 @@ class CausalAttentionLowering:
             destination=Destination.VECTOR,
             function=Function.EXP2,
             table=SLOTS["exp2"],
-            lane0=state.peak,
+            lane0=peak,
             sum=1,
-            sum_to=state.total if first else total,
+            sum_to=total if first else own_total,
             mul3=ThirdMultiply.COLUMN2,
             column2=tile.value_scales,
             tap=Tap.AFTER,
@@ -368,51 +414,61 @@ class CausalAttentionLowering:
             to_stride=most,
             **columns,
         )
+        low.vectors.give(weights)
+        low.parameters.give(largest)
+        low.parameters.give(inverse)
+        return _Met(section, tile, head, probabilities, scale, own_total, before)
+
+    def _mix(self, met: _Met, state: _State) -> None:
+        """Probabilities times values, joined with what the tiles before have left."""
+        low, tiles, d, most = self.low, self.tiles, self.node.head_dim, self.most_keys
+        out = state.out + met.head * tiles * d
         low.builder.emit(
             MATRIX,
-            **varying("depth", 0, section.keys),
+            **varying("depth", 0, met.section.keys),
             outer=tiles,
             inner=self.value_groups,
-            a=probabilities,
+            a=met.probabilities,
             a_outer=most,
-            w=tile.values,
+            w=met.tile.values,
             w_inner=most,
             unsigned=1,
         )
         join: dict[str, int] = {}
-        if not first:
-            self._rescale(section, before, total, state)
-            join = {"add2": SecondAdd.Y, "y": state.out, "y_stride": d}
-        # The product's tiles exist only where the tile of keys does.
+        if met.section.index:
+            self._rescale(met, state)
+            join = {"add2": SecondAdd.Y, "y": out, "y_stride": d}
+        # There are result tiles only where the tile of keys was not skipped.
         low.emit_pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
             mul1=FirstMultiply.LANE1,
-            lane1=scale,
+            lane1=met.scale,
             tiles=tiles,
-            to=state.out,
+            to=out,
             to_stride=d,
-            **varying("columns", d, section.columns),
+            **varying("columns", d, met.section.columns),
             **join,
         )
-        low.vectors.give(weights)
-        low.activations.give(probabilities)
-        for words in (before, total, largest, scale, inverse):
+        low.activations.give(met.probabilities)
+        for words in (met.before, met.total, met.scale):
             low.parameters.give(words)
 
-    def _rescale(self, section: Section, before: int, total: int, state: _State) -> None:
+    def _rescale(self, met: _Met, state: _State) -> None:
         """Bring sum and weighted values to the new peak, and add the tile's sum."""
         low, tiles, d = self.low, self.tiles, self.node.head_dim
+        peak, total = state.peak + met.head * tiles, state.total + met.head * tiles
+        out = state.out + met.head * tiles * d
         factor = low.parameters.take(tiles)
-        one = varying("columns", 1, section.present)
+        one = varying("columns", 1, met.section.present)
         low.emit_pass(
             source=Source.INTEGER,
             destination=Destination.PARAMETER,
             function=Function.EXP2,
             table=SLOTS["exp2"],
-            lane0=state.peak,
+            lane0=peak,
             tiles=tiles,
-            x=before,
+            x=met.before,
             x_stride=1,
             to=factor,
             to_stride=1,
@@ -420,15 +476,15 @@ class CausalAttentionLowering:
         )
         for fields in (
             {"mul1": FirstMultiply.LANE1, "lane1": factor},
-            {"add1": FirstAdd.LANE0, "lane0": total},
+            {"add1": FirstAdd.LANE0, "lane0": met.total},
         ):
             low.emit_pass(
                 source=Source.PARAMETER,
                 destination=Destination.PARAMETER,
                 tiles=tiles,
-                x=state.total,
+                x=total,
                 x_stride=1,
-                to=state.total,
+                to=total,
                 to_stride=1,
                 **one,
                 **fields,
@@ -439,32 +495,31 @@ class CausalAttentionLowering:
             mul1=FirstMultiply.LANE1,
             lane1=factor,
             tiles=tiles,
-            x=state.out,
+            x=out,
             x_stride=d,
-            to=state.out,
+            to=out,
             to_stride=d,
-            **varying("columns", d, section.columns),
+            **varying("columns", d, met.section.columns),
         )
         low.parameters.give(factor)
 
-    def _finish(self, state: _State, head: int, into: Panels, absmax: tuple[str | None] | None) -> None:
-        """The weighted values over the sum, into the head's columns of the result."""
-        low, tiles, d = self.low, self.tiles, self.node.head_dim
-        low.scalars(state.total, state.total, tiles, function=Function.RECIP, table=SLOTS["recip"])
-        fields = {} if absmax is None else low.absmax_fields(into, absmax[0], head * d, head > 0)
-        low.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.VECTOR,
-            mul2=SecondMultiply.LANE0,
-            lane0=state.total,
-            tiles=tiles,
-            columns=d,
-            x=state.out,
-            x_stride=d,
-            to=into.start + head * d,
-            to_stride=into.features,
-            **fields,
-        )
+    def _finish(self, state: _State, into: Panels) -> None:
+        """The weighted values over the sums, into the columns of their heads."""
+        low, heads, d = self.low, self.node.heads, self.node.head_dim
+        low.scalars(state.total, state.total, heads * self.tiles, function=Function.RECIP, table=SLOTS["recip"])
+        for group in head_groups(into, heads):
+            low.emit_pass(
+                source=Source.VECTOR,
+                destination=Destination.VECTOR,
+                mul2=SecondMultiply.LANE0,
+                lane0=state.total + group.first,
+                tiles=group.count,
+                columns=d,
+                x=state.out + group.first * d,
+                x_stride=d,
+                to=group.start,
+                to_stride=group.stride,
+            )
         low.parameters.give(state.peak)
         low.parameters.give(state.total)
         low.vectors.give(state.out)

@@ -33,9 +33,9 @@ from .causal import CausalAttentionLowering
 from .context import CausalRun, Context
 from .image import Image, LinearImage
 from .layout import panel_count
-from .lowering import PARAMETER_RING, WEIGHT_RING, Lowering, Panels, QuantisedPanels, rows_of
+from .lowering import PARAMETER_RING, WEIGHT_RING, Fetched, Lowering, Panels, QuantisedPanels, rows_of
 from .norms import layer_norm, rms_norm
-from .rotary import Angles, rotary
+from .rotary import ColumnAngles, PanelAngles, rotary
 from .stages import Stage
 
 
@@ -128,9 +128,10 @@ class StageCompiler:
     ) -> None:
         self.config, self.graph, self.stage, self.run = config, graph, stage, run
         self.low = Lowering(config, image, WEIGHT_RING if run is None else _CACHED_WEIGHT_RING, PARAMETER_RING)
-        self.context = None if run is None else Context(self.low.builder, config, run.capacity, run.tiles)
+        self.context = None if run is None else Context(self.low.builder, config, run.capacity, run.tiles, run.single)
         self.image = image
-        self.angles: dict[tuple[str, str], Angles] = {}
+        self.angles: dict[tuple[str, str], PanelAngles | ColumnAngles] = {}
+        self.fetched: dict[Value, list[Fetched]] = {}
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
@@ -334,15 +335,13 @@ class StageCompiler:
     def _linear_with(self, linear: Linear, node: Add | Multiply, other: Value) -> Panels:
         """A linear layer whose results meet ``other`` while they are drained."""
         q, operand = self.quantised[linear.quantised], self._read(other)
-        image = self.image.linear(
-            linear.weight, linear.scales, linear.bias, None, self.low.panels_per_chunk(q.features)
-        )
+        image, fetched = self._image_of(linear, q.features), self.fetched.pop(linear.value, [])
         into = self._reuse_or_new(other, operand.features)
         absmax = self._wanted_maxima(node.value)
         if isinstance(node, Add):
-            self.low.linear(q, image, into, absmax, residual=operand)
+            self.low.linear(q, image, into, absmax, residual=operand, fetched=fetched)
         else:
-            self.low.linear(q, image, into, absmax, factor=operand)
+            self.low.linear(q, image, into, absmax, factor=operand, fetched=fetched)
         self._done(linear.quantised)
         self._done(other)
         return into
@@ -382,27 +381,43 @@ class StageCompiler:
         self._done(node.x)
         self._finish(node, into)
 
-    def _angles(self, node: Rotary) -> Angles:
-        """The rotary table's rows for every row tile, loaded at their first use."""
+    def _angles(self, node: Rotary) -> PanelAngles | ColumnAngles:
+        """The angles of the program's tokens, loaded at their first use."""
         key = (node.cos, node.sin)
         if key not in self.angles:
-            address, pairs = self.image.angles(*key)
-            words = 2 * pairs
-            start = self.low.vectors.take(self.tiles * words)
-            for sequence in self.sequences:
-                self.low.builder.emit(
-                    LOAD,
-                    memory=Memory.VECTOR,
-                    rows=sequence.tiles,
-                    words=words,
-                    address=address,
-                    address_operand=0 if self.context is None else self.context.aligned(4 * words),
-                    stride=words * self.config.vector_word_bytes,
-                    local=start + sequence.first * words,
-                    local_stride=words,
-                )
-            self.angles[key] = Angles(start, pairs)
+            single = self.context is not None and self.context.single
+            self.angles[key] = self._column_angles(*key) if single else self._panel_angles(*key)
         return self.angles[key]
+
+    def _column_angles(self, cos: str, sin: str) -> ColumnAngles:
+        assert self.context is not None
+        address, words, pairs = self.image.angle_columns(cos, sin)
+        start, rows = self.low.parameters.take(words), self.config.rows
+        block = words * self.config.vector_word_bytes
+        operand = self.context.first(block)
+        self.low.builder.emit(
+            LOAD, memory=Memory.PARAMETER, words=words, address=address, address_operand=operand, local=start
+        )
+        sines, half = start + -(-2 * pairs // rows), -(-pairs // rows)
+        return ColumnAngles(start, sines, sines + half, pairs)
+
+    def _panel_angles(self, cos: str, sin: str) -> PanelAngles:
+        address, pairs = self.image.angles(cos, sin)
+        words = 2 * pairs
+        start = self.low.vectors.take(self.tiles * words)
+        for sequence in self.sequences:
+            self.low.builder.emit(
+                LOAD,
+                memory=Memory.VECTOR,
+                rows=sequence.tiles,
+                words=words,
+                address=address,
+                address_operand=0 if self.context is None else self.context.aligned(4 * words),
+                stride=words * self.config.vector_word_bytes,
+                local=start + sequence.first * words,
+                local_stride=words,
+            )
+        return PanelAngles(start, pairs)
 
     def _activation(self, node: Activation) -> None:
         producer = self.deferred.pop(node.x, None)
@@ -421,10 +436,9 @@ class StageCompiler:
 
     def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
         q = self.quantised[node.quantised]
-        image = self.image.linear(node.weight, node.scales, node.bias, None, self.low.panels_per_chunk(q.features))
-        outputs = self.graph.tensors[node.weight].shape[0]
-        into = self._new(outputs)
-        self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
+        image, fetched = self._image_of(node, q.features), self.fetched.pop(node.value, [])
+        into = self._new(self.graph.tensors[node.weight].shape[0])
+        self.low.linear(q, image, into, self._wanted_maxima(result.value), activation, fetched=fetched)
         self._done(node.quantised)
         self._finish(result, into)
 
@@ -449,10 +463,24 @@ class StageCompiler:
         q, k, v = (self._read(value) for value in (node.q, node.k, node.v))
         into = self._new(node.heads * node.head_dim)
         lowering = CausalAttentionLowering(self.low, self.context, node, run.caches[node.value])
-        lowering.emit(q, k, v, into, self._wanted_maxima(node.value))
+        lowering.emit(q, k, v, into, (q.head_maxima, k.head_maxima), lambda: self._prefetch(node.value))
         for value in node.inputs:
             self._done(value)
         self._finish(node, into)
+
+    def _prefetch(self, value: Value) -> None:
+        """Load the first weights that will meet a value once it is quantised."""
+        quantised = self._only_reader(value)
+        if not isinstance(quantised, Quantise) or not (readers := self.readers.get(quantised.value)):
+            return
+        linear = readers[0]
+        if isinstance(linear, Linear) and linear.value != self.graph.output:
+            depth = self.graph.tensors[linear.weight].shape[1]
+            self.fetched[linear.value] = self.low.prefetch(self._image_of(linear, depth))
+
+    def _image_of(self, linear: Linear, depth: int) -> LinearImage:
+        most = self.low.panels_per_chunk(depth)
+        return self.image.linear(linear.weight, linear.scales, linear.bias, None, most)
 
     def _feed_forward(self, chain: _FeedForward) -> None:
         """A block's second product runs behind the next block's first one, so that requantisation hides behind that."""

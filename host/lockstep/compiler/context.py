@@ -132,11 +132,13 @@ class Context:
     Parameters
     ----------
     builder : of the program. config : the core. capacity : tokens that the cache holds, a multiple of R.
-    tiles : row tiles of the program.
+    tiles : row tiles of the program. single : there is one new token only.
     """
 
-    def __init__(self, builder: ProgramBuilder, config: CoreConfig, capacity: int, tiles: int) -> None:
-        self.builder, self.config, self.capacity, self.tiles = builder, config, capacity, tiles
+    def __init__(
+        self, builder: ProgramBuilder, config: CoreConfig, capacity: int, tiles: int, single: bool = False
+    ) -> None:
+        self.builder, self.config, self.capacity, self.tiles, self.single = builder, config, capacity, tiles, single
         self._numbers: dict[str, int] = {}
         self._formulas: dict[str, Callable[[Position], int]] = {}
         self._windows: dict[tuple[int | None, int, int], Window] = {}
@@ -165,11 +167,9 @@ class Context:
         """The aligned position times a factor: an offset into an array with ``factor`` bytes a token."""
         return self.operand(f"row_x{factor}", 0, self._last * factor, lambda at: at.aligned * factor)
 
-    @property
-    def first(self) -> int:
-        """Offset of the first new token in an array with a word of R bytes a token."""
-        rows = self.config.rows
-        return self.operand(f"first_x{rows}", 0, (self.capacity - 1) * rows, lambda at: at.first * rows)
+    def first(self, factor: int) -> int:
+        """The first new token's position times a factor: its offset into an array with ``factor`` bytes a token."""
+        return self.operand(f"first_x{factor}", 0, (self.capacity - 1) * factor, lambda at: at.first * factor)
 
     @property
     def new_words(self) -> int:
@@ -250,12 +250,14 @@ class CausalRun:
     Attributes
     ----------
     capacity : tokens that the cache holds. tiles : row tiles of new tokens, idle lanes in front included.
+    single : there is one new token, as in decode.
     caches : where the cache of every attention lies, by its value.
     logits : whether the output is computed for the last row tile, for all of them, or not at all.
     """
 
     capacity: int
     tiles: int
+    single: bool
     caches: Mapping[int, LayerCache]
     logits: Literal["last", "all", "none"]
 

@@ -100,6 +100,18 @@ class Image:
             self._known[key] = (self._place(to_panels(flush(table), self._config.rows)), table.shape[1] // 2)
         return self._known[key]  # type: ignore[return-value]
 
+    def angle_columns(self, cos: str, sin: str) -> tuple[int, int, int]:
+        """Byte address, PARAMETER words a position, and pairs of a rotary table with one block per position: cosines
+        for both halves, sines, minus sines, each as column words.
+        """
+        key = ("angle columns", cos, sin)
+        if key not in self._known:
+            c, s = (flush(np.asarray(self._tensors[name], np.float32)) for name in (cos, sin))
+            blocks = [_word_columns(block, self._config.rows) for block in (np.hstack([c, c]), s, -s)]
+            table = np.concatenate(blocks, axis=1)
+            self._known[key] = (self._place(table), table.shape[1], c.shape[1])
+        return self._known[key]  # type: ignore[return-value]
+
     def linear(
         self, weight: str, scales: str, bias: str | None, group: int | None, panels_per_chunk: int
     ) -> LinearImage:
@@ -132,3 +144,11 @@ class Image:
                     Chunk(first, end - first, len(panels), self._place(panels), self._place(np.concatenate(words)))
                 )
         return LinearImage(depth, tuple(chunks), b is not None)
+
+
+def _word_columns(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+    """values[positions, columns] as column words, float32[positions, words, rows]; the rest is zero."""
+    positions, columns = values.shape
+    words = np.zeros((positions, -(-columns // rows) * rows), np.float32)
+    words[:, :columns] = values
+    return words.reshape(positions, -1, rows)

@@ -8,9 +8,9 @@ signals: the builder finds the tokens, so the order of emission decides only wha
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lockstep_driver.builder import ProgramBuilder
@@ -60,12 +60,14 @@ class Panels:
     """A value on chip: float32[tiles * rows, features] in VECTOR words from ``start``, ``features`` words a tile.
 
     ``absmax`` maps the name of a pre-scale (or none) to the PARAMETER words with the absolute maxima of its rows.
+    ``head_maxima`` are PARAMETER words with those of each head and row tile, if some pass has left them.
     """
 
     start: int
     features: int
     tiles: int
     absmax: dict[str | None, int] = field(default_factory=dict)
+    head_maxima: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ def head_groups(x: Panels, heads: int) -> Iterator[HeadGroup]:
 def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
     """Row tiles ``first`` .. ``first + tiles`` of a quantised value."""
     return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
+
+
+class Fetched(NamedTuple):
+    """A chunk on chip: its first WEIGHT word, and the PARAMETER words of its scales with the biases behind them."""
+
+    weights: int
+    scales: int
 
 
 class Lowering:
@@ -203,6 +212,9 @@ class Lowering:
         for words in x.absmax.values():
             self.parameters.give(words)
         x.absmax = {}
+        if x.head_maxima is not None:
+            self.parameters.give(x.head_maxima)
+            x.head_maxima = None
 
     def free_quantised(self, q: QuantisedPanels) -> None:
         """The quantised value is not needed any more."""
@@ -337,8 +349,8 @@ class Lowering:
         """Panels of a linear layer that one chunk may hold: at least four chunks fit the weight ring."""
         return max(1, min(8, self.weight_ring.size // (4 * depth)))
 
-    def product(self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
-        """Load a chunk and start its products; returns the PARAMETER words of its scales and biases."""
+    def fetch(self, linear: LinearImage, chunk: Chunk) -> Fetched:
+        """Load a chunk of a linear layer. It stays until the rings have come around once."""
         weights = self.weight_ring.take(chunk.panels * linear.depth)
         self.builder.emit(
             LOAD, memory=Memory.WEIGHT, words=chunk.panels * linear.depth, address=chunk.weights, local=weights
@@ -346,6 +358,26 @@ class Lowering:
         words = chunk.panels * (2 if linear.has_bias else 1)
         scales = self.parameter_ring.take(words)
         self.builder.emit(LOAD, memory=Memory.PARAMETER, words=words, address=chunk.parameters, local=scales)
+        return Fetched(weights, scales)
+
+    def prefetch(self, linear: LinearImage) -> list[Fetched]:
+        """Load as many chunks as half the ring holds, well before their products; nothing else may take from the ring
+        in between.
+        """
+        fetched: list[Fetched] = []
+        for chunk in linear.chunks:
+            if 2 * (len(fetched) + 1) * chunk.panels * linear.depth > self.weight_ring.size:
+                break
+            fetched.append(self.fetch(linear, chunk))
+        return fetched
+
+    def product(
+        self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk, fetched: Fetched | None = None
+    ) -> tuple[int, int]:
+        """Load a chunk, if it is not there yet, and start its products; returns the PARAMETER words of its scales and
+        biases.
+        """
+        weights, scales = fetched or self.fetch(linear, chunk)
         self.builder.emit(
             MATRIX,
             depth=linear.depth,
@@ -395,11 +427,12 @@ class Lowering:
         activation: str | None = None,
         residual: Panels | None = None,
         factor: Panels | None = None,
+        fetched: Sequence[Fetched] = (),
     ) -> None:
         """into = activation(q . weight + bias), chunk by chunk.
 
         ``residual`` is added in the place of a bias; ``factor`` multiplies the result, and then ``absmax`` names no
-        pre-scale. Both may be ``into`` itself.
+        pre-scale. Both may be ``into`` itself. ``fetched`` : the first chunks, if :meth:`prefetch` has loaded them.
         """
         function = {} if activation is None else self.function_fields(activation)
         for n, chunk in enumerate(linear.chunks):
@@ -411,5 +444,5 @@ class Lowering:
             if factor is not None:
                 fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER}
                 fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
-            words = self.product(q, linear, chunk)
+            words = self.product(q, linear, chunk, fetched[n] if n < len(fetched) else None)
             self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)

@@ -58,13 +58,13 @@ class DeviceSession:
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
         self._cache = Cache(device, graph, self._held)
-        self._programs: dict[tuple[int, int, Logits], _Compiled] = {}
+        self._programs: dict[tuple[int, int, bool, Logits], _Compiled] = {}
         self._most = min(MOST_TILES, self._held // self._rows)
         self._ids = np.zeros(capacity, np.int64)
         self.length = 0
         self._closed = False
         try:
-            self._program(0, 1, "last")
+            self._program(0, 1, True, "last")
         except Exception:
             self.close()
             raise
@@ -129,7 +129,7 @@ class DeviceSession:
                     values[node.value] = host_node(self._graph, node, [values[v] for v in node.inputs])
             if not stage.device:
                 continue
-            compiled = self._program(number, tiles, wanted)
+            compiled = self._program(number, tiles, count == 1, wanted)
             self._write(stage, compiled, values, first % self._rows, count, tiles)
             self._executor.launch(compiled.loaded, compiled.context.values(first))
             for value in stage.outputs:
@@ -157,13 +157,13 @@ class DeviceSession:
             return raw[-1, :, (lane + count - 1) % self._rows][None].copy()
         return from_panels(raw, tiles * self._rows)[lane : lane + count]
 
-    def _program(self, number: int, tiles: int, wanted: Logits) -> _Compiled:
-        key = (number, tiles, wanted)
+    def _program(self, number: int, tiles: int, single: bool, wanted: Logits) -> _Compiled:
+        key = (number, tiles, single, wanted)
         if key not in self._programs:
-            self._programs[key] = self._compile(self._stages[number], tiles, wanted)
+            self._programs[key] = self._compile(self._stages[number], tiles, single, wanted)
         return self._programs[key]
 
-    def _compile(self, stage: Stage, tiles: int, wanted: Logits) -> _Compiled:
+    def _compile(self, stage: Stage, tiles: int, single: bool, wanted: Logits) -> _Compiled:
         device, graph = self._executor.device, self._graph
         output = next(node for node in graph if node.value == graph.output)
         buffers: dict[Value, Buffer] = {}
@@ -174,7 +174,7 @@ class DeviceSession:
                 kept = 1 if value == graph.output and wanted != "all" and isinstance(output, Linear) else tiles
                 buffers[value] = device.allocate(kept * features * device.config.vector_word_bytes)
                 bindings[value] = Binding(buffers[value].address, features)
-            run = CausalRun(self._held, tiles, self._cache.layers, wanted)
+            run = CausalRun(self._held, tiles, single, self._cache.layers, wanted)
             lengths = (tiles * self._rows,)
             compiler = StageCompiler(device.config, graph, stage, self._image, lengths, bindings, run)
             loaded = device.load(compiler.compile())
