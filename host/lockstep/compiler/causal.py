@@ -10,7 +10,7 @@ row tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,13 +74,26 @@ class _State:
     out: int
 
 
+@dataclass
+class _Turn:
+    """One query head meets one tile of keys, which the first of a group's heads loads and the last one frees."""
+
+    section: Section
+    head: int
+    shared: list[_Tile]
+    last: bool
+
+    @property
+    def tile(self) -> _Tile | None:
+        """The tile of keys, if it is on chip."""
+        return self.shared[0] if self.shared else None
+
+
 @dataclass(frozen=True)
 class _Met:
     """A head whose probabilities for one tile of keys wait for their product with the values."""
 
-    section: Section
-    tile: _Tile
-    head: int
+    turn: _Turn
     probabilities: int
     scale: int
     total: int
@@ -103,45 +116,49 @@ class CausalAttentionLowering:
         self.value_groups = -(-node.head_dim // self.rows)
         self.window: Window = context.window(node.window, node.tile, node.head_dim)
         self.most_keys = min(node.tile, context.capacity)
+        self._preloaded: list[_Tile] = []
 
-    def emit(
-        self,
-        q: Panels,
-        k: Panels,
-        v: Panels,
-        into: Panels,
-        maxima: tuple[int | None, int | None],
-        prefetch: Callable[[], None],
-    ) -> None:
-        """Append ``k`` and ``v``, attend with ``q``, write to ``into``.
+    def preload(self) -> None:
+        """Load the first tile of keys, while the queries are still being made ready."""
+        self._preloaded = [self._load(0, self.window.sections[0])]
 
-        maxima : PARAMETER words with the absolute maxima of each head and row tile of q and k, where known already.
-        prefetch : called before the cache is loaded, so that what it loads need not wait for the appended keys.
+    def attend(self, q: Panels, into: Panels, maxima: int | None) -> None:
+        """Attend with ``q``, write to ``into``; :meth:`append_keys` and :meth:`append_values` come before.
+
+        ``maxima`` : PARAMETER words with the absolute maxima of each head and row tile of q, where known already.
+
+        The scores of the next head stand between a softmax and its product with the values, so that neither unit
+        waits for the other:
+
+            MATRIX   scores 0, scores 1, product 0, scores 2, product 1, ...
+            VECTOR   softmax 0, softmax 1, drain 0, softmax 2, drain 1, ...
         """
         low = self.low
-        self._append(k, v, maxima[1])
-        prefetch()
-        queries, factors = self._queries(q, maxima[0])
+        queries, factors = self._queries(q, maxima)
         state = self._state()
+        turns = self._turns()
+        scored = None if (turn := next(turns, None)) is None else self._score(turn, queries)
         before: _Met | None = None
-        for kv_head in range(self.node.kv_heads):
-            for section in self.window.sections:
-                if before is not None and not self._room_for_tile():
-                    self._mix(before, state)
-                    self._forget(before.tile)
-                    before = None
-                tile = self._load(kv_head, section)
-                for head in range(kv_head * self.group, (kv_head + 1) * self.group):
-                    # The next scores stand between a softmax and its product, so that neither unit waits.
-                    met = self._meet(section, tile, queries, factors, head, state)
-                    if before is not None:
-                        self._mix(before, state)
-                        if before.tile is not tile:
-                            self._forget(before.tile)
-                    before = met
+        while scored is not None:
+            following = next(turns, None)
+            if before is not None:
+                self._weigh(before)
+            # Where tiles of keys do not fit beside each other, the next one waits until this one is done with.
+            ready = following is not None and (following.tile is not None or self._room_for_tile())
+            next_scored = self._score(following, queries) if following is not None and ready else None
+            met = self._soften(scored, factors, state)
+            if before is not None:
+                self._drain(before, state)
+            before = met
+            if following is not None and not ready:
+                self._weigh(before)
+                self._drain(before, state)
+                before = None
+                next_scored = self._score(following, queries)
+            scored = next_scored
         assert before is not None
-        self._mix(before, state)
-        self._forget(before.tile)
+        self._weigh(before)
+        self._drain(before, state)
         self._finish(state, into)
         low.activations.give(queries.start)
         low.parameters.give(queries.scales)
@@ -206,72 +223,76 @@ class CausalAttentionLowering:
         low.scalars(scale, factors, count, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(factor))
         return _Quantised(start, words, scale), factors
 
-    def _append(self, k: Panels, v: Panels, maxima: int | None) -> None:
-        """Quantise the new keys and values and store them where they belong in the cache."""
-        low, node, context, rows = self.low, self.node, self.context, self.rows
-        d, tiles, capacity = node.head_dim, self.tiles, context.capacity
-        for x, transposed, data, scales in (
-            (k, False, self.cache.keys, self.cache.key_scales),
-            (v, True, self.cache.values, self.cache.value_scales),
-        ):
-            scale, inverse = self._scales(x, node.kv_heads, None if transposed else maxima)
-            head_words = self.value_groups * tiles * rows if transposed else tiles * d
-            destination = Destination.BYTES_TRANSPOSED if transposed else Destination.BYTES
-            values = low.vectors.take(node.kv_heads * head_words)
-            self._round(x, node.kv_heads, inverse, destination, values, head_words)
-            count = node.kv_heads * tiles
-            words = low.vectors.take(count)
-            low.emit_pass(
-                source=Source.PARAMETER,
-                destination=Destination.VECTOR,
-                tiles=1,
-                columns=count,
-                x=scale,
-                to=words,
+    def append_keys(self, k: Panels) -> None:
+        """Quantise the new keys and store them where they belong in the cache."""
+        node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
+        d, capacity = node.head_dim, context.capacity
+        values, head_words = self._new_bytes(k, Destination.BYTES, tiles * d, self.cache.key_scales)
+        for head in range(node.kv_heads):
+            self.low.builder.emit(
+                STORE,
+                memory=Memory.VECTOR,
+                bytes=1,
+                rows=tiles,
+                words=d,
+                stride=d * rows,
+                address=self.cache.keys + head * capacity * d,
+                address_operand=context.aligned(d),
+                local=values + head * head_words,
+                local_stride=d,
+                lane_operand=context.lane,
             )
-            for head in range(node.kv_heads):
-                block: dict[str, int]
-                if transposed:
-                    block = {
-                        "rows": self.value_groups,
-                        **varying("words", tiles * rows, context.new_words),
-                        "stride": capacity * rows,
-                        "address": data + head * self.value_groups * capacity * rows,
-                        "address_operand": context.first(rows),
-                        "local": values + head * head_words,
-                        "local_operand": context.lane,
-                        "local_stride": tiles * rows,
-                    }
-                else:
-                    block = {
-                        "rows": tiles,
-                        "words": d,
-                        "stride": d * rows,
-                        "address": data + head * capacity * d,
-                        "address_operand": context.aligned(d),
-                        "local": values + head * head_words,
-                        "local_stride": d,
-                        "lane": 0,
-                        "lane_operand": context.lane,
-                    }
-                low.builder.emit(STORE, memory=Memory.VECTOR, bytes=1, **block)
-                low.builder.emit(
-                    STORE,
-                    memory=Memory.VECTOR,
-                    rows=tiles,
-                    words=1,
-                    stride=4 * rows,
-                    address=scales + head * capacity * 4,
-                    address_operand=context.aligned(4),
-                    local=words + head * tiles,
-                    local_stride=1,
-                    lane=0,
-                    lane_operand=context.lane,
-                )
-            low.vectors.give(values)
-            low.vectors.give(words)
-            low.parameters.give(scale)
-            low.parameters.give(inverse)
+        self.low.vectors.give(values)
+
+    def append_values(self, v: Panels) -> None:
+        """Quantise the new values and store them where they belong in the cache."""
+        node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
+        groups, capacity = self.value_groups, context.capacity
+        values, head_words = self._new_bytes(
+            v, Destination.BYTES_TRANSPOSED, groups * tiles * rows, self.cache.value_scales
+        )
+        for head in range(node.kv_heads):
+            self.low.builder.emit(
+                STORE,
+                memory=Memory.VECTOR,
+                bytes=1,
+                rows=groups,
+                **varying("words", tiles * rows, context.new_words),
+                stride=capacity * rows,
+                address=self.cache.values + head * groups * capacity * rows,
+                address_operand=context.first(rows),
+                local=values + head * head_words,
+                local_operand=context.lane,
+                local_stride=tiles * rows,
+            )
+        self.low.vectors.give(values)
+
+    def _new_bytes(self, x: Panels, destination: Destination, head_words: int, scales: int) -> tuple[int, int]:
+        """VECTOR words with the 8-bit values of every head, ``head_words`` a head; stores the scales."""
+        low, heads, rows, tiles = self.low, self.node.kv_heads, self.rows, self.tiles
+        scale, inverse = self._scales(x, heads, x.head_maxima)
+        values, words = low.vectors.take(heads * head_words), low.vectors.take(heads * tiles)
+        self._round(x, heads, inverse, destination, values, head_words)
+        low.emit_pass(
+            source=Source.PARAMETER, destination=Destination.VECTOR, tiles=1, columns=heads * tiles, x=scale, to=words
+        )
+        for head in range(heads):
+            low.builder.emit(
+                STORE,
+                memory=Memory.VECTOR,
+                rows=tiles,
+                words=1,
+                stride=4 * rows,
+                address=scales + head * self.context.capacity * 4,
+                address_operand=self.context.aligned(4),
+                local=words + head * tiles,
+                local_stride=1,
+                lane_operand=self.context.lane,
+            )
+        low.vectors.give(words)
+        low.parameters.give(scale)
+        low.parameters.give(inverse)
+        return values, head_words
 
     def _load(self, kv_head: int, section: Section) -> _Tile:
         """One tile of keys and values of a head, with their scales."""
@@ -325,29 +346,38 @@ class CausalAttentionLowering:
         keys, values = self.most_keys * self.node.head_dim // self.rows, self.value_groups * self.most_keys
         return self.low.weights.largest >= keys + values
 
-    def _forget(self, tile: _Tile) -> None:
-        low = self.low
-        for words in (tile.keys, tile.values):
-            low.weights.give(words)
-        for words in (tile.key_scales, tile.value_scales):
-            low.parameters.give(words)
+    def _turns(self) -> Iterator[_Turn]:
+        """Tile of keys by tile of keys, head by head: consecutive turns are those of different heads."""
+        for section in self.window.sections:
+            for kv_head in range(self.node.kv_heads):
+                shared, self._preloaded = self._preloaded, []
+                for number in range(self.group):
+                    yield _Turn(section, kv_head * self.group + number, shared, number == self.group - 1)
 
-    def _meet(self, section: Section, tile: _Tile, queries: _Quantised, factors: int, head: int, state: _State) -> _Met:
-        """Scores of one head with one tile of keys, and their softmax as 8-bit probabilities."""
-        low, node, tiles, d = self.low, self.node, self.tiles, self.node.head_dim
-        first, most = section.index == 0, self.most_keys
-        columns = varying("columns", 0, section.keys)
-        peak, total = state.peak + head * tiles, state.total + head * tiles
-        low.builder.emit(
+    def _score(self, turn: _Turn, queries: _Quantised) -> _Turn:
+        """Queries times keys."""
+        d = self.node.head_dim
+        if turn.tile is None:
+            turn.shared.append(self._load(turn.head // self.group, turn.section))
+        self.low.builder.emit(
             MATRIX,
             depth=d,
-            outer=tiles,
-            **varying("inner", 0, section.panels),
-            a=queries.start + head * queries.head_words,
+            outer=self.tiles,
+            **varying("inner", 0, turn.section.panels),
+            a=queries.start + turn.head * queries.head_words,
             a_outer=d,
-            w=tile.keys,
+            w=turn.shared[0].keys,
             w_inner=d,
         )
+        return turn
+
+    def _soften(self, turn: _Turn, factors: int, state: _State) -> _Met:
+        """Scores to 8-bit probabilities."""
+        low, node, tiles = self.low, self.node, self.tiles
+        section, tile = turn.section, turn.shared[0]
+        first, most = section.index == 0, self.most_keys
+        columns = varying("columns", 0, section.keys)
+        peak, total = state.peak + turn.head * tiles, state.total + turn.head * tiles
         before, own_total = low.parameters.take(tiles), low.parameters.take(tiles)
         if not first:
             low.emit_pass(
@@ -365,7 +395,7 @@ class CausalAttentionLowering:
             mul1=FirstMultiply.COLUMN0,
             column0=tile.key_scales,
             mul2=SecondMultiply.LANE0,
-            lane0=factors + head * tiles,
+            lane0=factors + turn.head * tiles,
             function=Function.SCORE,
             mask=Mask.CAUSAL,
             first_row=-section.index * node.tile % (1 << 20),
@@ -417,25 +447,34 @@ class CausalAttentionLowering:
         low.vectors.give(weights)
         low.parameters.give(largest)
         low.parameters.give(inverse)
-        return _Met(section, tile, head, probabilities, scale, own_total, before)
+        return _Met(turn, probabilities, scale, own_total, before)
 
-    def _mix(self, met: _Met, state: _State) -> None:
-        """Probabilities times values, joined with what the tiles before have left."""
-        low, tiles, d, most = self.low, self.tiles, self.node.head_dim, self.most_keys
-        out = state.out + met.head * tiles * d
-        low.builder.emit(
+    def _weigh(self, met: _Met) -> None:
+        """Probabilities times values."""
+        most, tile = self.most_keys, met.turn.shared[0]
+        self.low.builder.emit(
             MATRIX,
-            **varying("depth", 0, met.section.keys),
-            outer=tiles,
+            **varying("depth", 0, met.turn.section.keys),
+            outer=self.tiles,
             inner=self.value_groups,
             a=met.probabilities,
             a_outer=most,
-            w=met.tile.values,
+            w=tile.values,
             w_inner=most,
             unsigned=1,
         )
+        if met.turn.last:
+            for words in (tile.keys, tile.values):
+                self.low.weights.give(words)
+            for words in (tile.key_scales, tile.value_scales):
+                self.low.parameters.give(words)
+
+    def _drain(self, met: _Met, state: _State) -> None:
+        """The weighted values, joined with what the tiles before have left."""
+        low, tiles, d, section = self.low, self.tiles, self.node.head_dim, met.turn.section
+        out = state.out + met.turn.head * tiles * d
         join: dict[str, int] = {}
-        if met.section.index:
+        if section.index:
             self._rescale(met, state)
             join = {"add2": SecondAdd.Y, "y": out, "y_stride": d}
         # There are result tiles only where the tile of keys was not skipped.
@@ -447,7 +486,7 @@ class CausalAttentionLowering:
             tiles=tiles,
             to=out,
             to_stride=d,
-            **varying("columns", d, met.section.columns),
+            **varying("columns", d, section.columns),
             **join,
         )
         low.activations.give(met.probabilities)
@@ -457,10 +496,10 @@ class CausalAttentionLowering:
     def _rescale(self, met: _Met, state: _State) -> None:
         """Bring sum and weighted values to the new peak, and add the tile's sum."""
         low, tiles, d = self.low, self.tiles, self.node.head_dim
-        peak, total = state.peak + met.head * tiles, state.total + met.head * tiles
-        out = state.out + met.head * tiles * d
+        section, first = met.turn.section, met.turn.head * tiles
+        peak, total, out = state.peak + first, state.total + first, state.out + first * d
         factor = low.parameters.take(tiles)
-        one = varying("columns", 1, met.section.present)
+        one = varying("columns", 1, section.present)
         low.emit_pass(
             source=Source.INTEGER,
             destination=Destination.PARAMETER,
@@ -499,7 +538,7 @@ class CausalAttentionLowering:
             x_stride=d,
             to=out,
             to_stride=d,
-            **varying("columns", d, met.section.columns),
+            **varying("columns", d, section.columns),
         )
         low.parameters.give(factor)
 

@@ -132,6 +132,8 @@ class StageCompiler:
         self.image = image
         self.angles: dict[tuple[str, str], PanelAngles | ColumnAngles] = {}
         self.fetched: dict[Value, list[Fetched]] = {}
+        self.attentions: dict[Value, CausalAttentionLowering] = {}
+        self.appended: set[Value] = set()
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
@@ -156,10 +158,46 @@ class StageCompiler:
                     f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core "
                     "takes; split the text"
                 )
-        for node in self.stage.device:
+        order = self._ordered()
+        last_products = {}
+        for node in order:
+            if isinstance(node, Linear):
+                product = node.value
+            elif isinstance(node, Attention) and self.run is not None:
+                last_products[product] = node
+        for node in order:
             if not self._defer(node):
                 self._lower(node)
+            if node.value in last_products:
+                self._load_ahead(last_products[node.value])
         return self.low.builder.finish()
+
+    def _ordered(self) -> tuple[Node, ...]:
+        """The stage's nodes in the order of their emission.
+
+        New keys and values go to the cache first, so that storing them hides behind the products of the queries: what
+        cached attention reads is visited depth first, values before keys before queries.
+        """
+        if self.run is None:
+            return self.stage.device
+        by_value = {node.value: node for node in self.stage.device}
+        ordered: dict[Value, Node] = {}
+
+        def visit(node: Node) -> None:
+            if node.value in ordered:
+                return
+            inputs = (node.v, node.k, node.q) if isinstance(node, Attention) else node.inputs
+            for value in inputs:
+                if value in by_value:
+                    visit(by_value[value])
+            ordered[node.value] = node
+
+        for node in self.stage.device:
+            if isinstance(node, Attention):
+                visit(node)
+        for node in self.stage.device:
+            visit(node)
+        return tuple(ordered.values())
 
     # --- Values ------------------------------------------------------------------------------------------------
 
@@ -197,6 +235,8 @@ class StageCompiler:
     def _finish(self, node: Node, panels: Panels) -> None:
         """A result is there: store it if it leaves the device."""
         self.panels[node.value] = panels
+        if self.run is not None:
+            self._append(node.value, panels, self.run)
         if node.value in self.stage.outputs:
             self.low.store(panels, self.bindings[node.value].address)
             self._done(node.value)
@@ -458,15 +498,42 @@ class StageCompiler:
                 low.free(into)
         self._done(node.quantised)
 
-    def _causal_attention(self, node: Attention, run: CausalRun) -> None:
+    def _append(self, value: Value, panels: Panels, run: CausalRun) -> None:
+        """Put new keys or values into the cache as soon as they are there."""
+        for reader in self.readers.get(value, []):
+            if isinstance(reader, Attention) and value in (reader.k, reader.v):
+                attention = self._cached(reader, run)
+                self.appended.add(value)
+                if value == reader.v:
+                    attention.append_values(panels)
+                if value == reader.k:
+                    attention.append_keys(panels)
+
+    def _cached(self, node: Attention, run: CausalRun) -> CausalAttentionLowering:
         assert self.context is not None
-        q, k, v = (self._read(value) for value in (node.q, node.k, node.v))
-        into = self._new(node.heads * node.head_dim)
-        lowering = CausalAttentionLowering(self.low, self.context, node, run.caches[node.value])
-        lowering.emit(q, k, v, into, (q.head_maxima, k.head_maxima), lambda: self._prefetch(node.value))
-        for value in node.inputs:
+        if node.value not in self.attentions:
+            cache = run.caches[node.value]
+            self.attentions[node.value] = CausalAttentionLowering(self.low, self.context, node, cache)
+        return self.attentions[node.value]
+
+    def _causal_attention(self, node: Attention, run: CausalRun) -> None:
+        attention = self._cached(node, run)
+        for value in (node.k, node.v):
+            if value in self.stage.inputs:
+                self._append(value, self._read(value), run)
+        q = self._read(node.q)
+        for value in (node.k, node.v):
             self._done(value)
+        into = self._new(node.heads * node.head_dim)
+        attention.attend(q, into, q.head_maxima)
+        self._done(node.q)
         self._finish(node, into)
+
+    def _load_ahead(self, node: Attention) -> None:
+        """While queries are made ready, the bus has nothing else to do."""
+        if {node.k, node.v} <= self.appended:
+            self.attentions[node.value].preload()
+        self._prefetch(node.value)
 
     def _prefetch(self, value: Value) -> None:
         """Load the first weights that will meet a value once it is quantised."""
