@@ -1,9 +1,9 @@
 """Generation on this machine: ``cpu`` against PyTorch in fp32 with a key-value cache, the same weights in both.
 
-    python benchmarks/cpu_generation.py [--json]
+    python benchmarks/cpu_generation.py [--threads N] [--json]
 
-The model has the shape of Llama, 110 million parameters that nobody trained, and all threads in both. Prefill and decode
-of both are measured in turn, and the best of several rounds counts: on a machine that others use too, the rest is theirs.
+The model has the shape of Llama and 120 million parameters that nobody trained. Both run in turn, and the best of
+several rounds counts: on a machine that others use too, the rest is theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from lockstep.executors import executor
+from lockstep_hls import kernels
 from random_llama import LlamaShape, llama_graph, random_weights
 
 SHAPE = LlamaShape(
@@ -50,7 +51,9 @@ def torch_model(shape: LlamaShape, weights: dict[str, np.ndarray]) -> Any:
 
 
 def measure(run: Callable[[np.ndarray], Callable[[int], int]], prompt: np.ndarray) -> tuple[float, float, list[int]]:
-    """Seconds for the prompt, seconds for the new tokens, and these; ``run`` takes the prompt and gives what decodes."""
+    """Seconds for the prompt, seconds for the new tokens, and these. ``run`` gives a function from a token, or -1 for
+    the prompt, to the next token.
+    """
     begin = time.perf_counter()
     step = run(prompt)
     tokens = [step(-1)]
@@ -87,7 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both (default: one for each core)")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    kernels.set_threads(arguments.threads)
 
     weights = random_weights(SHAPE)
     graph, model = llama_graph(SHAPE, weights), torch_model(SHAPE, weights)
@@ -110,7 +116,7 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "new_tokens": NEW,
         "cores": os.cpu_count(),
-        "pytorch_threads": torch.get_num_threads(),
+        "threads": arguments.threads,
         "load_average": round(os.getloadavg()[0], 1),
         "pytorch": torch.__version__,
         "tokens_per_second": rates,
@@ -124,8 +130,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{parameters / 1e6:.0f} M parameters, {PROMPT} tokens in, {NEW} out; {os.cpu_count()} cores, load average "
-          f"{result['load_average']}")  # fmt: skip
+    print(f"{parameters / 1e6:.0f} M parameters, {PROMPT} tokens in, {NEW} out")
+    print(f"{arguments.threads} threads on {os.cpu_count()} cores, load average {result['load_average']}")
     print(f"{'':<16}{'prefill':>16}{'decode':>16}")
     for name, label in (("cpu", "cpu (int8)"), ("pytorch", "PyTorch (fp32)")):
         prefill, decode = rates[name].values()
