@@ -28,8 +28,12 @@ from lockstep.graph import (
     Input,
     LayerNorm,
     Linear,
+    Multiply,
     Node,
+    PositionBias,
     Quantise,
+    RMSNorm,
+    Rotary,
     Value,
 )
 
@@ -40,7 +44,24 @@ class Operations(Protocol):
     def quantise_rows(self, x: Any, prescale: Any = None) -> tuple[Any, Any]: ...
     def linear(self, q: Any, s: Any, w: Any, sw: Any, bias: Any = None) -> Any: ...
     def layer_norm(self, x: Any, gamma: Any, beta: Any, eps: float) -> Any: ...
-    def attention(self, q: Any, k: Any, v: Any, *, tile: int, scale: Any = None, mask: Any = None) -> Any: ...
+    def rms_norm(self, x: Any, gamma: Any, eps: float, groups: int = 1) -> Any: ...
+    def rotary(self, x: Any, cos: Any, sin: Any, heads: int, interleaved: bool = False) -> Any: ...
+    def attention_cached(
+        self,
+        q: Any,
+        positions: Any,
+        k8: Any,
+        sk: Any,
+        v8: Any,
+        sv: Any,
+        *,
+        tile: int,
+        scale: Any = None,
+        causal: bool = True,
+        window: Any = None,
+        bias: Any = None,
+    ) -> Any: ...
+    def multiply(self, x: Any, y: Any, /) -> Any: ...
     def apply_function(self, name: str, x: Any) -> Any: ...
     def add(self, x: Any, y: Any, /) -> Any: ...
 
@@ -64,7 +85,7 @@ def run_reference(graph: Graph, inputs: Mapping[str, Any], operations: Operation
     """
 
     def compute(graph: Graph, node: Node, given: list[Any]) -> Any:
-        return _contract(graph, node, given, operations)
+        return run_node(graph, node, given, operations)
 
     return _run(graph, inputs, compute)
 
@@ -149,7 +170,7 @@ def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
     match node:
         case Constant():
             return graph.tensors[node.tensor]
-        case Indices() | Fallback():
+        case Indices() | PositionBias() | Fallback():
             return node.function(*given)
         case Gather():
             table = graph.tensors[node.table]
@@ -162,26 +183,62 @@ def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
     raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
 
 
-def _contract(graph: Graph, node: Node, given: list[Any], operations: Any) -> Any:
+def run_node(graph: Graph, node: Node, given: list[Any], operations: Operations | Any, first: int = 0) -> Any:
+    """The value of one contract-stage node from those that it reads; their first row is the token at position
+    ``first``.
+    """
+
     def tensor(name: str | None) -> Any:
         return None if name is None else graph.tensors[name]
 
     match node:
         case Add():
-            return operations.add(*np.broadcast_arrays(*given))
+            return operations.add(*given)
+        case Multiply():
+            return operations.multiply(*given)
         case LayerNorm():
             return operations.layer_norm(given[0], tensor(node.gamma), tensor(node.beta), node.eps)
+        case RMSNorm():
+            return operations.rms_norm(given[0], tensor(node.gamma), node.eps, node.groups)
+        case Rotary():
+            at = slice(first, first + len(given[0]))
+            cos, sin = tensor(node.cos)[at], tensor(node.sin)[at]
+            return operations.rotary(given[0], cos, sin, node.heads, node.interleaved)
         case Activation():
             return operations.apply_function(node.function, given[0])
         case Quantise():
             return operations.quantise_rows(given[0], tensor(node.prescale))
         case Linear():
-            return operations.linear(*given[0], tensor(node.weight), tensor(node.scales), tensor(node.bias))
+            (q, s), weight = given[0], tensor(node.weight)
+            weight.flags.writeable = False  # so that the kernels may keep a packed copy
+            return operations.linear(q, s, weight, tensor(node.scales), tensor(node.bias))
         case Attention():
-            heads = range(0, node.heads * node.head_dim, node.head_dim)
-            parts = [[np.ascontiguousarray(x[:, at : at + node.head_dim]) for x in given] for at in heads]
-            return np.hstack([operations.attention(*part, tile=node.tile, scale=node.scale) for part in parts])
+            k, v = (quantise_heads(x, node, operations) for x in given[1:3])
+            bias = given[3] if len(given) > 3 else None
+            return attend(node, given[0], np.arange(first, first + len(given[0])), k, v, bias, operations)
     return host_node(graph, node, given)
+
+
+def quantise_heads(x: Any, node: Attention, operations: Operations | Any) -> tuple[Any, Any]:
+    """Keys or values ``float32[tokens, kv_heads * head_dim]`` quantised by token and head: ``int8`` of that shape, and
+    ``float32[tokens, kv_heads]``.
+    """
+    q, s = operations.quantise_rows(x.reshape(-1, node.head_dim))
+    return q.reshape(x.shape), s.reshape(len(x), node.kv_heads)
+
+
+def attend(
+    node: Attention, q: Any, positions: Any, keys: Any, values: Any, bias: Any, operations: Operations | Any
+) -> Any:
+    """Attention of q: ``float32[tokens, heads * head_dim]`` to the quantised keys and values from position 0 on."""
+    return operations.attention_cached(
+        *(q, positions, *keys, *values),
+        tile=node.tile,
+        scale=node.scale,
+        causal=node.causal,
+        window=node.window,
+        bias=bias,
+    )
 
 
 def _float(graph: Graph, node: Node, given: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from lockstep_isa.config import CoreConfig
 if TYPE_CHECKING:
     from lockstep.graph import Graph
     from lockstep.model import Executor, HostExecutor
+    from lockstep.session import Session
 
 
 def _cpu(progress: Progress) -> HostExecutor:
@@ -74,6 +75,19 @@ class OpenExecutor:
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         """``float32[tokens, features]`` for each sequence, given as arrays by input name without the batch."""
         return self._executor.run(graph, sequences)
+
+    def open_session(self, graph: Graph, capacity: int) -> Session:
+        """One sequence of a causal language model with its key-value cache, with room for ``capacity`` tokens.
+
+        Raises ``ModelError`` if this executor keeps no caches or the graph cannot be run piece by piece, and
+        ``SequenceLengthError`` if the model has no positions for so many tokens.
+        """
+        from lockstep.errors import ModelError
+        from lockstep.model import GeneratingExecutor
+
+        if not isinstance(self._executor, GeneratingExecutor):
+            raise ModelError(f"'{self.uri}' keeps no key-value cache; generate on {' or '.join(HOSTS)}")
+        return self._executor.open_session(graph, capacity)
 
     @property
     def cycles(self) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lockstep.graph import Fallback, Graph, Input, Quantise
 from lockstep.pooling import Pooling, read_pooling
 from lockstep.quantise import Prescales, load_prescales, quantise
 from lockstep.recognise import recognise
+from lockstep.session import HostSession, Session
 from lockstep.text import load_tokenizer, token_ids
 
 #: File in a model's folder that holds its pre-scale, if somebody fitted one.
@@ -35,6 +36,15 @@ class Executor(Protocol):
         ...
 
 
+@runtime_checkable
+class GeneratingExecutor(Executor, Protocol):
+    """An executor that also keeps key-value caches."""
+
+    def open_session(self, graph: Graph, capacity: int) -> Session:
+        """A session of a causal language model with room for ``capacity`` tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class HostExecutor:
     """The ``cpu`` device: contract operations without a program, one sequence after the other.
@@ -46,6 +56,9 @@ class HostExecutor:
 
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         return [run_reference(graph, inputs, self.operations) for inputs in sequences]
+
+    def open_session(self, graph: Graph, capacity: int) -> Session:
+        return HostSession(graph, capacity, self.operations)
 
 
 @dataclass(frozen=True)

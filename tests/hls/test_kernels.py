@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
+from dataclasses import dataclass
+from types import ModuleType
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lockstep_hls import kernels
+from lockstep_hls import kernels, weights
+from lockstep_hls.library import load
+from lockstep_hls.library import prepare as compile_kernels
+from lockstep_hls.toolchain import FLAGS
 from lockstep_isa import operations
 from lockstep_isa.tables import FUNCTIONS
 from support import DATA, SPECIALS, adversarial_floats, assert_same_bits
@@ -30,6 +39,20 @@ def test_add_has_golden_bits_and_broadcasts() -> None:
     b = np.random.default_rng(3).permutation(adversarial_floats(COUNT, seed=4)).reshape(1000, 1000)
     assert_same_bits(kernels.add(a, b), operations.add(a, b), a=a, b=b)
     assert_same_bits(kernels.add(a, b[0]), operations.add(a, b[0]), a=a)
+
+
+def test_multiply_has_golden_bits_and_repeats_a_single_row() -> None:
+    a = adversarial_floats(COUNT, seed=12).reshape(1000, 1000)
+    b = np.random.default_rng(13).permutation(adversarial_floats(COUNT, seed=14)).reshape(1000, 1000)
+    assert_same_bits(kernels.multiply(a, b), operations.multiply(a, b), a=a, b=b)
+    for x, y in ((a, b[:1]), (a[:1], b), (a[:1], b[:1])):
+        assert_same_bits(kernels.multiply(x, y), operations.multiply(x, y))
+        assert_same_bits(kernels.add(x, y), operations.add(x, y))
+
+
+def test_relu_has_golden_bits() -> None:
+    x = adversarial_floats(COUNT, seed=15)
+    assert_same_bits(kernels.apply_function("relu", x), operations.apply_function("relu", x), x=x)
 
 
 def rows_with_trouble(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
@@ -91,6 +114,42 @@ def test_layer_norm_has_golden_bits(rows: int, n: int, seed: int) -> None:
     )  # fmt: skip
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 100), st.integers(1, 5), seeds)
+def test_rms_norm_has_golden_bits(rows: int, n: int, groups: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, gamma = rows_with_trouble(rng, rows, n * groups), rng.normal(size=n).astype(F)
+    assert_same_bits(kernels.rms_norm(x, gamma, 1e-6, groups), operations.rms_norm(x, gamma, 1e-6, groups), x=x)
+
+
+def test_rms_norm_has_golden_bits_on_a_million_values() -> None:
+    rng = np.random.default_rng(16)
+    x, gamma = rows_with_trouble(rng, 1400, 768), rng.normal(size=768).astype(F)
+    assert_same_bits(kernels.rms_norm(x, gamma, 1e-5), operations.rms_norm(x, gamma, 1e-5), x=x)
+    x, gamma = x.reshape(-1, 1536), gamma[:96]
+    assert_same_bits(kernels.rms_norm(x, gamma, 1e-5, 16), operations.rms_norm(x, gamma, 1e-5, 16), x=x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 20), st.integers(0, 5), st.booleans(), seeds)
+def test_rotary_has_golden_bits(rows: int, heads: int, pairs: int, rest: int, interleaved: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rows_with_trouble(rng, rows, heads * (2 * pairs + rest + 1))
+    angles = rng.uniform(-9, 9, (rows, pairs))
+    tables = np.cos(angles).astype(F), np.sin(angles).astype(F)
+    assert_same_bits(
+        kernels.rotary(x, *tables, heads, interleaved), operations.rotary(x, *tables, heads, interleaved), x=x
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_has_golden_bits_on_a_million_values(interleaved: bool) -> None:
+    x = adversarial_floats(COUNT + 24_000, seed=17).reshape(2000, 512)
+    x = np.random.default_rng(18).permutation(x.ravel()).reshape(x.shape)
+    tables = np.random.default_rng(19).permutation(adversarial_floats(2 * 2000 * 32, seed=20)).reshape(2, 2000, 32)
+    assert_same_bits(kernels.rotary(x, *tables, 8, interleaved), operations.rotary(x, *tables, 8, interleaved), x=x)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 100), st.integers(1, 120), st.booleans(), seeds)
 def test_attention_has_golden_bits(rows: int, keys: int, d: int, tile: int, masked: bool, seed: int) -> None:
@@ -114,6 +173,152 @@ def test_attention_has_golden_bits_on_a_long_context(tile: int) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Random quantised keys and values of a few heads."""
+
+    k8: np.ndarray
+    sk: np.ndarray
+    v8: np.ndarray
+    sv: np.ndarray
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, keys: int, kv_heads: int, d: int, trouble: bool = False) -> Cache:
+        def rows() -> list[np.ndarray]:
+            x = rows_with_trouble(rng, keys * kv_heads, d) if trouble else rng.normal(size=(keys * kv_heads, d))
+            q, s = operations.quantise_rows(x * F(2) if not trouble else x)
+            return [q.reshape(keys, kv_heads * d), s.reshape(keys, kv_heads)]
+
+        return cls(*rows(), *rows())
+
+    def first(self, keys: int) -> list[np.ndarray]:
+        return [x[:keys] for x in (self.k8, self.sk, self.v8, self.sv)]
+
+
+shapes = {
+    "kv_heads": st.integers(1, 3),
+    "group": st.integers(1, 4),
+    "d": st.integers(1, 70),
+    "tile": st.sampled_from([1, 3, 16, 64, 65, 100, 200, 512]),
+    "window": st.sampled_from([None, 1, 5, 64, 90]),
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.integers(1, 70), before=st.integers(0, 150), behind=st.integers(0, 30), causal=st.booleans(),
+    biased=st.booleans(), trouble=st.booleans(), seed=seeds, **shapes,
+)  # fmt: skip
+def test_cached_attention_has_golden_bits(
+    rows: int, before: int, behind: int, causal: bool, biased: bool, trouble: bool, seed: int,
+    kv_heads: int, group: int, d: int, tile: int, window: int | None,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    keys, heads = before + rows + behind, kv_heads * group
+    cache = Cache.random(rng, keys, kv_heads, d, trouble)
+    q = rows_with_trouble(rng, rows, heads * d)
+    bias = rng.normal(size=(heads, rows, keys)).astype(F) * F(4) if biased else None
+    if biased and trouble:
+        bias[rng.random(bias.shape) < 0.01] = rng.choice(SPECIALS)
+    options = {"tile": tile, "scale": 0.3, "causal": causal, "window": window, "bias": bias}
+    at = np.arange(before, before + rows)
+    assert_same_bits(
+        kernels.attention_cached(q, at, *cache.first(keys), **options),
+        operations.attention_cached(q, at, *cache.first(keys), **options),
+    )
+
+
+@pytest.mark.parametrize("module", [operations, kernels], ids=["golden", "C++"])
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 80), cut=st.integers(0, 80), seed=seeds, **shapes)
+def test_decoding_chunks_and_prefill_give_the_same_bits(
+    module: ModuleType, tokens: int, cut: int, seed: int, kv_heads: int, group: int, d: int, tile: int,
+    window: int | None,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    cache = Cache.random(rng, tokens, kv_heads, d)
+    q = rng.normal(size=(tokens, kv_heads * group * d)).astype(F) * F(3)
+
+    def run(first: int, last: int, keys: int | None = None) -> np.ndarray:
+        at = np.arange(first, last)
+        return module.attention_cached(q[first:last], at, *cache.first(keys or last), tile=tile, window=window)
+
+    prefill = run(0, tokens)
+    cut = min(cut, tokens)
+    chunks = [run(first, last) for first, last in ((0, cut), (cut, tokens)) if first < last]
+    assert_same_bits(np.vstack(chunks), prefill)
+    assert_same_bits(np.vstack([run(i, i + 1) for i in range(tokens)]), prefill)
+    assert_same_bits(np.vstack([run(i, i + 1, tokens) for i in range(tokens)]), prefill)  # with keys of the future
+
+
+def test_a_token_does_not_feel_what_stands_behind_its_tile() -> None:
+    rng = np.random.default_rng(21)
+    cache, q = Cache.random(rng, 40, 1, 8), rng.normal(size=(16, 8)).astype(F)
+    clean = kernels.attention_cached(q, np.arange(16), *cache.first(40), tile=16)
+    cache.sv[16:], cache.sk[16:] = np.nan, np.inf
+    for module in (kernels, operations):
+        assert_same_bits(module.attention_cached(q, np.arange(16), *cache.first(40), tile=16), clean)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    rng = np.random.default_rng(22)
+    q, w = rng.integers(-128, 128, (50, 300)).astype(np.int8), rng.integers(-128, 128, (700, 300)).astype(np.int8)
+    s, sw = rng.normal(size=50).astype(F), rng.normal(size=700).astype(F)
+    cache, x = Cache.random(rng, 200, 4, 64), rng.normal(size=(100, 512)).astype(F)
+
+    def run() -> list[np.ndarray]:
+        return [
+            kernels.linear(q, s, w, sw),
+            kernels.attention_cached(x, np.arange(100, 200), *cache.first(200), tile=64),
+            kernels.rms_norm(x, x[0], 1e-5),
+            kernels.apply_function("silu", x),
+            *kernels.quantise_rows(x),
+        ]
+
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            kernels.set_threads(threads)
+            results += [run() for _ in range(20)]
+    finally:
+        kernels.set_threads(os.cpu_count() or 1)
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("flags", [["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"]], ids=["AVX2", "SSE2"])
+def test_narrower_instructions_give_the_same_bits(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(23)
+    q, w = rng.integers(-128, 128, (13, 333)).astype(np.int8), rng.integers(-128, 128, (150, 333)).astype(np.int8)
+    s, sw = rng.normal(size=13).astype(F), rng.normal(size=150).astype(F)
+    cache, x = Cache.random(rng, 90, 2, 40), rng.normal(size=(9, 160)).astype(F)
+
+    def run() -> list[np.ndarray]:
+        attended = kernels.attention_cached(x, np.arange(81, 90), *cache.first(90), tile=32)
+        return [kernels.linear(q, s, w, sw), attended]
+
+    expected = run()
+    narrow = load(compile_kernels(flags=[*FLAGS, *flags]))
+    for module in (kernels, weights):
+        monkeypatch.setattr(module, "library", lambda: narrow)
+    for actual, wide in zip(run(), expected, strict=True):
+        assert_same_bits(actual, wide)
+
+
+def test_read_only_weights_are_packed_once_and_freed_with_the_array() -> None:
+    w = np.ones((5, 8), np.int8)
+    assert weights.packed(w) is not weights.packed(w)
+    w.flags.writeable = False
+    first = weakref.ref(weights.packed(w))
+    assert weights.packed(w) is first()
+    before = len(weights._PACKED)
+    del w
+    gc.collect()
+    assert first() is None
+    assert len(weights._PACKED) == before - 1
+
+
 def test_the_callers_floating_point_mode_survives() -> None:
     kernels.add(np.ones(4, F), np.ones(4, F))
     assert F(1e-39) * F(0.5) != 0
@@ -129,3 +334,14 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         kernels.attention(x, x, x, tile=4, mask=np.ones((1, 2), bool))
     with pytest.raises(ValueError, match="unknown function 'mish'"):
         kernels.apply_function("mish", x)
+    with pytest.raises(ValueError, match="4 features do not make 3 equal groups"):
+        kernels.rms_norm(x, x[0], 1e-5, groups=3)
+    with pytest.raises(ValueError, match="4 features are no 2 heads with 2 pairs each"):
+        kernels.rotary(x, x[:, :2], x[:, :2], 2)
+    for module in (kernels, operations):
+        with pytest.raises(ValueError, match="window = 0 must be at least 1"):
+            module.attention_cached(x, np.arange(2), q, x[:, 0], q, x[:, 0], tile=4, window=0)
+    with pytest.raises(ValueError, match=r"expected int\[2\] as positions, not \[3\]"):
+        kernels.attention_cached(x, np.arange(3), q, x[:, 0], q, x[:, 0], tile=4)
+    with pytest.raises(ValueError, match=r"6 features of queries are no multiple of 1 heads of 4"):
+        kernels.attention_cached(np.ones((2, 6), F), np.arange(2), q, x[:, 0], q, x[:, 0], tile=4)

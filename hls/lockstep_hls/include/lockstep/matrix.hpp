@@ -68,7 +68,7 @@ inline void pack_columns(const std::int8_t* __restrict b, std::size_t columns, s
 }
 
 template <class Packed, int Rows, int Vectors>
-inline void multiply_block(const Packed* __restrict panel, std::size_t groups, const Opposite<Packed>* __restrict a,
+[[gnu::noinline]] void multiply_block(const Packed* __restrict panel, std::size_t groups, const Opposite<Packed>* __restrict a,
                            std::size_t stride, std::int32_t* __restrict out, std::size_t out_stride) {
   using D = Dot<Packed>;
   Sums sums[Rows][Vectors];

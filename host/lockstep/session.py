@@ -1,0 +1,243 @@
+"""Sessions: one sequence of a causal language model with its key-value cache.
+
+A graph that was captured without a cache serves here as it is. Its operations work row by row, so they run on the new
+tokens alone; attention reads the cache. By the contract a token's logits have the same bits whether its text came token
+by token, in pieces or at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from lockstep.errors import InputError, ModelError, SequenceLengthError
+from lockstep.evaluate import Operations, attend, quantise_heads, run_node
+from lockstep.graph import (
+    Attention,
+    Constant,
+    Fallback,
+    Graph,
+    Indices,
+    Input,
+    Node,
+    PositionBias,
+    Value,
+)
+
+Logits = Literal["last", "all"]
+
+
+class Session(Protocol):
+    """One sequence with its key-value cache.
+
+    Attributes
+    ----------
+    length : tokens in the cache.
+    capacity : the most tokens that it can hold.
+    """
+
+    length: int
+    capacity: int
+
+    def extend(self, token_ids: np.ndarray, logits: Logits = "last") -> np.ndarray:
+        """Append ``token_ids``: int[n] and return their logits: ``float32[1, vocabulary]`` of the last one, or
+        ``float32[n, vocabulary]`` of all.
+
+        Raises ``SequenceLengthError`` for no token or more than fit, ``InputError`` for ids that are none; the
+        session is then as it was.
+        """
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        ...
+
+    def close(self) -> None:
+        """Give the cache back; the session is of no use afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node of a session's plan.
+
+    Attributes
+    ----------
+    last : only the row of the last token is computed.
+    drop : values that nothing reads afterwards.
+    """
+
+    node: Node
+    last: bool
+    drop: tuple[Value, ...]
+
+
+def plan(graph: Graph, logits: Logits) -> list[Step]:
+    """The nodes of ``graph`` in order. For the last token's logits, everything behind the last attention, and its
+    queries, is computed for the last token alone.
+    """
+    everywhere = {graph.output} if logits == "all" else set[Value]()
+    for node in reversed(graph.nodes):
+        if isinstance(node, Attention):
+            everywhere.update(node.inputs[1:3])  # keys and values are wanted of every token
+        if node.value in everywhere:
+            everywhere.update(node.inputs)
+    last_use = {value: node for node in graph for value in node.inputs}
+    return [
+        Step(
+            node,
+            node.value not in everywhere,
+            tuple(value for value in dict.fromkeys(node.inputs) if last_use[value] is node and value != graph.output),
+        )
+        for node in graph
+    ]
+
+
+class HostSession:
+    """A session whose operations run on the host, in a module such as ``lockstep_hls.kernels``; see :class:`Session`.
+
+    Parameters
+    ----------
+    graph : the contract stage of a causal language model.
+    capacity : the most tokens that the cache can hold; 2 * kv_heads * (head_dim + 4) bytes a token and attention node.
+
+    Raises
+    ------
+    ModelError
+        if the graph cannot be run piece by piece.
+    SequenceLengthError
+        if the model has no positions for ``capacity`` tokens.
+    """
+
+    def __init__(self, graph: Graph, capacity: int, operations: Operations | Any) -> None:
+        check_graph(graph, capacity)
+        self.length = 0
+        self.capacity = capacity
+        self._graph = graph
+        self._operations = operations
+        (self._input,) = graph.of(Input)
+        self._plans = {"last": plan(graph, "last"), "all": plan(graph, "all")}
+        self._ids = np.zeros(capacity, self._input.dtype)
+        self._caches = {node.value: (_Cache(node, capacity), _Cache(node, capacity)) for node in graph.of(Attention)}
+
+    def extend(self, token_ids: np.ndarray, logits: Logits = "last") -> np.ndarray:
+        ids = self._checked(token_ids)
+        total = self.length + len(ids)
+        self._ids[self.length : total] = ids  # nothing behind self.length counts, so a failure leaves no trace
+        values: dict[Value, Any] = {}
+        for step in self._plans[logits]:
+            values[step.node.value] = self._run(step, values, len(ids), total)
+            for value in step.drop:
+                del values[value]
+        result = values[self._graph.output]
+        self.length = total
+        return result
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self.length:
+            raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
+        self.length = length
+
+    def close(self) -> None:
+        self._caches.clear()
+        self.length = self.capacity = 0
+
+    def _checked(self, token_ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise InputError(f"token ids are int[n], not {ids.dtype}{list(ids.shape)}")
+        if not len(ids):
+            raise SequenceLengthError("there is no token to add; give at least one")
+        if self.length + len(ids) < self._graph.min_tokens:
+            raise SequenceLengthError(
+                f"the session would have {self.length + len(ids)} tokens, but the model can only be captured for "
+                f"{self._graph.min_tokens} or more; begin with a longer text"
+            )
+        if self.length + len(ids) > self.capacity:
+            raise SequenceLengthError(
+                f"the session has {self.length} tokens and room for {self.capacity}; {len(ids)} more do not fit: open "
+                "one with a greater capacity, or truncate it"
+            )
+        return ids
+
+    def _run(self, step: Step, values: dict[Value, Any], new: int, total: int) -> Any:
+        node = step.node
+        rows = 1 if step.last else new
+        if isinstance(node, Input):
+            return _Integers(self._ids[:total])
+        if isinstance(node, Indices | PositionBias):
+            whole = node.function(*(values[value].all for value in node.inputs))
+            return _Integers(whole) if isinstance(node, Indices) else whole
+        if isinstance(node, Constant):
+            return self._graph.tensors[node.tensor]
+        if isinstance(node, Attention):
+            return self._attend(node, values, rows, new, total)
+        given = [_last_rows(values[value], rows) for value in node.inputs]
+        return run_node(self._graph, node, given, self._operations, total - rows)
+
+    def _attend(self, node: Attention, values: dict[Value, Any], rows: int, new: int, total: int) -> np.ndarray:
+        caches = self._caches[node.value]
+        for cache, value in zip(caches, node.inputs[1:3], strict=True):
+            cache.append(total - new, *quantise_heads(values[value], node, self._operations))
+        bias = None if node.bias is None else np.ascontiguousarray(values[node.bias][:, total - rows :])
+        keys, held = (cache.first(total) for cache in caches)
+        positions = np.arange(total - rows, total)
+        return attend(node, _last_rows(values[node.q], rows), positions, keys, held, bias, self._operations)
+
+
+class _Cache:
+    """Quantised keys or values of one attention node, by position."""
+
+    def __init__(self, node: Attention, capacity: int) -> None:
+        self.rows = np.zeros((capacity, node.kv_heads * node.head_dim), np.int8)
+        self.scales = np.zeros((capacity, node.kv_heads), np.float32)
+
+    def append(self, first: int, rows: np.ndarray, scales: np.ndarray) -> None:
+        self.rows[first : first + len(rows)] = rows
+        self.scales[first : first + len(rows)] = scales
+
+    def first(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[:length], self.scales[:length]
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """Integers of all tokens so far. Those of a token may depend on where it stands, so they are computed anew."""
+
+    all: np.ndarray
+
+
+def _last_rows(value: Any, rows: int) -> Any:
+    """The last ``rows`` rows; a single row is for every token."""
+    if isinstance(value, tuple):
+        return tuple(_last_rows(part, rows) for part in value)
+    if isinstance(value, _Integers):
+        value = value.all
+    return value if len(value) <= rows else value[-rows:]
+
+
+def check_graph(graph: Graph, capacity: int) -> None:
+    """Raise ``ModelError`` unless ``graph`` can be run piece by piece, and ``SequenceLengthError`` unless it has
+    positions for ``capacity`` tokens.
+    """
+    if not graph.causal:
+        raise ModelError(
+            f"{graph.source} is no causal language model, so it cannot generate; run its graph on whole sequences"
+        )
+    if parts := graph.of(Fallback):
+        raise ModelError(
+            f"{graph.source} runs {parts[0].name} in PyTorch ({parts[0].reason}), which cannot be done piece by piece;"
+            " run its graph on whole sequences"
+        )
+    for node in graph.of(Constant):
+        if len(graph.tensors[node.tensor]) != 1:
+            raise ModelError(
+                f"{graph.source} has the parameter {node.tensor!r} with a row for each token, which cannot be taken "
+                "piece by piece; run its graph on whole sequences"
+            )
+    if not 1 <= capacity <= graph.max_tokens:
+        raise SequenceLengthError(
+            f"a session of {capacity} tokens is not possible: the model has positions for 1 to {graph.max_tokens}"
+        )
