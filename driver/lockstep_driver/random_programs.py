@@ -395,7 +395,9 @@ class _Generator:
         b = self.builder
         # The VECTOR memory first, then everything else through it.
         vector_bytes = _BYTES[1] * 4 * rows
-        parameter_bytes = _USED[Memory.PARAMETER] * 4 * rows
+        integers = _INTEGERS[1] - _INTEGERS[0]
+        parameter_words = _USED[Memory.PARAMETER] + integers
+        parameter_bytes = parameter_words * 4 * rows
         tiles = 2
         product_words = tiles * tiles * rows
         result_bytes = vector_bytes + parameter_bytes + product_words * 4 * rows
@@ -407,7 +409,16 @@ class _Generator:
             destination=Destination.VECTOR,
             columns=_USED[Memory.PARAMETER],
         )
-        b.emit(STORE, memory=Memory.VECTOR, words=_USED[Memory.PARAMETER], address=result + vector_bytes, local=0)
+        # Once more as fp32 values: negative integers are patterns of NaN, which all compare equal.
+        b.emit(
+            VECTOR,
+            source=Source.INTEGER,
+            destination=Destination.VECTOR,
+            columns=integers,
+            x=_INTEGERS[0],
+            to=_USED[Memory.PARAMETER],
+        )
+        b.emit(STORE, memory=Memory.VECTOR, words=parameter_words, address=result + vector_bytes, local=0)
         depth = _USED[Memory.ACTIVATION] // tiles
         b.emit(MATRIX, depth=depth, outer=tiles, inner=tiles, a_outer=depth, w_inner=depth)
         b.emit(
