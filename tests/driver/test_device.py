@@ -92,8 +92,8 @@ def test_operands_are_checked_before_a_program_runs(operands, message: str) -> N
         loaded = device.load(builder.finish())
         with pytest.raises(DriverError, match=message):
             device.submit(loaded, operands)
-        assert device.run(loaded, {"words": 8, "place": 64}).units["LOAD"]["busy"] > 1
-        assert device.run(loaded, {words: 0, place: 64}).units["LOAD"]["busy"] == 1
+        assert device.run(loaded, {"words": 8, "place": 64}).units["LOAD"]["busy"] == 32
+        assert device.run(loaded, {words: 0, place: 64}).units["LOAD"]["busy"] < 8
 
 
 def test_a_device_works_after_a_timeout() -> None:

@@ -45,14 +45,14 @@ def test_an_instruction_with_operands_takes_the_cycles_of_what_runs(device: Devi
     # Another time of the start is another phase of refresh, and so are the words of other instructions.
     assert unit_cycles(device, variable, {"words": words})["VECTOR"] == unit_cycles(device, fixed, {})["VECTOR"]
     difference = device.run(variable, {"words": words}).cycles - device.run(fixed).cycles
-    assert OPERANDS <= difference < OPERANDS + 150
+    assert 0 < difference < OPERANDS
 
 
 def test_an_instruction_without_work_takes_next_to_no_time(device: Device) -> None:
     counters = device.run(program(device.config), {"words": 0})
     assert counters.instructions == 3
     assert counters.write_beats == 0
-    assert all(unit["busy"] <= 1 for unit in counters.units.values())
+    assert all(unit["busy"] <= 3 for unit in counters.units.values())
 
 
 def test_shapes_follow_code_that_changes_in_place(device: Device) -> None:

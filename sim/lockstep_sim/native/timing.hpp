@@ -77,10 +77,11 @@ class TimingModel {
         // Doorbell, descriptor, check, first instruction.
         Time now = 2 * (Time(bus_.latency) + kFetchPipeline + fetch);
         if (operands_) {
-            now += Time(bus_.latency) + kFetchPipeline + kOperandWords * fetch + isa::kOperands;
+            now += kOperandTurn + kOperandWords * fetch;
             result_.read_beats += uint64_t(kOperandWords * fetch);
         }
         bus_free_ = now;
+        Time arrived = now;
         size_t dispatched = 0, done = 0;
         std::vector<Time> dispatch_times;
         dispatch_times.reserve(items_.size());
@@ -96,11 +97,11 @@ class TimingModel {
                     if (before >= lane.next) break;
                     room = items_[lane.queue[before]].start + 1;
                 }
-                // Fetches run ahead by eight instructions.
-                const Time arrived = dispatched >= kFetchAhead
-                                         ? dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch
-                                         : now;
-                now = std::max({now + 1, room, arrived}) + item.selectors;
+                // Fetches run ahead by eight instructions, each of which takes its beats.
+                if (dispatched) arrived += fetch;
+                if (dispatched >= kFetchAhead)
+                    arrived = std::max(arrived, dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch);
+                now = std::max({now + 1, room, arrived}) + (item.selectors ? kSelect + item.selectors : 0);
                 dispatch_times.push_back(now);
                 fetched_.push_back(now);
                 item.dispatched = now + kQueueLatency;
@@ -145,6 +146,9 @@ class TimingModel {
     static constexpr Time kQueueLatency = 2;    // dispatcher to the head of a unit's queue
     static constexpr Time kTokenLatency = 2;    // done to the accepted instruction that waited for it
     static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes;  // fetches of the operands
+    static constexpr Time kOperandTurn = 2;     // descriptor to the operands' first address
+    static constexpr Time kSelect = 2;          // an instruction with operands, and one more for each
+    static constexpr Time kSkipLatency = 2;     // an instruction that does nothing, from its tokens to those it gives
     static constexpr Time kSettle = 2;          // last done to the fence
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kLoadLatency = 2;     // last beat to done
@@ -166,6 +170,7 @@ class TimingModel {
         std::vector<size_t> queue;  // all items of the unit so far, in order
         size_t next = 0;            // the first that has not ended
         Time free = 0;              // when the unit can accept the next one
+        Time ended = 0;             // when all of its items so far have ended
         std::vector<Time> given[4]; // times of tokens given to each unit
         size_t taken[4] = {};       // tokens taken from each unit
     };
@@ -204,15 +209,17 @@ class TimingModel {
         for (int target = 0; target < 4; target++)
             if (item.signal >> target & 1) lane.given[target].push_back(item.end);
         lane.next++;
+        lane.ended = std::max(lane.ended, item.end);
         return true;
     }
 
     // What the unit does with an instruction that may run; false where it stops in its middle.
     bool work(Item& item, Lane& lane, UnitCycles& cycles) {
         if (item.idle) {
-            item.end = item.start + 1;
-            lane.free = item.end + 1;
-            cycles.busy++;
+            const Time begin = std::max(item.start, lane.ended);
+            item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
+            lane.free = item.start + 1;
+            cycles.busy += uint64_t(item.end - begin);
             return true;
         }
         switch (isa::Unit(item.unit)) {
@@ -269,12 +276,11 @@ class TimingModel {
         });
         item.end = bus_free_ + kLoadLatency;
         lane.free = asked;
-        const Time begin = std::max(item.start, load_busy_until_);
+        const Time begin = std::max(item.start, lane.ended);
         const uint64_t useful = uint64_t(item.rows) * item.beats;
         const uint64_t span = item.end > begin ? uint64_t(item.end - begin) : 0;
         cycles.busy += std::min(useful, span);
         cycles.wait_data += span - std::min(useful, span);
-        load_busy_until_ = std::max(load_busy_until_, item.end);
     }
 
     void store(Item& item, Lane& lane, UnitCycles& cycles) {
@@ -345,7 +351,7 @@ class TimingModel {
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     std::vector<Time> burst_ends_, fetched_;
     size_t charged_ = 0;
-    Time bus_free_ = 0, load_busy_until_ = 0;
+    Time bus_free_ = 0;
     bool partial_ = false;
     Prediction result_;
 };
