@@ -123,7 +123,7 @@ class HostSession:
         self._caches = {node.value: (_Cache(node, capacity), _Cache(node, capacity)) for node in graph.of(Attention)}
 
     def extend(self, token_ids: np.ndarray, logits: Logits = "last") -> np.ndarray:
-        ids = self._checked(token_ids)
+        ids = checked_ids(self, self._graph, token_ids)
         total = self.length + len(ids)
         self._ids[self.length : total] = ids  # nothing behind self.length counts, so a failure leaves no trace
         values: dict[Value, Any] = {}
@@ -143,24 +143,6 @@ class HostSession:
     def close(self) -> None:
         self._caches.clear()
         self.length = self.capacity = 0
-
-    def _checked(self, token_ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise InputError(f"token ids are int[n], not {ids.dtype}{list(ids.shape)}")
-        if not len(ids):
-            raise SequenceLengthError("there is no token to add; give at least one")
-        if self.length + len(ids) < self._graph.min_tokens:
-            raise SequenceLengthError(
-                f"the session would have {self.length + len(ids)} tokens, but the model can only be captured for "
-                f"{self._graph.min_tokens} or more; begin with a longer text"
-            )
-        if self.length + len(ids) > self.capacity:
-            raise SequenceLengthError(
-                f"the session has {self.length} tokens and room for {self.capacity}; {len(ids)} more do not fit: open "
-                "one with a greater capacity, or truncate it"
-            )
-        return ids
 
     def _run(self, step: Step, values: dict[Value, Any], new: int, total: int) -> Any:
         node = step.node
@@ -241,3 +223,23 @@ def check_graph(graph: Graph, capacity: int) -> None:
         raise SequenceLengthError(
             f"a session of {capacity} tokens is not possible: the model has positions for 1 to {graph.max_tokens}"
         )
+
+
+def checked_ids(session: Session, graph: Graph, token_ids: np.ndarray) -> np.ndarray:
+    """``token_ids`` as an array, if ``session`` can take them; raises ``InputError`` or ``SequenceLengthError``."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise InputError(f"token ids are int[n], not {ids.dtype}{list(ids.shape)}")
+    if not len(ids):
+        raise SequenceLengthError("there is no token to add; give at least one")
+    if session.length + len(ids) < graph.min_tokens:
+        raise SequenceLengthError(
+            f"the session would have {session.length + len(ids)} tokens, but the model can only be captured for "
+            f"{graph.min_tokens} or more; begin with a longer text"
+        )
+    if session.length + len(ids) > session.capacity:
+        raise SequenceLengthError(
+            f"the session has {session.length} tokens and room for {session.capacity}; {len(ids)} more do not fit: "
+            "open one with a greater capacity, or truncate it"
+        )
+    return ids

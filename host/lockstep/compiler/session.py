@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from lockstep_driver import Buffer, LoadedProgram
 
-from lockstep.errors import InputError, ModelError, SequenceLengthError
+from lockstep.errors import ModelError, SequenceLengthError
 from lockstep.evaluate import host_node
-from lockstep.graph import Attention, Fallback, Graph, Indices, Input, Linear, PositionBias, Value
+from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
+from lockstep.session import check_graph, checked_ids
 
 from .allocation import CapacityError
 from .compile import Binding, StageCompiler, feature_counts
@@ -48,7 +49,12 @@ class DeviceSession:
     """
 
     def __init__(self, executor: DeviceExecutor, graph: Graph, capacity: int) -> None:
-        require_causal(graph, capacity)
+        check_graph(graph, capacity)
+        if biases := graph.of(PositionBias):
+            raise ModelError(
+                f"{graph.source} adds a bias on positions to its scores ({biases[0].heads} heads), which cores "
+                "cannot do token by token; generate on cpu"
+            )
         self._executor, self._graph = executor, graph
         device = executor.device
         self._rows = device.config.rows
@@ -71,7 +77,7 @@ class DeviceSession:
 
     def extend(self, token_ids: Any, logits: Literal["last", "all"] = "last") -> np.ndarray:
         """Append tokens; ``float32[1, vocabulary]`` behind the last one, or ``float32[tokens, vocabulary]``."""
-        ids = checked_ids(self, token_ids)
+        ids = checked_ids(self, self._graph, token_ids)
         start, end = self.length, self.length + len(ids)
         self._ids[start:end] = ids
         results, first = [], start
@@ -96,7 +102,7 @@ class DeviceSession:
     def truncate(self, length: int) -> None:
         """Forget the tokens from position ``length`` on."""
         if not 0 <= length <= self.length:
-            raise SequenceLengthError(f"a sequence of {self.length} tokens cannot be cut to {length}")
+            raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
         self.length = length
 
     def close(self) -> None:
@@ -184,34 +190,3 @@ class DeviceSession:
             raise
         assert compiler.context is not None
         return _Compiled(loaded, compiler.context, buffers, bindings)
-
-
-def require_causal(graph: Graph, capacity: int) -> None:
-    """Raise unless ``graph`` is a causal language model that can be run piece by piece, for ``capacity`` tokens."""
-    if not graph.causal:
-        raise ModelError(f"{graph.source} is no causal language model, so it cannot generate; use embed or run")
-    for node in graph:
-        if isinstance(node, Fallback | PositionBias):
-            reason = node.reason if isinstance(node, Fallback) else "a bias on positions"
-            raise ModelError(
-                f"{graph.source} cannot be run token by token: {reason}; 'lockstep inspect' lists its parts"
-            )
-    if not 1 <= capacity <= graph.max_tokens:
-        raise SequenceLengthError(
-            f"a context of {capacity} tokens was asked for, but the model has positions for {graph.max_tokens}"
-        )
-
-
-def checked_ids(session: Any, token_ids: Any) -> np.ndarray:
-    """``int64[tokens]`` that the session can take; raises :class:`InputError` or :class:`SequenceLengthError`."""
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise InputError(f"token ids are {ids.dtype}{list(ids.shape)}, not int64[tokens]")
-    if ids.size == 0:
-        raise SequenceLengthError("there are no tokens; give at least one")
-    if session.length + ids.size > session.capacity:
-        raise SequenceLengthError(
-            f"{ids.size} tokens do not fit behind {session.length} in a context of {session.capacity}; open a longer "
-            "one, or shorten the prompt"
-        )
-    return ids.astype(np.int64)
