@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +116,34 @@ def _export(module: torch.nn.Module, example: Mapping[str, torch.Tensor], dynami
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide what it is made of
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _plain_form(module):
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), kwargs=dict(example), dynamic_shapes=dynamic, strict=False)
             return program.run_decompositions({})
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def _plain_form(module: torch.nn.Module) -> Iterator[None]:
+    """With models of transformers set to keep no cache and to pick the weights of experts by index, which
+    ``lockstep.routing`` reads; afterwards they are as they were.
+    """
+    settings = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
+    configurations = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    before = [
+        (configuration, name, getattr(configuration, name))
+        for configuration in configurations.values()
+        for name in settings
+        if hasattr(configuration, name)
+    ]
+    try:
+        for configuration, name, _ in before:
+            setattr(configuration, name, settings[name])
+        yield
+    finally:
+        for configuration, name, value in before:
+            setattr(configuration, name, value)
 
 
 def _explain(module: torch.nn.Module, error: Exception) -> str:
