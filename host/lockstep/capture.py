@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from lockstep.errors import CaptureError
 from lockstep.fragment import ancestors
@@ -166,7 +166,9 @@ def _captured(program: ExportedProgram, least: int, bound: int, fixed: bool) -> 
             source = program.state_dict if spec.target in program.state_dict else program.constants
             parameters[node] = (spec.target, source[spec.target].detach())
     outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    for output in outputs:
+    for output, result in zip(outputs, program.graph_signature.output_specs, strict=True):
+        if result.kind != OutputKind.USER_OUTPUT:
+            continue  # a buffer that the module changes
         value = output.meta.get("val") if isinstance(output, fx.Node) else None
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return Captured(program.graph, parameters, inputs, output, least, bound, fixed)

@@ -93,7 +93,7 @@ class Recogniser:
         """Give ``node`` its reading, or note why it has none."""
         before = node.all_input_nodes
         result = node.meta.get("val")
-        floating = isinstance(result, torch.Tensor) and result.is_floating_point()
+        floating = is_floating(node)
         if all(item in self.constants for item in before) and isinstance(result, torch.Tensor):
             self._fold(node)
         elif operation_name(node) == "sym_size" or all(item in self.constants or item in self.fixed for item in before):
@@ -349,9 +349,9 @@ def _prefix_of(table: np.ndarray) -> Callable[..., np.ndarray]:
 
 
 def is_floating(node: fx.Node) -> bool:
-    """Whether ``node`` is a floating-point tensor."""
+    """Whether ``node`` is a floating-point tensor, real or complex."""
     result = node.meta.get("val")
-    return isinstance(result, torch.Tensor) and result.is_floating_point()
+    return isinstance(result, torch.Tensor) and (result.is_floating_point() or result.is_complex())
 
 
 def is_rows(node: fx.Node) -> bool:

@@ -75,9 +75,13 @@ def resolve(state: Recogniser, node: object) -> View | None:
 def _rotation(state: Recogniser, node: fx.Node) -> View | None:
     fragment = state.fragment(node)
     inside = set(fragment.nodes)
-    sources = [view for item in fragment.nodes if isinstance(view := state.views.get(item), View)]
-    positions = [item for item in fragment.nodes if _is_position(state, item, inside)]
-    if not positions or len({view.value for view in sources}) != 1 or not _reads_lengths_only(state, inside):
+    met = [item for item in fragment.nodes if _meets_others(state, item, inside)]
+    positions = [item for item in met if item in state.fixed and is_floating(item)]
+    sources = [view for item in met if isinstance(view := state.views.get(item), View)]
+    known = (state.fixed, state.constants, state.views)
+    if not positions or len({view.value for view in sources}) != 1:
+        return None
+    if any(item.op == "placeholder" and not any(item in kind for kind in known) for item in met):
         return None
     whole = _whole(node, sources)
     found = None if whole is None else state.canonical(whole)
@@ -92,7 +96,7 @@ def _rotation(state: Recogniser, node: fx.Node) -> View | None:
     key = ("turn", tuple(_placed(item) for item in positions), shape.width)
     turn = state.memory.get(key)
     if turn is None or not _agrees(rotate, turn, sizes, [_probe(state)]):
-        turn = _probed(state, rotate, sizes)
+        turn = _probed(state, node, rotate, sizes)
         if turn is None:
             return None
         state.memory[key] = turn
@@ -101,22 +105,9 @@ def _rotation(state: Recogniser, node: fx.Node) -> View | None:
     return state.reuse(rotated, whole, shape.heads * shape.width)
 
 
-def _is_position(state: Recogniser, node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether ``node`` is where floating-point numbers that depend on the position meet others."""
-    if node not in state.fixed or not is_floating(node):
-        return False
+def _meets_others(state: Recogniser, node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether more than the length of ``node`` matters to what is no function of the length."""
     return any(user in inside and user not in state.fixed for user in node.users)
-
-
-def _reads_lengths_only(state: Recogniser, inside: set[fx.Node]) -> bool:
-    """Whether only the lengths of the model's inputs matter."""
-    return all(
-        user in state.fixed
-        for node in inside
-        if node.op == "placeholder" and node not in state.constants and node not in state.views
-        for user in node.users
-        if user in inside
-    )
 
 
 def _placed(node: fx.Node) -> fx.Node:
@@ -155,7 +146,9 @@ def _probe(state: Recogniser) -> int:
     return state.max_tokens if state.fixed_length else min(max(state.min_tokens, PROBE_TOKENS), state.max_tokens)
 
 
-def _probed(state: Recogniser, rotate: Callable[[torch.Tensor], torch.Tensor], sizes: tuple[int, int]) -> Turn | None:
+def _probed(
+    state: Recogniser, node: fx.Node, rotate: Callable[[torch.Tensor], torch.Tensor], sizes: tuple[int, int]
+) -> Turn | None:
     heads, width = sizes
     pairs, interleaved = _pairs(rotate, _probe(state), sizes)
     if pairs == 0:
@@ -168,7 +161,10 @@ def _probed(state: Recogniser, rotate: Callable[[torch.Tensor], torch.Tensor], s
     turn = Turn(y[:, first].contiguous(), y[:, second].contiguous(), interleaved)
     most = min(state.max_tokens, max(PROBE_TOKENS, PROBE_NUMBERS // (heads * width)))
     lengths = [state.max_tokens] if state.fixed_length else [_probe(state), (_probe(state) + most) // 2, most]
-    return turn if _agrees(rotate, turn, sizes, lengths) else None
+    if _agrees(rotate, turn, sizes, lengths):
+        return turn
+    state.reasons[node] = "what looks like a rotary embedding changes with the length of the sequence, or does more"
+    return None
 
 
 def _pairs(rotate: Callable[[torch.Tensor], torch.Tensor], tokens: int, sizes: tuple[int, int]) -> tuple[int, bool]:
