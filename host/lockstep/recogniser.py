@@ -133,6 +133,8 @@ class Recogniser:
         """Features ``start:start + size`` of a value: itself, or fewer channels of the product it comes from; else
         none.
         """
+        if start + size > self._widths[value]:
+            return None
         if (start, size) == (0, self._widths[value]):
             return value
         made = self.nodes[value]

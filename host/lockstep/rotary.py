@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from lockstep.fragment import Axis, Fragment, View, operation_name, same
+from lockstep import layout
+from lockstep.fragment import Axis, Fragment, View, extent, operation_name
 from lockstep.graph import Rotary
 from lockstep.recogniser import Recogniser, is_floating
 
@@ -118,13 +119,15 @@ def _placed(node: fx.Node) -> fx.Node:
 
 def _whole(node: fx.Node, sources: list[View]) -> View | None:
     """The heads that ``node`` rotates, whole, given views of parts of them."""
-    sizes = node.meta["val"].shape
+    sizes = [extent(size) for size in node.meta["val"].shape]
     start = min(view.offset for view in sources)
+    if not isinstance(sizes[-1], int):
+        return None
     for view in sources:
         axes = list(view.axes)
-        if len(axes) != len(sizes) or not same([axis.size for axis in axes[:-1]], sizes[:-1]):
-            continue
-        if axes[-1].kind == "feature" and isinstance(sizes[-1], int):
+        if (reshaped := layout.reshape(view, sizes)) is not None:
+            return View(view.value, reshaped.axes, start)
+        if len(axes) == len(sizes) and axes[-1].kind == "feature" and [axis.size for axis in axes[:-1]] == sizes[:-1]:
             axes[-1] = Axis("feature", sizes[-1], axes[-1].stride)
             return View(view.value, tuple(axes), start)
     return None
