@@ -250,22 +250,26 @@ class Device:
     def wait(self, fence: Fence, timeout: float = 600.0) -> None:
         """Return once the fence is reached.
 
-        Raises :class:`DeviceError` where the core stopped, :class:`DeviceTimeout` after ``timeout`` seconds; the
-        device is reset in both cases and can be used again.
+        Raises :class:`DeviceError` where the core stopped, :class:`DeviceTimeout` after ``timeout`` seconds. The
+        device is reset in both cases, and also where somebody interrupts the wait, and can be used again.
         """
-        deadline = time.monotonic() + timeout
+        try:
+            self._wait(fence, time.monotonic() + timeout, timeout)
+        except BaseException:
+            # An interrupt may come between any two steps; a program that is left running would run into the next one.
+            self.reset()
+            raise
+
+    def _wait(self, fence: Fence, deadline: float, timeout: float) -> None:
         while not self.reached(fence):
             if self.read("STATUS") & Status.ERROR:
-                error = DeviceError(
+                raise DeviceError(
                     ErrorCode(self.read("ERROR_CODE")),
                     self.read("ERROR_INSTRUCTION"),
                     self.read("ERROR_ADDRESS"),
                     self.read("ERROR_UNIT"),
                 )
-                self.reset()
-                raise error
             if time.monotonic() > deadline:
-                self.reset()
                 raise DeviceTimeout(f"'{self.uri}' did not reach fence {fence.value} in {timeout:g} s; it was reset")
             start = time.monotonic()
             cycles = self._core.run(BATCH_CYCLES)

@@ -6,6 +6,9 @@
     with lockstep.executor("fast:laptop") as device:
         vectors = model.embed(["The cat sleeps.", "A kitten naps."], device)
 
+    with lockstep.load("tiny", device="fast:laptop") as model:
+        print(model.generate("def add(", max_new_tokens=40).text)
+
 Names are fetched when they are first used: importing this package imports neither PyTorch nor a simulator.
 """
 
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
     from lockstep.compiler.allocation import CapacityError
     from lockstep.errors import ModelError
     from lockstep.executors import OpenExecutor, executor
-    from lockstep.model import Executor, Model, Report, load
+    from lockstep.generation import Generation, Stream
+    from lockstep.inspection import ModelReport
+    from lockstep.model import Executor, Model, load
+    from lockstep.run_report import Report
     from lockstep.verification import Difference, Verification, verify
 
 __version__ = "0.1.0"
@@ -37,13 +43,16 @@ _HOMES = {
     "Difference": "lockstep.verification",
     "DriverError": "lockstep_driver",
     "Executor": "lockstep.model",
+    "Generation": "lockstep.generation",
     "Model": "lockstep.model",
     "ModelError": "lockstep.errors",
+    "ModelReport": "lockstep.inspection",
     "OpenExecutor": "lockstep.executors",
     "OutOfDeviceMemory": "lockstep_driver",
     "Program": "lockstep_isa.program",
     "ProgramError": "lockstep_isa.program",
-    "Report": "lockstep.model",
+    "Report": "lockstep.run_report",
+    "Stream": "lockstep.generation",
     "ToolchainError": "lockstep_hls.toolchain",
     "Verification": "lockstep.verification",
     "executor": "lockstep.executors",
@@ -60,13 +69,16 @@ __all__ = [
     "Difference",
     "DriverError",
     "Executor",
+    "Generation",
     "Model",
     "ModelError",
+    "ModelReport",
     "OpenExecutor",
     "OutOfDeviceMemory",
     "Program",
     "ProgramError",
     "Report",
+    "Stream",
     "ToolchainError",
     "Verification",
     "executor",

@@ -6,6 +6,7 @@ PyTorch is imported when one is opened, not before: a URI can be checked without
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,24 @@ HOSTS: dict[str, tuple[Callable[[Progress], HostExecutor], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What the counters of all programs of an executor add up to; bytes are those on the bus of device memory."""
+
+    programs: int = 0
+    cycles: int = 0
+    mac_cycles: int = 0
+    bytes_moved: int = 0
+
+    def __sub__(self, earlier: Totals) -> Totals:
+        return Totals(
+            self.programs - earlier.programs,
+            self.cycles - earlier.cycles,
+            self.mac_cycles - earlier.mac_cycles,
+            self.bytes_moved - earlier.bytes_moved,
+        )
+
+
 class OpenExecutor:
     """An executor together with what it holds open; use it as a context manager, or call :meth:`close`.
 
@@ -51,7 +70,7 @@ class OpenExecutor:
     ----------
     uri : as it was given.
     config : the core; none where the host executes.
-    runs : the counters of every program that ran.
+    totals : the counters of every program that ran, added up.
     core_cycles, core_seconds : cycles that a core let pass, and the time that this took.
     watch : is told how many cycles have passed, now and then while a program runs.
     """
@@ -59,7 +78,7 @@ class OpenExecutor:
     def __init__(self, uri: str, executor: Executor | None = None, device: Device | None = None) -> None:
         self.uri = uri
         self.config: CoreConfig | None = None if device is None else device.config
-        self.runs: list[Counters] = []
+        self.totals = Totals()
         self.core_cycles = 0
         self.core_seconds = 0.0
         self.watch: Callable[[int], None] | None = None
@@ -68,7 +87,7 @@ class OpenExecutor:
             from lockstep.compiler.execute import DeviceExecutor
 
             device.watch = self._passed
-            executor = DeviceExecutor(device, self.runs.append)
+            executor = DeviceExecutor(device, self._ran)
         assert executor is not None
         self._executor = executor
 
@@ -92,7 +111,7 @@ class OpenExecutor:
     @property
     def cycles(self) -> int | None:
         """Cycles of all programs so far; none on the host, which counts none."""
-        return None if self._device is None else sum(counters.cycles for counters in self.runs)
+        return None if self._device is None else self.totals.cycles
 
     def close(self) -> None:
         """Give the device back."""
@@ -106,6 +125,16 @@ class OpenExecutor:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _ran(self, counters: Counters) -> None:
+        assert self.config is not None
+        so_far, beats = self.totals, counters.read_beats + counters.write_beats
+        self.totals = Totals(
+            so_far.programs + 1,
+            so_far.cycles + counters.cycles,
+            so_far.mac_cycles + counters.mac_cycles,
+            so_far.bytes_moved + beats * self.config.bus_bytes,
+        )
 
     def _passed(self, cycles: int, seconds: float) -> None:
         self.core_cycles += cycles

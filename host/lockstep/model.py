@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,10 +17,25 @@ from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
 from lockstep.checkpoint import find_folder, load_checkpoint
 from lockstep.errors import CaptureError, FallbackError, InputError, ModelError, TokenizerError
 from lockstep.evaluate import run_reference
-from lockstep.graph import Fallback, Graph, Input, Quantise
+from lockstep.executors import OpenExecutor, check_uri
+from lockstep.generation import (
+    NEW_TOKENS,
+    Generation,
+    Generator,
+    Message,
+    Options,
+    Prompt,
+    Stream,
+    is_batch,
+    prompt_ids,
+    room,
+)
+from lockstep.graph import Fallback, Graph, Input
+from lockstep.inspection import ModelReport, inspect
 from lockstep.pooling import Pooling, read_pooling
 from lockstep.quantise import Prescales, load_prescales, quantise
 from lockstep.recognise import recognise
+from lockstep.sampling import Defaults, read_defaults
 from lockstep.session import HostSession, Session
 from lockstep.text import load_tokenizer, token_ids
 
@@ -64,38 +79,6 @@ class HostExecutor:
         return HostSession(graph, capacity, self.operations)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a model is made of.
-
-    Attributes
-    ----------
-    source : where it came from.
-    operations : number of nodes of each kind.
-    fallbacks : for each part that PyTorch runs on the CPU, its operations and the reason.
-    parameters : number of parameters in the contract graph.
-    prescaled : quantise points with a pre-scale, and all of them.
-    max_tokens : longest sequence.
-    """
-
-    source: str
-    operations: dict[str, int]
-    fallbacks: tuple[tuple[str, str], ...]
-    parameters: int
-    prescaled: tuple[int, int]
-    max_tokens: int
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} {kind}" for kind, count in self.operations.items())
-        lines = [
-            f"{self.source}: {counts}",
-            f"{self.parameters:,} parameters; pre-scale at {self.prescaled[0]} of {self.prescaled[1]} quantise points; "
-            f"up to {self.max_tokens} tokens",
-        ]
-        lines.extend(f"on the CPU in PyTorch: {name} ({reason})" for name, reason in self.fallbacks)
-        return "\n".join(lines)
-
-
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model that is ready for any executor.
@@ -106,12 +89,17 @@ class Model:
     float_graph : float stage, from which another pre-scale can be fitted.
     pooling : how a sequence becomes one vector.
     folder : the model's files; none for a module.
+    device : URI of the executor on which the model runs if a call names no other.
+
+    The device is opened when it is first used, and stays open; use the model as a context manager, or call
+    :meth:`close`.
     """
 
     graph: Graph
     float_graph: Graph
     pooling: Pooling
     folder: Path | None
+    device: str = "cpu"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -129,10 +117,19 @@ class Model:
         """``float32[tokens, features]`` for one sequence of token ids, computed on the host by ``operations``."""
         return run_reference(self.graph, {self.input_name: token_ids}, operations)
 
-    def embed(self, texts: Sequence[str], executor: Executor | str = "cpu") -> np.ndarray:
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer that can be read."""
+        try:
+            return self.tokenizer is not None
+        except TokenizerError:
+            return False
+
+    def embed(self, texts: Sequence[str], executor: Executor | str | None = None) -> np.ndarray:
         """``float32[texts, features]``: one vector per text, pooled as the model's folder says.
 
-        ``executor`` is open already, or the URI of one that is opened for this call, such as ``"fast:laptop"``.
+        ``executor`` is open already, or the URI of one that is opened for this call, such as ``"fast:laptop"``; none
+        is the model's own device.
         """
         if isinstance(texts, str):
             raise InputError("the texts are one string; give a list of strings, even for a single text")
@@ -144,7 +141,121 @@ class Model:
             with open_executor(executor) as opened:
                 return self.embed(texts, opened)
         sequences = [{self.input_name: ids} for ids in self.tokenize(texts)]
-        return np.stack([self.pooling(hidden) for hidden in executor.run(self.graph, sequences)])
+        hidden_states = (executor or self.executor).run(self.graph, sequences)
+        return np.stack([self.pooling(hidden) for hidden in hidden_states])
+
+    # --- Generation ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def executor(self) -> OpenExecutor:
+        """The model's own device, opened when it is first asked for."""
+        from lockstep.executors import executor as open_executor
+
+        return open_executor(self.device)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Generation on the model's own device, with the cache that stays between prompts."""
+        return Generator(self, self.executor)
+
+    @cached_property
+    def generation_defaults(self) -> Defaults:
+        """What ``generation_config.json`` says."""
+        return read_defaults(self.folder)
+
+    def options(
+        self,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        context: int | None = None,
+    ) -> Options:
+        """What :meth:`generate` takes, with the model's defaults in place of what is not given; raises
+        ``InputError`` for values that make no sense.
+        """
+        defaults = self.generation_defaults
+        ends = defaults.end_tokens
+        if not ends and self.has_tokenizer and self.tokenizer.eos_token_id is not None:
+            ends = frozenset({self.tokenizer.eos_token_id})
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops:
+            _ = self.tokenizer  # without one, a stop string would be overlooked
+        sampling = defaults.chosen(temperature, top_k, top_p, seed)
+        return Options(max_new_tokens, sampling, stops, context, ends)
+
+    @overload
+    def generate(self, prompt: str | Sequence[int] | np.ndarray | Sequence[Message], **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Generation | list[Generation]:
+        """The text behind a prompt, or a list of them behind several.
+
+        Parameters
+        ----------
+        prompt : a text; token ids: int[n]; the messages ``{"role": ..., "content": ...}`` of a chat; or a list of
+            these, of which number n draws with ``seed + n``.
+        max_new_tokens : most new tokens; 128 if not given.
+        temperature, top_k, top_p, seed : see :class:`lockstep.sampling.Sampling`; what is not given is as in the
+            model's ``generation_config.json``. Without a temperature, or with 0, the best token is taken each time.
+        stop : a string or several, in front of which the text ends.
+        context : tokens that the cache holds; as many as are needed if not given.
+
+        Raises
+        ------
+        ModelError
+            one of its subclasses, such as ``SequenceLengthError`` where the prompt does not fit.
+        lockstep.OutOfDeviceMemory, lockstep.CapacityError
+            if model and cache do not fit the device.
+        """
+        if not is_batch(prompt):
+            return self._run(prompt, self.options(**options))
+        chosen = self.options(**options)
+        for each in prompt:
+            room(self, len(prompt_ids(self, each)), chosen)  # so that no work is lost to a prompt that is refused
+        return [self._run(each, chosen.numbered(n)) for n, each in enumerate(prompt)]
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """An iterator over the pieces of the text behind one prompt; takes what :meth:`generate` takes.
+
+        ``stream.result`` is what there is so far, with its report.
+        """
+        return self.generator.stream(prompt, self.options(**options))
+
+    def _run(self, prompt: Any, options: Options) -> Generation:
+        stream = self.generator.stream(prompt, options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def as_transformers(self, context: int | None = None) -> Any:
+        """This model as a ``transformers.PreTrainedModel`` that generates; see
+        :class:`lockstep.transformers_model.LockstepForCausalLM`.
+
+        ``context`` is the most tokens of a sequence; as many as the model has positions if not given.
+        """
+        from lockstep.transformers_model import LockstepForCausalLM
+
+        return LockstepForCausalLM(self, context)
+
+    def close(self) -> None:
+        """Give cache and device back; either is opened again when it is used."""
+        for name in ("generator", "executor"):
+            if (opened := self.__dict__.pop(name, None)) is not None:
+                opened.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- What it is ------------------------------------------------------------------------------------------------
 
     @property
     def input_name(self) -> str:
@@ -154,15 +265,9 @@ class Model:
             raise ModelError(f"the model has the inputs {', '.join(map(repr, names))}; run its graph with all of them")
         return names[0]
 
-    def report(self) -> Report:
-        """What was recognised, and what falls back to PyTorch and why."""
-        points = [node.prescale for node in self.graph.of(Quantise)]
-        fallbacks = tuple((node.name, node.reason) for node in self.graph.of(Fallback))
-        size = sum(array.size for array in self.graph.tensors.values())
-        prescaled = sum(prescale is not None for prescale in points)
-        return Report(
-            self.graph.source, self.graph.counts(), fallbacks, size, (prescaled, len(points)), self.graph.max_tokens
-        )
+    def report(self) -> ModelReport:
+        """What was recognised, what memory it takes, and what falls back to PyTorch and why."""
+        return inspect(self.graph)
 
 
 def load(
@@ -172,6 +277,7 @@ def load(
     example: Mapping[str, torch.Tensor] | None = None,
     max_tokens: int | None = None,
     strict: bool = False,
+    device: str = "cpu",
 ) -> Model:
     """Load a model: a Hugging Face folder, a Hub id in the local cache, ``"minilm"``, or any ``torch.nn.Module`` that
     exports.
@@ -183,24 +289,28 @@ def load(
     example : inputs with a batch of one with which a module is captured; not needed for models of transformers.
     max_tokens : longest sequence to serve; for models of transformers as many as they have positions, up to 4096.
     strict : whether to refuse a model of which a part would run in PyTorch.
+    device : URI of the executor on which the model runs, such as ``"rtl:laptop"``; opened at first use.
 
     Raises
     ------
     ModelError
         one of its subclasses, with a sentence that says what to do; ``FallbackError`` is what ``strict`` raises.
+    lockstep.DeviceNotFound
+        if ``device`` names none.
     """
+    check_uri(device)
     if isinstance(model, torch.nn.Module):
         graph = _float_graph(model, example, max_tokens, type(model).__name__)
         _refuse_fallbacks(graph, strict)
         chosen = None if prescale in (None, "default") else load_prescales(Path(str(prescale)))
-        return Model(quantise(graph, chosen), graph, Pooling(), None)
+        return Model(quantise(graph, chosen), graph, Pooling(), None, device)
     name = str(model)
     folder = find_folder(name)
     checkpoint = load_checkpoint(folder)
     pooling = read_pooling(folder)
     graph = _float_graph(checkpoint.module, example, max_tokens, name, checkpoint.require)
     _refuse_fallbacks(graph, strict)
-    return Model(quantise(graph, _prescales(prescale, name, folder)), graph, pooling, folder)
+    return Model(quantise(graph, _prescales(prescale, name, folder)), graph, pooling, folder, device)
 
 
 def _refuse_fallbacks(graph: Graph, strict: bool) -> None:

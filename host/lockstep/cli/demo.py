@@ -98,7 +98,7 @@ def _counts(opened: OpenExecutor) -> dict[str, Any]:
         return {"cycles": None, "utilisation": None, "cycles_per_second": None, "seconds": None}
     return {
         "cycles": cycles,
-        "utilisation": sum(counters.mac_cycles for counters in opened.runs) / max(cycles, 1),
+        "utilisation": opened.totals.mac_cycles / max(cycles, 1),
         "cycles_per_second": cycles / max(opened.core_seconds, 1e-9),
         "seconds": opened.core_seconds,
     }
