@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -50,7 +50,7 @@ class Options:
     """
 
     max_new_tokens: int = NEW_TOKENS
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     context: int | None = None
     end_tokens: frozenset[int] = frozenset()
@@ -312,7 +312,9 @@ def prompt_ids(model: Model, prompt: Prompt) -> np.ndarray:
     if array.size == 0 and array.ndim == 1:
         raise SequenceLengthError("the prompt is empty; give at least one word")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise InputError("a prompt is a string, a list of token ids, or a list of messages {'role': ..., 'content': ...}")
+        raise InputError(
+            "a prompt is a string, a list of token ids, or a list of messages {'role': ..., 'content': ...}"
+        )
     return array.astype(np.int64)
 
 

@@ -213,12 +213,13 @@ class Model:
         lockstep.OutOfDeviceMemory, lockstep.CapacityError
             if model and cache do not fit the device.
         """
-        if not is_batch(prompt):
-            return self._run(prompt, self.options(**options))
         chosen = self.options(**options)
-        for each in prompt:
+        if not is_batch(prompt):
+            return self._run(prompt, chosen)
+        prompts: Any = prompt
+        for each in prompts:
             room(self, len(prompt_ids(self, each)), chosen)  # so that no work is lost to a prompt that is refused
-        return [self._run(each, chosen.numbered(n)) for n, each in enumerate(prompt)]
+        return [self._run(each, chosen.numbered(n)) for n, each in enumerate(prompts)]
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """An iterator over the pieces of the text behind one prompt; takes what :meth:`generate` takes.
@@ -239,9 +240,9 @@ class Model:
 
         ``context`` is the most tokens of a sequence; as many as the model has positions if not given.
         """
-        from lockstep.transformers_model import LockstepForCausalLM
+        from lockstep.transformers_model import wrap
 
-        return LockstepForCausalLM(self, context)
+        return wrap(self, context)
 
     def close(self) -> None:
         """Give cache and device back; either is opened again when it is used."""

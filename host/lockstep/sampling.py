@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,10 @@ class Sampling:
 class Defaults:
     """What a model's folder says about generation: how tokens are chosen, and which of them end a text."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     end_tokens: frozenset[int] = frozenset()
 
-    def chosen(
-        self, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
-    ) -> Sampling:
+    def chosen(self, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling:
         """The folder's sampling with what the caller gives in its place. ``top_k`` or ``top_p`` asks for draws, so it
         makes the temperature 1 where there is none.
         """
@@ -152,9 +150,10 @@ class Sampler:
 
     def choose(self, token_ids: np.ndarray, logits: np.ndarray) -> int:
         """The token behind ``token_ids``: int64[n], from its logits: ``float32[vocabulary]``."""
-        scores = torch.from_numpy(logits[None].copy())
+        scores: Any = torch.from_numpy(logits[None].copy())
         if self._processors:
-            scores = self._processors(torch.from_numpy(token_ids[None].astype(np.int64)), scores)
+            before: Any = torch.from_numpy(token_ids[None].astype(np.int64))
+            scores = self._processors(before, scores)
         if self._generator is None:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))

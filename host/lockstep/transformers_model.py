@@ -1,7 +1,7 @@
 """A model as transformers sees one: ``generate`` and pipelines of transformers, on any executor.
 
-    wrapped = lockstep.load(folder, device="fast:laptop").as_transformers()
-    pipe = transformers.pipeline("text-generation", model=wrapped, tokenizer=wrapped.lockstep.tokenizer)
+wrapped = lockstep.load(folder, device="fast:laptop").as_transformers()
+pipe = transformers.pipeline("text-generation", model=wrapped, tokenizer=wrapped.lockstep.tokenizer)
 """
 
 from __future__ import annotations
@@ -144,6 +144,14 @@ class LockstepForCausalLM(PreTrainedModel, GenerationMixin):
         return full
 
 
+def wrap(model: Model, context: int | None = None) -> LockstepForCausalLM:
+    """``model`` as a :class:`LockstepForCausalLM`."""
+    names = _configuration(model).architectures or []
+    # Pipelines know the models that they serve by the names of their classes.
+    kind = type(names[0], (LockstepForCausalLM,), {}) if names else LockstepForCausalLM
+    return kind(model, context)
+
+
 def _configuration(model: Model) -> PretrainedConfig:
     """What transformers asks a model for."""
     if model.folder is not None:
@@ -151,4 +159,6 @@ def _configuration(model: Model) -> PretrainedConfig:
 
         return AutoConfig.from_pretrained(model.folder, local_files_only=True)
     ends = sorted(model.generation_defaults.end_tokens)
-    return PretrainedConfig(eos_token_id=ends or None, is_decoder=True, tie_word_embeddings=False)
+    result: Any = PretrainedConfig()
+    result.eos_token_id = ends or None
+    return result

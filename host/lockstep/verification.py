@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from lockstep_hls.toolchain import Progress
 
-from lockstep.executors import check_uri, executor
+from lockstep.executors import OpenExecutor, check_uri, executor
 from lockstep.graph import Gather, Graph
 
 Inputs = dict[str, np.ndarray]
@@ -103,6 +103,45 @@ def verify(graph: Graph, sequences: list[Inputs], devices: Sequence[str], progre
 
     Raises what :func:`lockstep.executor` and the model raise; every URI is checked before anything runs.
     """
+
+    def run(device: OpenExecutor) -> list[np.ndarray]:
+        return device.run(graph, sequences)
+
+    return _compare(devices, run, progress)
+
+
+def verify_generation(
+    graph: Graph, prompts: list[np.ndarray], tokens: int, devices: Sequence[str], progress: Progress = None
+) -> Verification:
+    """Generate ``tokens`` tokens behind each prompt: int[n], and compare the logits of each with those of the first
+    device, which alone chooses the tokens. Every device keeps its own key-value cache.
+
+    Raises ``ModelError`` for a graph that is no causal language model, or prompts that do not fit, and what
+    :func:`verify` raises. ``token`` of a difference counts generated tokens from 0.
+    """
+    chosen: list[list[int]] = []
+
+    def run(device: OpenExecutor) -> list[np.ndarray]:
+        results = []
+        for number, prompt in enumerate(prompts):
+            session = device.open_session(graph, len(prompt) + tokens)
+            rows = [session.extend(prompt)]
+            if len(chosen) == number:
+                chosen.append([])
+            for n in range(tokens - 1):
+                if len(chosen[number]) == n:
+                    chosen[number].append(int(rows[-1][0].argmax()))
+                rows.append(session.extend(np.array(chosen[number][n : n + 1])))
+            session.close()
+            results.append(np.concatenate(rows))
+        return results
+
+    return _compare(devices, run, progress)
+
+
+def _compare(
+    devices: Sequence[str], run: Callable[[OpenExecutor], list[np.ndarray]], progress: Progress
+) -> Verification:
     if len(devices) < 2:
         raise ValueError("a comparison needs two devices")
     for uri in devices:
@@ -116,7 +155,7 @@ def verify(graph: Graph, sequences: list[Inputs], devices: Sequence[str], progre
         with executor(uri, progress) as device:
             if progress is not None:
                 progress(f"running on {uri}")
-            results = device.run(graph, sequences)
+            results = run(device)
             cycles[uri] = device.cycles
         if expected is None:
             expected = results

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lockstep.model import Model
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id in the local cache, or 'minilm'.")
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id in the local cache, 'minilm' or 'tiny'.")
 ]
 
 
@@ -84,7 +84,7 @@ def embed(
     console.print(table(["text", "tokens", f"first of {vectors.shape[1]} features"], rows))
     if cycles is not None:
         console.print(f"{cycles:,} cycles on {device}", highlight=False)
-    _show_fallbacks(loaded)
+    show_fallbacks(loaded)
 
 
 @guarded
@@ -97,9 +97,15 @@ def verify(
     text: Annotated[list[str] | None, typer.Option(help="A text to run; give it several times for more.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random input that runs where no text is given.", min=0)] = 0,
     tokens: Annotated[int, typer.Option(help="Length of the random input.", min=1)] = 12,
+    generate: Annotated[
+        int | None,
+        typer.Option(help="Generate so many tokens behind each input, and compare the logits of each.", min=1),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the same inputs on several devices and compare all output values bit for bit.
+
+    With --generate the first device chooses tokens, which all others take too, each with its own key-value cache.
 
     Exit status: 0 if all are identical, 1 if one differs.
     """
@@ -111,19 +117,24 @@ def verify(
     _check_texts(text or [])
     with Steps() as steps:
         loaded = open_model(model, steps)
-        from lockstep.verification import random_inputs
+        from lockstep.verification import random_inputs, verify_generation
         from lockstep.verification import verify as compare
 
         if text:
             sequences = [{loaded.input_name: ids} for ids in loaded.tokenize(text)]
         else:
             sequences = [random_inputs(loaded.graph, tokens, seed)]
-        found = compare(loaded.graph, sequences, devices, steps)
+        if generate is None:
+            found = compare(loaded.graph, sequences, devices, steps)
+        else:
+            prompts = [next(iter(inputs.values())) for inputs in sequences]
+            found = verify_generation(loaded.graph, prompts, generate, devices, steps)
     first = found.first_difference
     report: dict[str, Any] = {
         "model": model,
         "devices": devices,
         "reference": found.reference,
+        "generated": generate,
         "identical": found.identical,
         "values_compared": found.values_compared,
         "differences": found.differences,
@@ -141,7 +152,7 @@ def verify(
             console.print(f"identical: {found.values_compared:,} values compared", highlight=False)
         else:
             console.print(f"different, first in {first}", highlight=False, soft_wrap=True)
-        _show_fallbacks(loaded)
+        show_fallbacks(loaded)
     if not found.identical:
         raise typer.Exit(DIFFERENT)
 
@@ -156,7 +167,8 @@ def _verdict(differences: int | None) -> str:
     return "the same bits" if differences == 0 else f"{differences:,} values differ"
 
 
-def _show_fallbacks(model: Model) -> None:
+def show_fallbacks(model: Model) -> None:
+    """A line for each part that PyTorch runs."""
     for part in fallbacks(model):
         text = f"on the CPU in PyTorch: {part['operations']} ({part['reason']})"
         results().print(text, markup=False, highlight=False, soft_wrap=True)
