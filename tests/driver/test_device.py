@@ -8,7 +8,7 @@ from lockstep_driver import DeviceNotFound, DriverError, OutOfDeviceMemory, open
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_driver.memory import Allocator
 from lockstep_isa.config import preset
-from lockstep_isa.instructions import LOAD, Memory
+from lockstep_isa.instructions import LOAD, STORE, Memory
 from lockstep_isa.program import Program, ProgramError
 
 
@@ -110,3 +110,39 @@ def test_a_device_works_after_a_timeout() -> None:
         builder = ProgramBuilder(device.config)
         builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=0)
         assert device.run(builder.finish(), timeout=30).instructions == 1
+
+
+@pytest.mark.parametrize("scheme", ["rtl", "fast"])
+def test_after_an_interrupt_the_next_run_gives_the_right_bits(scheme: str) -> None:
+    """Ctrl-C comes while a program copies one block of memory; another copies another block afterwards."""
+    words = 256
+    with open_device(f"{scheme}:tiny?memory=1M") as device:
+        size = words * device.config.vector_word_bytes
+        source, target = device.allocate(2 * size), device.allocate(2 * size)
+        values = np.arange(1, 2 * size // 4 + 1, dtype=np.float32)
+        source.write(values)
+
+        def copy(block: int, times: int) -> Program:
+            builder = ProgramBuilder(device.config)
+            for _ in range(times):
+                at = block * size
+                builder.emit(LOAD, memory=Memory.VECTOR, words=words, address=source.address + at)
+                builder.emit(STORE, memory=Memory.VECTOR, words=words, address=target.address + at)
+            return builder.finish()
+
+        def interrupt(cycles: int, seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        device.watch = interrupt
+        loaded = device.load(copy(0, 6400))
+        with pytest.raises(KeyboardInterrupt):
+            device.run(loaded)
+        device.watch = None
+        assert device.read("STATUS") == 0
+        assert device.read("RING_HEAD") == device.read("RING_TAIL") == 0
+        target.write(np.zeros(2 * size, np.uint8))
+        counters = device.run(copy(1, 1))
+        assert counters.instructions == 2
+        found = target.data.view(np.float32)
+        assert (found[: size // 4] == 0).all()
+        assert (found[size // 4 :] == values[size // 4 :]).all()

@@ -220,12 +220,13 @@ class Context:
                     f"{name}_{label}", factor if least else 0, factor, lambda at: factor if held(at) else 0
                 )
 
+            def panels(at: Position, held: Callable[[Position], int] = held) -> int:
+                return held(at) // rows
+
             sections.append(
                 Section(
                     index,
-                    self.operand(
-                        f"{name}_panels", least // rows, greatest // rows, lambda at, held=held: held(at) // rows
-                    ),
+                    self.operand(f"{name}_panels", least // rows, greatest // rows, panels),
                     self.operand(f"{name}_keys", least, greatest, held),
                     scaled("present", 1) if index else 0,
                     scaled("tiles", self.tiles) if index else 0,
