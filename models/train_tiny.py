@@ -67,6 +67,7 @@ def trained_model(corpus: Corpus, recipe: Recipe) -> LlamaForCausalLM:
 def store(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
     """Write weights (rounded to bfloat16), configuration and tokenizer; returns the model read back, in float32."""
     model.bfloat16().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone
     GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(folder)
     build_tokenizer(model.config.max_position_embeddings).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

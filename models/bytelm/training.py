@@ -19,7 +19,7 @@ from bytelm.tokenizer import BOS, EOS
 class Recipe:
     """How the model is trained; counted in steps and tokens, not in time, so that a run can be repeated."""
 
-    steps: int = 1600
+    steps: int = 1000
     #: Tokens of a step: windows of ``window`` tokens, in the last part of the steps of ``last_window`` tokens.
     tokens_per_step: int = 3072
     window: int = 256
