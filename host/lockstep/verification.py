@@ -119,24 +119,35 @@ def verify_generation(
     Raises ``ModelError`` for a graph that is no causal language model, or prompts that do not fit, and what
     :func:`verify` raises. ``token`` of a difference counts generated tokens from 0.
     """
-    chosen: list[list[int]] = []
+    chosen: list[list[int]] = [[] for _ in prompts]
 
     def run(device: OpenExecutor) -> list[np.ndarray]:
-        results = []
-        for number, prompt in enumerate(prompts):
-            session = device.open_session(graph, len(prompt) + tokens)
-            rows = [session.extend(prompt)]
-            if len(chosen) == number:
-                chosen.append([])
-            for n in range(tokens - 1):
-                if len(chosen[number]) == n:
-                    chosen[number].append(int(rows[-1][0].argmax()))
-                rows.append(session.extend(np.array(chosen[number][n : n + 1])))
-            session.close()
-            results.append(np.concatenate(rows))
-        return results
+        return [
+            generated_logits(device, graph, prompt, tokens, taken)
+            for prompt, taken in zip(prompts, chosen, strict=True)
+        ]
 
     return _compare(devices, run, progress)
+
+
+def generated_logits(
+    device: OpenExecutor, graph: Graph, prompt: np.ndarray, tokens: int, chosen: list[int]
+) -> np.ndarray:
+    """``float32[tokens, vocabulary]``: the logits from which ``tokens`` tokens behind ``prompt``: int[n] are chosen.
+
+    ``chosen`` holds the tokens to take; where it has fewer, the best ones are taken and appended.
+    """
+    session = device.open_session(graph, len(prompt) + tokens)
+    try:
+        rows = [session.extend(prompt)]
+        for number in range(tokens):
+            if len(chosen) == number:
+                chosen.append(int(rows[-1][0].argmax()))
+            if number + 1 < tokens:
+                rows.append(session.extend(np.array(chosen[number : number + 1])))
+        return np.concatenate(rows)
+    finally:
+        session.close()
 
 
 def _compare(

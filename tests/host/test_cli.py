@@ -21,7 +21,20 @@ from lockstep_rtl import synthesis
 from lockstep_sim.verilate import find_verilator
 
 TEXTS = ("the cat sleeps", "rain falls")
-COMMANDS = ("demo", "embed", "verify", "devices", "doctor", "compile", "disasm", "synth", "clean")
+COMMANDS = (
+    "demo",
+    "generate",
+    "chat",
+    "inspect",
+    "embed",
+    "verify",
+    "devices",
+    "doctor",
+    "compile",
+    "disasm",
+    "synth",
+    "clean",
+)
 
 
 def test_help_lists_every_command_and_each_has_an_example(cli: Command) -> None:
@@ -241,7 +254,8 @@ def test_clean_removes_builds_and_nothing_else(cli: Command, tmp_path: Path, mon
 def test_the_demo_compares_the_device_with_the_fast_core_and_the_cpu(
     cli: Command, minilm: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lockstep.model.load", lambda name: minilm)
+    models = {"minilm": minilm, "tiny": lockstep.load("tiny")}
+    monkeypatch.setattr("lockstep.model.load", lambda name: models[name])
     done = cli("demo", "--device", "fast:laptop", "--json")
     report = done.json
     assert done.status == 0
@@ -250,8 +264,13 @@ def test_the_demo_compares_the_device_with_the_fast_core_and_the_cpu(
     assert report["similarities"][0][1] > 0.5 > report["similarities"][0][2]
     assert 0.8 < report["utilisation"] < 1
     assert report["cycles"] < 3_000_000
+    generation = report["generation"]
+    assert generation["text"] == models["tiny"].generate(generation["prompt"], max_new_tokens=16).text
+    assert generation["compared_with"] == {"cpu": {"values_compared": 16 * 272, "differences": 0}}
+    assert generation["cycles"] > 1_000_000
     text = cli("demo", "--device", "cpu").out
     assert "fast:laptop" in text
+    assert "tiny writes:\ndef add(self, " in text
     assert "the same bits" in text
 
 
