@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from lockstep.errors import CaptureError
 from lockstep.fragment import ancestors
@@ -116,12 +116,34 @@ def _export(module: torch.nn.Module, example: Mapping[str, torch.Tensor], dynami
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer would hide what it is made of
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _plain_form(module):
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), kwargs=dict(example), dynamic_shapes=dynamic, strict=False)
             return program.run_decompositions({})
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def _plain_form(module: torch.nn.Module) -> Iterator[None]:
+    """With models of transformers set to keep no cache and to pick the weights of experts by index, which
+    ``lockstep.routing`` reads; afterwards they are as they were.
+    """
+    settings = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
+    configurations = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    before = [
+        (configuration, name, getattr(configuration, name))
+        for configuration in configurations.values()
+        for name in settings
+        if hasattr(configuration, name)
+    ]
+    try:
+        for configuration, name, _ in before:
+            setattr(configuration, name, settings[name])
+        yield
+    finally:
+        for configuration, name, value in before:
+            setattr(configuration, name, value)
 
 
 def _explain(module: torch.nn.Module, error: Exception) -> str:
@@ -144,7 +166,9 @@ def _captured(program: ExportedProgram, least: int, bound: int, fixed: bool) -> 
             source = program.state_dict if spec.target in program.state_dict else program.constants
             parameters[node] = (spec.target, source[spec.target].detach())
     outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    for output in outputs:
+    for output, result in zip(outputs, program.graph_signature.output_specs, strict=True):
+        if result.kind != OutputKind.USER_OUTPUT:
+            continue  # a buffer that the module changes
         value = output.meta.get("val") if isinstance(output, fx.Node) else None
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return Captured(program.graph, parameters, inputs, output, least, bound, fixed)

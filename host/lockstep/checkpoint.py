@@ -32,6 +32,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _FLOATS = {"F32", "F16", "BF16"}
+_WITH_LANGUAGE_HEAD = ("ForCausalLM", "LMHeadModel")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -113,7 +114,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     _check_index(folder, found)
     with _quiet():
         try:
-            module, report = transformers.AutoModel.from_pretrained(
+            module, report = _kind(config).from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
@@ -276,6 +277,13 @@ def _header(path: Path, size: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise CheckpointError(f"{path} is corrupt: its header is not readable; fetch the file again") from None
     return header
+
+
+def _kind(config: Any) -> Any:
+    """What to build: a model with its language head if ``config`` says that it writes text, else the bare model."""
+    if _architecture(config).endswith(_WITH_LANGUAGE_HEAD):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
 
 
 def _architecture(config: Any) -> str:

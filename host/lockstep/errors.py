@@ -34,6 +34,10 @@ class CaptureError(ModelError):
     """``torch.export`` could not capture the module, or the capture holds something that has no meaning here."""
 
 
+class FallbackError(ModelError):
+    """A model was asked for without fallbacks and has some; the message names every one and its reason."""
+
+
 class TokenizerError(ModelError):
     """A model folder has no tokenizer, or one that cannot be read."""
 

@@ -15,12 +15,14 @@ import torch
 from torch.nn import functional
 
 from lockstep.errors import InputError, SequenceLengthError
+from lockstep.experts import route, route_float, run_experts, run_experts_float
 from lockstep.graph import (
     Activation,
     Add,
     Attention,
     Constant,
     Dense,
+    Experts,
     Fallback,
     Gather,
     Graph,
@@ -34,6 +36,7 @@ from lockstep.graph import (
     Quantise,
     RMSNorm,
     Rotary,
+    Route,
     Value,
 )
 
@@ -216,6 +219,10 @@ def run_node(graph: Graph, node: Node, given: list[Any], operations: Operations 
             k, v = (quantise_heads(x, node, operations) for x in given[1:3])
             bias = given[3] if len(given) > 3 else None
             return attend(node, given[0], np.arange(first, first + len(given[0])), k, v, bias, operations)
+        case Route():
+            return route(node, given[0])
+        case Experts():
+            return run_experts(node, given[0], given[1], graph.tensors, operations)
     return host_node(graph, node, given)
 
 
@@ -245,13 +252,25 @@ def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
     def tensor(name: str | None) -> Any:
         return None if name is None else torch.from_numpy(graph.tensors[name])
 
-    if isinstance(node, Constant | Gather | Indices | Fallback):
+    if isinstance(node, Constant | Gather | Indices | PositionBias | Fallback):
         return host_node(graph, node, given)
+    if isinstance(node, Route):
+        return route_float(node, given[0])
+    if isinstance(node, Experts):
+        return run_experts_float(node, given[0], given[1], graph.tensors, _ACTIVATIONS[node.function])
     with torch.no_grad():
         x = [torch.from_numpy(np.ascontiguousarray(item)) for item in given]
         match node:
             case Add():
                 return (x[0] + x[1]).numpy()
+            case Multiply():
+                return (x[0] * x[1]).numpy()
+            case RMSNorm():
+                pieces = x[0].reshape(len(x[0]) * node.groups, -1)
+                normalised = functional.rms_norm(pieces, pieces.shape[1:], tensor(node.gamma), node.eps)
+                return normalised.reshape(x[0].shape).numpy()
+            case Rotary():
+                return _rotated(node, x[0], tensor(node.cos), tensor(node.sin)).numpy()
             case LayerNorm():
                 weight = tensor(node.gamma)
                 return functional.layer_norm(x[0], weight.shape, weight, tensor(node.beta), node.eps).numpy()
@@ -262,10 +281,38 @@ def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
                 bias = None if node.bias is None else tensor(node.bias)[rows]
                 return functional.linear(x[0], tensor(node.weight)[rows], bias).numpy()
             case Attention():
-                q, k, v = (item.reshape(len(item), node.heads, node.head_dim).transpose(0, 1) for item in x)
-                mixed = functional.scaled_dot_product_attention(q, k, v, scale=node.scale)
-                return mixed.transpose(0, 1).reshape(len(x[0]), -1).contiguous().numpy()
+                return _attended(node, *x).numpy()
     return host_node(graph, node, given)
+
+
+def _rotated(node: Rotary, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    pairs = cos.shape[1]
+    cos, sin = cos[: len(x), None], sin[: len(x), None]
+    y = x.reshape(len(x), node.heads, node.head_dim).clone()
+    step = 2 if node.interleaved else 1
+    first = slice(0, pairs * step, step)
+    second = slice(1, 2 * pairs, 2) if node.interleaved else slice(pairs, 2 * pairs)
+    low, high = y[..., first].clone(), y[..., second].clone()
+    y[..., first], y[..., second] = low * cos - high * sin, high * cos + low * sin
+    return y.reshape(x.shape)
+
+
+def _attended(
+    node: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    tokens = len(q)
+    q, k, v = (item.reshape(tokens, -1, node.head_dim).transpose(0, 1) for item in (q, k, v))
+    shared = node.heads // node.kv_heads
+    k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    hidden = torch.zeros(tokens, tokens, dtype=torch.bool)
+    if node.causal:
+        hidden |= key > query
+    if node.window is not None:
+        hidden |= key <= query - node.window
+    mask = torch.zeros(tokens, tokens).masked_fill(hidden, -torch.inf)
+    mixed = functional.scaled_dot_product_attention(q, k, v, mask if bias is None else mask + bias, scale=node.scale)
+    return mixed.transpose(0, 1).reshape(tokens, -1).contiguous()
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -274,4 +321,5 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "relu": torch.relu,
 }

@@ -16,13 +16,14 @@ class Axis:
     """What one dimension of a PyTorch tensor means in the ``[tokens, features]`` array behind it.
 
     ``kind`` is ``"token"``, ``"feature"`` or ``"one"`` (a size of one that means nothing). Moving ``stride`` features
-    further in the array is moving one further along a feature axis. ``size`` is an integer, or a symbolic expression
-    for tokens.
+    further in the array is moving one further along a feature axis, or ``repeat`` further if every entry is shown that
+    many times in a row. ``size`` is an integer, or a symbolic expression for tokens.
     """
 
     kind: str
     size: Any
     stride: int = 0
+    repeat: int = 1
 
 
 ONE = Axis("one", 1)
@@ -42,9 +43,29 @@ class View:
         """The tensor itself, given the value's ``float32[tokens, features]``."""
         tensor = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
         tokens, features = tensor.shape
-        sizes = [tokens if axis.kind == "token" else int(axis.size) for axis in self.axes]
+        sizes = [tokens if axis.kind == "token" else int(axis.size) // axis.repeat for axis in self.axes]
         strides = [features if axis.kind == "token" else axis.stride for axis in self.axes]
-        return torch.as_strided(tensor, sizes, strides, self.offset)
+        shown = torch.as_strided(tensor, sizes, strides, self.offset)
+        for dimension, axis in enumerate(self.axes):
+            if axis.repeat > 1:
+                shown = shown.repeat_interleave(axis.repeat, dimension)
+        return shown
+
+
+def _rounded(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``function`` in float64, rounded to the type of its argument."""
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return function(x.double()).to(x.dtype)
+
+    return compute
+
+
+#: Single precision sines and cosines differ between processors; rounded ones give rotary tables that do not.
+_ROUNDED: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+    torch.ops.aten.cos.default: _rounded(torch.cos),
+    torch.ops.aten.sin.default: _rounded(torch.sin),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,7 @@ class Fragment:
                 copies[node] = graph.get_attr(name)
             elif node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node].target = _ROUNDED.get(node.target, node.target)
         graph.output(copies[output])
         self._module = fx.GraphModule(tensors, graph)
         self.reads = tuple(dict.fromkeys(source.value for source in self._sources))

@@ -280,6 +280,61 @@ class PositionBias(Node):
 
 
 @dataclass(frozen=True)
+class Route(Node):
+    """The choice of a router: for each token the ``top_k`` experts with the greatest logits, and their weights.
+
+    The value is the pair ``int64[tokens, top_k]``, ``float32[tokens, top_k]``, the greatest first and equals in the
+    order of their numbers. Weights are the softmax over all logits ``float32[tokens, experts]``, or over the chosen
+    ones if ``normalise``.
+    """
+
+    logits: Value
+    top_k: int
+    normalise: bool
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.logits,)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Names of the weights of one expert: gate and up ``[N, K]``, down ``[features, N]``.
+
+    They are float32 in the float stage. In the contract stage they are int8 and ``scales`` names the ``float32`` scales
+    of their output channels, in this order.
+    """
+
+    gate: str
+    up: str
+    down: str
+    scales: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All names."""
+        return (self.gate, self.up, self.down, *self.scales)
+
+
+@dataclass(frozen=True)
+class Experts(Node):
+    """The weighted sum of what a token's experts give: ``(function(x @ gate.T) * (x @ up.T)) @ down.T``.
+
+    ``route`` is the value of a ``Route``. Experts that no token chooses are not computed. In the contract stage x and
+    the product with the gate are quantised per token inside, as for ``Linear``.
+    """
+
+    x: Value
+    route: Value
+    experts: tuple[Expert, ...]
+    function: str
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.x, self.route)
+
+
+@dataclass(frozen=True)
 class Fallback(Node):
     """What is not recognised: a part of the captured model that PyTorch runs on the CPU.
 
@@ -377,6 +432,8 @@ _TENSOR_FIELDS = ("tensor", "table", "gamma", "beta", "weight", "scales", "bias"
 
 def tensor_names(node: Node) -> list[str]:
     """Names of the parameters that ``node`` uses, in the order of its fields."""
+    if isinstance(node, Experts):
+        return [name for expert in node.experts for name in expert.tensors]
     values: list[Any] = [getattr(node, field) for field in _TENSOR_FIELDS if hasattr(node, field)]
     return [value for value in values if isinstance(value, str)]
 

@@ -5,6 +5,7 @@ another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep.fragment import ONE, Axis, View
@@ -24,7 +25,7 @@ def reshape(view: View, shape: Sequence[Any]) -> View | None:
             axes.append(source.pop(0))
         elif size == 1:
             axes.append(ONE)
-        elif source and source[0].kind == "feature" and isinstance(size, int) and source[0].size % size == 0:
+        elif source and _divides(source[0], size):
             inner = source[0].size // size
             axes.append(Axis("feature", size, source[0].stride * inner))
             source[0] = Axis("feature", inner, source[0].stride)
@@ -35,10 +36,44 @@ def reshape(view: View, shape: Sequence[Any]) -> View | None:
     return View(view.value, tuple(axes), view.offset)
 
 
+def _divides(axis: Axis, size: Any) -> bool:
+    return axis.kind == "feature" and axis.repeat == 1 and isinstance(size, int) and size > 0 and axis.size % size == 0
+
+
 def _merge(outer: Axis, inner: Axis) -> Axis | None:
-    if inner.kind != "feature" or outer.stride != inner.stride * inner.size:
+    if inner.kind != "feature" or outer.repeat != 1 or inner.repeat != 1:
+        return None
+    if inner.stride == 0 and outer.stride != 0:  # every entry of the outer axis is shown inner.size times
+        return Axis("feature", outer.size * inner.size, outer.stride, inner.size)
+    if outer.stride != inner.stride * inner.size:
         return None
     return Axis("feature", outer.size * inner.size, inner.stride)
+
+
+def expand(view: View, shape: Sequence[Any]) -> View | None:
+    """``view`` with sizes of one repeated to those of ``shape``, new dimensions first; none if tokens would be."""
+    axes = [ONE] * (len(shape) - len(view.axes)) + list(view.axes)
+    for index, size in enumerate(shape):
+        if axes[index].size == size:
+            continue
+        if axes[index].kind != "one" or not isinstance(size, int):
+            return None
+        axes[index] = Axis("feature", size, 0)
+    return View(view.value, tuple(axes), view.offset)
+
+
+def repeat(view: View, dimension: int, times: int) -> View | None:
+    """``view`` with every entry of a feature dimension shown ``times`` times in a row; none for another dimension."""
+    axis = view.axes[dimension]
+    if axis.kind == "one":
+        axis = Axis("feature", times, 0)
+    elif axis.kind == "feature" and axis.repeat == 1:
+        axis = Axis("feature", axis.size * times, axis.stride, times)
+    else:
+        return None
+    axes = list(view.axes)
+    axes[dimension] = axis
+    return View(view.value, tuple(axes), view.offset)
 
 
 def permute(view: View, order: Sequence[int]) -> View:
@@ -58,7 +93,7 @@ def narrow(view: View, dimension: int, start: int, size: int) -> View | None:
     axis = view.axes[dimension]
     if axis.kind == "one" and (start, size) == (0, 1):
         return view
-    if axis.kind != "feature":
+    if axis.kind != "feature" or axis.repeat != 1:
         return None
     axes = list(view.axes)
     axes[dimension] = Axis("feature", size, axis.stride)
@@ -87,12 +122,38 @@ def row_width(view: View) -> int | None:
     return axes[1].size
 
 
-def head_shape(view: View) -> tuple[int, int] | None:
-    """``(heads, head_dim)`` if ``view`` is ``[heads, tokens, head_dim]`` but for sizes of one, else none."""
+@dataclass(frozen=True)
+class Heads:
+    """``heads`` heads of ``width`` neighbouring features each; ``repeat`` queries share each of them."""
+
+    heads: int
+    width: int
+    repeat: int = 1
+
+
+def head_shape(view: View) -> Heads | None:
+    """The heads if ``view`` is ``[heads, tokens, width]`` but for sizes of one, else none."""
+    kinds = [axis.kind for axis in view.axes if axis.kind != "one"]
+    if kinds[-2:] != ["token", "feature"]:
+        return None
+    return heads(view)
+
+
+def heads(view: View) -> Heads | None:
+    """The heads if ``view`` shows tokens and heads in any order, the features of a head last, else none.
+
+    Rows of features are one head.
+    """
     axes = [axis for axis in view.axes if axis.kind != "one"]
-    kinds = [axis.kind for axis in axes]
-    if kinds == ["token", "feature"] and axes[1].stride == 1:
-        return 1, axes[1].size
-    if kinds == ["feature", "token", "feature"] and axes[2].stride == 1 and axes[0].stride == axes[2].size:
-        return axes[0].size, axes[2].size
-    return None
+    features = [axis for axis in axes if axis.kind == "feature"]
+    if len(axes) != len(features) + 1 or not 1 <= len(features) <= 2:
+        return None
+    inner = features[-1]
+    if inner is not axes[-1] or inner.stride != 1 or inner.repeat != 1:
+        return None
+    if len(features) == 1:
+        return Heads(1, inner.size)
+    outer = features[0]
+    if outer.stride == 0:
+        return Heads(1, inner.size, outer.size)
+    return Heads(outer.size // outer.repeat, inner.size, outer.repeat) if outer.stride == inner.size else None

@@ -15,7 +15,7 @@ import torch
 from lockstep.bundled import BUNDLED
 from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
 from lockstep.checkpoint import find_folder, load_checkpoint
-from lockstep.errors import CaptureError, InputError, ModelError, TokenizerError
+from lockstep.errors import CaptureError, FallbackError, InputError, ModelError, TokenizerError
 from lockstep.evaluate import run_reference
 from lockstep.graph import Fallback, Graph, Input, Quantise
 from lockstep.pooling import Pooling, read_pooling
@@ -26,6 +26,9 @@ from lockstep.text import load_tokenizer, token_ids
 
 #: File in a model's folder that holds its pre-scale, if somebody fitted one.
 PRESCALE_FILE = "lockstep_prescale.safetensors"
+#: Longest sequence that a model is captured for unless a longer one is asked for: rotary tables grow with it, and so
+#: does the time to compute masks.
+LONGEST = 4096
 
 
 class Executor(Protocol):
@@ -168,6 +171,7 @@ def load(
     *,
     example: Mapping[str, torch.Tensor] | None = None,
     max_tokens: int | None = None,
+    strict: bool = False,
 ) -> Model:
     """Load a model: a Hugging Face folder, a Hub id in the local cache, ``"minilm"``, or any ``torch.nn.Module`` that
     exports.
@@ -177,15 +181,17 @@ def load(
     prescale : ``"default"`` takes what comes with the model, if anything; none takes nothing; a path names a file
         made by ``python -m lockstep.calibrate``.
     example : inputs with a batch of one with which a module is captured; not needed for models of transformers.
-    max_tokens : longest sequence to serve; not needed for models of transformers.
+    max_tokens : longest sequence to serve; for models of transformers as many as they have positions, up to 4096.
+    strict : whether to refuse a model of which a part would run in PyTorch.
 
     Raises
     ------
     ModelError
-        one of its subclasses, with a sentence that says what to do.
+        one of its subclasses, with a sentence that says what to do; ``FallbackError`` is what ``strict`` raises.
     """
     if isinstance(model, torch.nn.Module):
         graph = _float_graph(model, example, max_tokens, type(model).__name__)
+        _refuse_fallbacks(graph, strict)
         chosen = None if prescale in (None, "default") else load_prescales(Path(str(prescale)))
         return Model(quantise(graph, chosen), graph, Pooling(), None)
     name = str(model)
@@ -193,7 +199,18 @@ def load(
     checkpoint = load_checkpoint(folder)
     pooling = read_pooling(folder)
     graph = _float_graph(checkpoint.module, example, max_tokens, name, checkpoint.require)
+    _refuse_fallbacks(graph, strict)
     return Model(quantise(graph, _prescales(prescale, name, folder)), graph, pooling, folder)
+
+
+def _refuse_fallbacks(graph: Graph, strict: bool) -> None:
+    fallbacks = graph.of(Fallback)
+    if strict and fallbacks:
+        named = "; ".join(f"{node.name} ({node.reason})" for node in fallbacks)
+        parts = "a part" if len(fallbacks) == 1 else f"{len(fallbacks)} parts"
+        raise FallbackError(
+            f"{parts} of {graph.source} would run in PyTorch on the CPU: {named}; load it without strict to allow that"
+        )
 
 
 def _prescales(prescale: str | Path | None, name: str, folder: Path) -> Prescales | None:
@@ -218,7 +235,8 @@ def _float_graph(
 ) -> Graph:
     config = getattr(module, "config", None)
     if max_tokens is None:
-        max_tokens = getattr(config, "max_position_embeddings", None)
+        positions = getattr(config, "max_position_embeddings", None)
+        max_tokens = min(positions, LONGEST) if isinstance(positions, int) else None
     captured = capture(module, _example(module, config) if example is None else example, max_tokens)
     if check is not None:
         check(used_parameters(captured))

@@ -10,6 +10,60 @@ from torch import fx
 
 from lockstep.fragment import operation_name
 
+#: Operations that copy, where data and types stay what they are.
+_COPIES = ("clone", "dropout", "contiguous", "alias", "_to_copy", "to", "type_as")
+
+
+def behind(node: Any) -> Any:
+    """``node`` without copies, such as dropout leaves in evaluation mode."""
+    while isinstance(node, fx.Node) and operation_name(node) in _COPIES:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+            break
+        node = source
+    return node
+
+
+def written_out_rms_norm(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """``(x, eps)`` if ``node`` is ``x / sqrt(mean(x^2) + eps)`` with the mean over the last dimension, else none."""
+    if len(node.args) < 2:
+        return None
+    first, second = (behind(operand) for operand in node.args[:2])
+    for x, scale in ((first, second), (second, first)):
+        if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node):
+            continue
+        inside = _under_root(scale, divided=operation_name(node) == "div")
+        if inside is None or (operation_name(node) == "div" and x is second):
+            continue
+        mean, eps = inside
+        if operation_name(mean) != "mean" or not (len(mean.args) > 2 and mean.args[2]):
+            continue
+        dimensions = mean.args[1]
+        squared = behind(mean.args[0])
+        if dimensions in ([-1], [squared.meta["val"].ndim - 1]) and _is_square(squared, x):
+            return x, eps
+    return None
+
+
+def _under_root(node: fx.Node, divided: bool) -> tuple[fx.Node, float] | None:
+    """``(y, eps)`` if ``node`` is ``rsqrt(y + eps)``, or ``sqrt(y + eps)`` where it is divided by."""
+    name = operation_name(node)
+    power = node.args[1] if name == "pow" else {"sqrt": 0.5, "rsqrt": -0.5}.get(name)
+    if power != (0.5 if divided else -0.5):
+        return None
+    inner = behind(node.args[0])
+    if operation_name(inner) != "add":
+        return inner, 0.0
+    y, eps = (inner.args[0], inner.args[1]) if isinstance(inner.args[0], fx.Node) else (inner.args[1], inner.args[0])
+    return (behind(y), float(eps)) if isinstance(eps, int | float) and isinstance(y, fx.Node) else None
+
+
+def _is_square(node: Any, x: fx.Node) -> bool:
+    name = operation_name(node)
+    if name == "mul":
+        return behind(node.args[0]) is x and behind(node.args[1]) is x
+    return behind(node.args[0]) is x and (name == "square" or (name == "pow" and node.args[1] == 2))
+
 
 def written_out_gelu(node: fx.Node) -> tuple[str, fx.Node] | None:
     """``(function, x)`` if the product ``node`` is a GELU of ``x``, else none.

@@ -12,6 +12,7 @@ contract's own error asks for.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file
 
 from lockstep.errors import PrescaleError
 from lockstep.evaluate import run_float
-from lockstep.graph import Add, Dense, Graph, Linear, Node, Quantise, Value, live, tensor_names
+from lockstep.graph import Add, Dense, Expert, Experts, Graph, Linear, Node, Quantise, Value, live, tensor_names
 
 #: Migration strengths that ``fit_prescales`` tries at every quantise point, besides no pre-scale at all.
 ALPHAS = tuple(step / 10 for step in range(1, 10))
@@ -85,6 +86,8 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
     quantised: dict[Value, Value] = {}
     fresh = max(node.value for node in graph) + 1
     for node in graph:
+        if isinstance(node, Experts):
+            node = dataclasses.replace(node, experts=tuple(_expert(expert, tensors) for expert in node.experts))
         if not isinstance(node, Dense):
             nodes.append(node)
             continue
@@ -123,6 +126,20 @@ def _linear(node: Dense, source: Value, prescale: Any, point: str, tensors: dict
         bias = f"{node.bias}{part}"
         tensors[bias] = tensors[node.bias or ""][start:stop]
     return Linear(node.value, source, name, f"{name}.scales", bias)
+
+
+def _expert(expert: Expert, tensors: dict[str, np.ndarray]) -> Expert:
+    names = [_int8(weight, tensors) for weight in (expert.gate, expert.up, expert.down)]
+    gate, up, down = names
+    return Expert(gate, up, down, tuple(f"{name}.scales" for name in names))
+
+
+def _int8(weight: str, tensors: dict[str, np.ndarray]) -> str:
+    """The name of the int8 form of a whole weight; its scales are called the same with ``.scales``."""
+    name = f"{weight}.int8"
+    if name not in tensors:
+        tensors[name], tensors[f"{name}.scales"] = quantise_weight(tensors[weight])
+    return name
 
 
 def _check(prescales: Mapping[str, np.ndarray], points: Mapping[str, Any], graph: Graph) -> None:

@@ -6,25 +6,24 @@ one that returns a tuple), or raises ``Unrecognised`` with the reason, which the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from lockstep import layout
+from lockstep import attention, layout, routing
 from lockstep.fragment import View, extent, operation_name, same
-from lockstep.graph import Activation, Add, Attention, Dense, Gather, LayerNorm
-from lockstep.masks import why_not_trivial
-from lockstep.patterns import written_out_gelu
-from lockstep.recogniser import RULES, Recogniser, Unrecognised, rule
+from lockstep.graph import Activation, Add, Constant, Dense, Gather, LayerNorm, Multiply, RMSNorm, Value
+from lockstep.patterns import written_out_gelu, written_out_rms_norm
+from lockstep.recogniser import RULES, Recogniser, Unrecognised, is_rows, rule
+from lockstep.rotary import resolve
 
 Arguments = dict[str, Any]
 
-__all__ = ["RULES"]
+#: Rules that stand in files of their own register themselves when these are imported.
+__all__ = ["RULES", "attention", "routing"]
 
-_FUNCTIONS = {"silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
+_FUNCTIONS = {"silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu"}
 
 
 @rule("linear")
@@ -44,7 +43,7 @@ def matmul(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     left, right = given["self"], given["other" if "other" in given else "mat2"]
     if right in state.constants:
         return _product(state, node, left, _transposed(state, right), None)
-    return _eager_attention(state, left, right)
+    return attention.written_out(state, left, right)
 
 
 def _transposed(state: Recogniser, weight: Any) -> tuple[str, torch.Tensor] | None:
@@ -103,13 +102,108 @@ def activation(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     return state.view(state.emit(Activation, value, function), node)
 
 
-@rule("mul")
+@rule("rms_norm")
+def rms_norm(state: Recogniser, node: fx.Node, given: Arguments) -> View:
+    if len(given["normalized_shape"]) != 1:
+        raise Unrecognised("rms_norm covers more than the features")
+    eps = torch.finfo(torch.float32).eps if given["eps"] is None else float(given["eps"])
+    gamma = state.name(given["weight"]) if given["weight"] is not None else None
+    if given["weight"] is not None and gamma is None:
+        raise Unrecognised("rms_norm has weights that are no parameters")
+    return _normalised(state, given["input"], gamma, eps)
+
+
+def _normalised(state: Recogniser, x: fx.Node, gamma: str | None, eps: float) -> View:
+    view, value, shape = _features(state, x)
+    gamma = _filled(state, "ones", shape.width) if gamma is None else gamma
+    return state.reuse(state.emit(RMSNorm, value, gamma, eps, shape.heads), view, shape.heads * shape.width)
+
+
+def _features(state: Recogniser, item: fx.Node) -> tuple[View, Value, layout.Heads]:
+    """``item`` as a view of all features of a value, for operations on every feature or head by itself."""
+    view = resolve(state, item)
+    if view is None and is_rows(item):
+        value = state.rows(item)
+        view = None if value is None else state.view(value, item)
+    found = None if view is None else state.canonical(view)
+    if view is None or found is None:
+        raise Unrecognised(f"{operation_name(item)} gives something that is no [tokens, features]")
+    return view, *found
+
+
+@rule("mul", "div")
 def product(state: Recogniser, node: fx.Node, given: Arguments) -> View:
-    found = written_out_gelu(node)
-    value = None if found is None else state.rows(found[1])
-    if found is None or value is None:
-        raise Unrecognised("the contract has no operation for mul")
-    return state.view(state.emit(Activation, value, found[0]), node)
+    if (gelu := written_out_gelu(node)) is not None and (value := state.rows(gelu[1])) is not None:
+        return state.view(state.emit(Activation, value, gelu[0]), node)
+    if (norm := written_out_rms_norm(node)) is not None:
+        return _normalised(state, norm[0], None, norm[1])
+    x, y = given["self"], given["other"]
+    if (number := _number(state, y)) is not None:
+        return _scaled(state, x, number if operation_name(node) == "mul" else 1 / number)
+    if operation_name(node) == "div":
+        raise Unrecognised("the contract has no operation for div")
+    if (number := _number(state, x)) is not None:
+        return _scaled(state, y, number)
+    for item, parameter in ((x, y), (y, x)):
+        if parameter in state.constants:
+            return _times_parameter(state, node, item, parameter)
+    return _times(state, node, x, y)
+
+
+def _number(state: Recogniser, item: Any) -> float | None:
+    """A factor that is the same for all features: a plain number, or a parameter with one entry."""
+    if isinstance(item, int | float):
+        return float(item)
+    tensor = state.constants.get(item)
+    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+
+
+def _scaled(state: Recogniser, item: fx.Node, factor: float) -> View:
+    view, value, shape = _features(state, item)
+    if factor == 1:
+        return view
+    width = shape.heads * shape.width
+    name = f"{factor!r}[{width}]"
+    name = name if name in state.tensors else state.store(name, torch.full((1, width), factor))
+    result = state.emit(Multiply, value, state.emit(Constant, name))
+    state.memory["scaled", result] = (value, factor)
+    return state.reuse(result, view, width)
+
+
+def _times_parameter(state: Recogniser, node: fx.Node, item: fx.Node, parameter: fx.Node) -> View:
+    view, value, shape = _features(state, item)
+    tensor = state.constants[parameter]
+    norm = state.nodes[value]
+    if isinstance(norm, RMSNorm) and norm.gamma == _filled(state, "ones", shape.width) and norm.groups == shape.heads:
+        gamma = state.name(parameter)
+        if gamma is not None and tensor.numel() == shape.width == tensor.shape[-1]:
+            tensor = tensor.reshape(-1)
+            gamma = gamma if state.constants[parameter].ndim == 1 else state.store(gamma, tensor)
+            weighted = state.emit(RMSNorm, norm.x, gamma, norm.eps, norm.groups)
+            return state.reuse(weighted, view, shape.heads * shape.width)
+    row = state.constant(parameter, shape.width) if shape.heads == 1 else None
+    if row is None:
+        raise Unrecognised("mul has a parameter that is no row of features")
+    return state.reuse(state.emit(Multiply, value, row), view, shape.width)
+
+
+def _times(state: Recogniser, node: fx.Node, x: Any, y: Any) -> View:
+    if x in state.fixed or y in state.fixed:
+        raise Unrecognised("mul has a factor that depends on the position and is no rotary embedding")
+    if not same(x.meta["val"].shape, y.meta["val"].shape):
+        raise Unrecognised("mul repeats an operand")
+    (view, left, shape), (other, right, _) = _features(state, x), _features(state, y)
+    if view.axes != other.axes:
+        raise Unrecognised("mul has operands with different heads")
+    return state.reuse(state.emit(Multiply, left, right), view, shape.heads * shape.width)
+
+
+@rule("pow", "square")
+def square(state: Recogniser, node: fx.Node, given: Arguments) -> View:
+    if operation_name(node) == "pow" and given.get("exponent") != 2:
+        raise Unrecognised("the contract has no powers but squares")
+    view, value, shape = _features(state, given["self"])
+    return state.reuse(state.emit(Multiply, value, value), view, shape.heads * shape.width)
 
 
 @rule("add")
@@ -123,6 +217,10 @@ def add(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     if any(operand.meta["val"].ndim == 0 or extent(operand.meta["val"].shape[-1]) != width for operand in operands):
         raise Unrecognised("add repeats an operand along the features")
     values = []
+    if node.meta["val"].ndim > 3 and any(
+        operand not in state.constants and resolve(state, operand) is None for operand in operands
+    ):
+        raise Unrecognised("")  # heads, such as a part of a rotary embedding: whoever reads the whole will tell
     for operand in operands:
         value = state.constant(operand, width) if operand in state.constants else state.rows(operand)
         if value is None:
@@ -133,74 +231,14 @@ def add(state: Recogniser, node: fx.Node, given: Arguments) -> View:
 
 @rule("embedding")
 def embedding(state: Recogniser, node: fx.Node, given: Arguments) -> View:
+    if not is_rows(node):
+        raise Unrecognised("embedding gives no [tokens, features]")
     table, indices = state.name(given["weight"]), state.indices(given["indices"])
     if table is None or indices is None:
         raise Unrecognised(
             "embedding looks up a table that is no parameter, or with indices that are computed from features"
         )
     return state.view(state.emit(Gather, table, indices), node)
-
-
-@rule("scaled_dot_product_attention")
-def attention(state: Recogniser, node: fx.Node, given: Arguments) -> View:
-    if given["is_causal"] or given["dropout_p"] or given.get("enable_gqa"):
-        raise Unrecognised("attention is causal, drops out or shares heads")
-    views = [state.views.get(given[name]) for name in ("query", "key", "value")]
-    return _attention(state, views, given["attn_mask"], given["scale"])
-
-
-def _eager_attention(state: Recogniser, weights: fx.Node, v: fx.Node) -> View:
-    """softmax(q @ k.T * scale + mask) @ v, written out."""
-    softmax = _behind(weights)
-    if operation_name(softmax) not in ("softmax", "_softmax"):
-        raise Unrecognised("the contract has no product of two computed tensors outside attention")
-    if softmax.args[1] not in (-1, softmax.meta["val"].ndim - 1):
-        raise Unrecognised("softmax is not over keys")
-    scores, mask = _behind(softmax.args[0]), None
-    if operation_name(scores) == "add":
-        scores, mask = _behind(scores.args[0]), scores.args[1]
-    scores, scale = _unscaled(scores)
-    if operation_name(scores) not in ("matmul", "bmm"):
-        raise Unrecognised("softmax is not over a product of queries and keys")
-    (q, of_q), (k, of_k) = (_unscaled(_behind(operand)) for operand in scores.args[:2])
-    turned = state.views.get(k)
-    key = layout.transpose(turned, -1, -2) if isinstance(turned, View) else None
-    return _attention(state, [state.views.get(q), key, state.views.get(v)], mask, scale * of_q * of_k)
-
-
-def _behind(node: Any) -> fx.Node:
-    """``node`` without the copies that dropout leaves in evaluation mode."""
-    while operation_name(node) in ("clone", "dropout", "contiguous", "alias"):
-        node = node.args[0]
-    return node
-
-
-def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
-    """``node`` without a factor that is a plain number, and that factor."""
-    name = operation_name(node)
-    if name not in ("mul", "div") or not isinstance(node.args[1], int | float):
-        return node, 1.0
-    factor = float(node.args[1])
-    return _behind(node.args[0]), factor if name == "mul" else 1 / factor
-
-
-def _attention(state: Recogniser, views: Sequence[Any], mask: Any, scale: float | None) -> View:
-    if not all(isinstance(view, View) for view in views):
-        raise Unrecognised("attention has a query, key or value that is no view of [tokens, features]")
-    shapes = {layout.head_shape(view) for view in views}
-    tokens = {axis.size for view in views for axis in view.axes if axis.kind == "token"}
-    shape = shapes.pop()
-    if shapes or shape is None or len(tokens) != 1:
-        raise Unrecognised("query, key and value are not [heads, tokens, head_dim] of one size")
-    if mask is not None and (reason := why_not_trivial(state, mask)) is not None:
-        raise Unrecognised(reason)
-    heads, width = shape
-    values = [state.features(view.value, view.offset, heads * width) for view in views]
-    if None in values:
-        raise Unrecognised("query, key or value is a part of something that is no product")
-    factor = 1 / math.sqrt(width) if scale is None else float(scale)
-    value = state.emit(Attention, *values, heads, width, factor)
-    return state.reuse(value, views[0], heads * width)
 
 
 def _moved(result: View | None, node: fx.Node) -> View:
@@ -210,8 +248,8 @@ def _moved(result: View | None, node: fx.Node) -> View:
 
 
 def _source(state: Recogniser, item: Any) -> View:
-    view = state.views.get(item)
-    if not isinstance(view, View):
+    view = resolve(state, item)
+    if view is None:
         raise Unrecognised("")
     return view
 
@@ -222,7 +260,7 @@ def reshape(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     return _moved(layout.reshape(_source(state, given.get("self", given.get("input"))), shape), node)
 
 
-@rule("clone", "contiguous", "dropout", "alias", "detach", "_to_copy", "to", "lift_fresh_copy")
+@rule("clone", "contiguous", "dropout", "alias", "detach", "_to_copy", "to", "lift_fresh_copy", "type_as")
 def copy(state: Recogniser, node: fx.Node, given: Arguments) -> View:
     item = given.get("self", given.get("input"))
     if node.meta["val"].dtype != torch.float32 or given.get("train"):
@@ -232,9 +270,17 @@ def copy(state: Recogniser, node: fx.Node, given: Arguments) -> View:
 
 @rule("expand")
 def expand(state: Recogniser, node: fx.Node, given: Arguments) -> View:
-    if not same(node.meta["val"].shape, given["self"].meta["val"].shape):
-        raise Unrecognised("expand repeats its data")
-    return _source(state, given["self"])
+    view = layout.expand(_source(state, given["self"]), [extent(size) for size in node.meta["val"].shape])
+    if view is None:
+        raise Unrecognised("expand repeats tokens")
+    return view
+
+
+@rule("repeat_interleave")
+def repeat_interleave(state: Recogniser, node: fx.Node, given: Arguments) -> View:
+    if not isinstance(given.get("repeats"), int) or given["dim"] is None:
+        raise Unrecognised("repeat_interleave does not repeat evenly")
+    return _moved(layout.repeat(_source(state, given["self"]), given["dim"], given["repeats"]), node)
 
 
 @rule("permute", "transpose", "t", "numpy_T")

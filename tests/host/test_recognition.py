@@ -120,7 +120,7 @@ def test_encoder_layers_of_pytorch_are_recognised(norm_first: bool) -> None:
     assert difference(module, graph, torch.randn(1, 11, FEATURES)) < 1e-4
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "tanh", "sigmoid", "relu"])
 def test_activations_of_the_contract_are_recognised(activation: str) -> None:
     module = Block(activation=activation).eval()
     graph = rows(module)
@@ -149,7 +149,7 @@ def _convolved() -> tuple[nn.Module, Graph]:
     return module, rows(module)
 
 
-@pytest.mark.parametrize(("middle", "name"), [(Sine(), "sin"), (Convolution(), "conv1d"), (nn.ReLU(), "relu")])
+@pytest.mark.parametrize(("middle", "name"), [(Sine(), "sin"), (Convolution(), "conv1d"), (nn.ELU(), "elu")])
 def test_what_is_not_recognised_runs_in_pytorch_and_is_named(middle: nn.Module, name: str) -> None:
     module = Between(middle).eval()
     graph = rows(module)
@@ -160,26 +160,93 @@ def test_what_is_not_recognised_runs_in_pytorch_and_is_named(middle: nn.Module, 
     assert difference(module, graph, torch.randn(1, 13, FEATURES)) < 1e-4
 
 
-def test_causal_attention_is_no_bidirectional_attention() -> None:
+def test_causal_attention_is_recognised_but_is_no_language_model_on_features() -> None:
     module = Causal().eval()
     graph = rows(module)
-    assert graph.of(Attention) == []
-    (fallback,) = graph.of(Fallback)
-    assert fallback.reason.startswith("attention is causal")
+    assert [node.causal for node in graph.of(Attention)] == [True]
+    assert graph.of(Fallback) == []
+    assert not graph.causal
     assert difference(module, graph, torch.randn(1, 6, FEATURES)) < 1e-4
 
 
-def test_a_mask_that_hides_keys_is_found_and_keeps_its_effect() -> None:
+def hidden(name: str) -> Any:
+    """Masks on attention by the names of what they hide: ``bool`` or ``float32[tokens, tokens]`` from a length."""
+
+    def of(tokens: Any) -> torch.Tensor:
+        query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+        distance = query - key
+        masks = {
+            "later": distance >= 0,
+            "later and those before the last five": (distance >= 0) & (distance < 5),
+            "nothing, added": torch.zeros(tokens, tokens),
+            "later, added": torch.where(distance >= 0, 0.0, torch.finfo(torch.float32).min),
+            "far": distance.abs() * -0.125,
+            "later and far": torch.where(distance >= 0, distance * -0.125, -torch.inf),
+            "the first": key != 0,
+            "those around": distance.abs() < 3,
+            "the position": key * -0.125 + 0.0 * query,
+        }
+        return masks[name]
+
+    return of
+
+
+class Masked(Block):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.mask = hidden(name)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.packed(x)[..., :FEATURES].unflatten(-1, (4, -1)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(q, q, q, self.mask(x.shape[1]))
+        return mixed.transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "window", "biased"),
+    [
+        ("later", True, None, False),
+        ("later and those before the last five", True, 5, False),
+        ("nothing, added", False, None, False),
+        ("later, added", True, None, False),
+        ("far", False, None, True),
+        ("later and far", True, None, True),
+    ],
+)
+def test_masks_are_read_by_what_they_hide(name: str, causal: bool, window: int | None, biased: bool) -> None:
+    module = Masked(name).eval()
+    graph = rows(module)
+    assert graph.of(Fallback) == []
+    (node,) = graph.of(Attention)
+    assert (node.causal, node.window, node.bias is not None) == (causal, window, biased)
+    for tokens in (1, 4, 40):
+        assert difference(module, graph, torch.randn(1, tokens, FEATURES)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("the first", "in a way of its own"),
+        ("those around", "in a way of its own"),
+        ("the position", "more than the distance of tokens"),
+    ],
+)
+def test_a_mask_that_attention_cannot_say_is_named_and_keeps_its_effect(name: str, reason: str) -> None:
+    module = Masked(name).eval()
+    graph = rows(module)
+    assert graph.of(Attention) == []
+    assert any(reason in node.reason for node in graph.of(Fallback))
+    assert difference(module, graph, torch.randn(1, 9, FEATURES)) < 1e-4
+
+
+def test_a_causal_model_without_its_head_keeps_its_values() -> None:
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(3)
-    module = GPT2Model(
-        GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=100, n_positions=64, use_cache=False, **ENDS)
-    ).eval()
+    module = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=100, n_positions=64, **ENDS)).eval()
     graph = recognise(capture(module, {"input_ids": torch.ones(1, 8, dtype=torch.int64)}, 64))
-    assert graph.of(Attention) == []
-    assert any("attention" in node.reason for node in graph.of(Fallback))
-    assert len(graph.of(Dense)) == 4
+    assert graph.causal
+    assert graph.of(Fallback) == []
     assert difference(module, graph, torch.tensor([[5, 6, 7, 8, 9]])) < 1e-4
 
 
