@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.hdl import Cat, Module, Mux, Shape, Signal, Value
+from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.memory import Memory as Ram
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import BY_OPCODE, INSTRUCTION_BYTES, INSTRUCTION_TYPES, STORE, Memory
+from lockstep_isa.instructions import (
+    BY_OPCODE,
+    HEADER,
+    INSTRUCTION_BYTES,
+    INSTRUCTION_TYPES,
+    OPERANDS,
+    STORE,
+    Field,
+    InstructionType,
+    Memory,
+    selector,
+)
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
 
 from ..axi import ADDRESS_BITS, ReadMaster
-from ..interfaces import instruction_layout
 from ..transfer.bursts import UnitError, Window
-from .queue import INDEX_BITS
+from .queue import INDEX_BITS, queue_entry
 
 #: Fetched instructions that wait for dispatch; as many are asked for ahead.
 FETCH_AHEAD = 8
+#: Most fields of one instruction that may have an operand.
+SLOTS = max(len(t.variable) for t in INSTRUCTION_TYPES)
+OPERAND_BITS = 32
+OPERAND_BYTES = OPERANDS * OPERAND_BITS // 8
 
 
 class Sequencer(wiring.Component):
@@ -27,7 +42,7 @@ class Sequencer(wiring.Component):
     -----
     ring_base, ring_size, ring_tail : In(32). ring_head, fence : Out(32).
     bus : Out(ReadMaster), instruction fetch. window : In(Window). halt : In(1), ask for nothing more.
-    push_NAME : Out(stream of index, instruction), one per instruction type.
+    push_NAME : Out(stream of index, skip, instruction), one per instruction type.
     units_idle : In(1), no unit has work. busy : Out(1), a descriptor is under way.
     dispatched : Out(1), an instruction leaves. outstanding : Out(1), fetches are under way.
     error : Out(UnitError), index : Out(24) of the instruction at the head.
@@ -36,16 +51,14 @@ class Sequencer(wiring.Component):
     enumeration does not have, a STORE of another memory than VECTOR and stray bits are refused here, before any unit
     sees them. A descriptor is complete when all its instructions are. Fetches never ask for more than the buffer
     holds, so that data for LOAD is never stuck behind them on the shared bus.
+
+    An instruction leaves two cycles behind its arrival at the head, one with n operands n + 2 cycles later. A program
+    that has operands begins with the fetch of all of them, 256 bytes, that of its instructions right behind.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        members = {
-            f"push_{t.name.lower()}": Out(
-                stream.Signature(data.StructLayout({"index": INDEX_BITS, "instruction": instruction_layout(t)}))
-            )
-            for t in INSTRUCTION_TYPES
-        }
+        members = {f"push_{t.name.lower()}": Out(stream.Signature(queue_entry(t))) for t in INSTRUCTION_TYPES}
         super().__init__(
             members
             | {
@@ -88,13 +101,13 @@ class Sequencer(wiring.Component):
             r.ready.eq(1),
             self.outstanding.eq(flying.any() | ar.valid),
         ]
-        asked, arrived, used = Signal(), Signal(), Signal()
+        asked, arrived, used, stored = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [asked.eq(ar.valid & ar.ready), arrived.eq(r.valid & r.last)]
         # Checked in one cycle, shown from the next one until it is taken.
         with m.If(~ar.valid | ar.ready):
             m.d.sync += ar.valid.eq(want & inside)
         m.d.sync += [
-            credit.eq(credit + asked - used),
+            credit.eq(credit + asked - used - stored),
             flying.eq(flying + asked - arrived),
         ]
         with m.If(asked):
@@ -103,46 +116,129 @@ class Sequencer(wiring.Component):
         word, complete = Signal(word_bits), Signal()
         with m.If(r.valid):
             m.d.sync += word.eq(Cat(word, r.data)[8 * bus_bytes :])
-        m.d.sync += complete.eq(arrived)
+        m.d.sync += complete.eq(arrived & ~stored)
         m.d.comb += [buffer.w_en.eq(complete), buffer.w_data.eq(word), used.eq(buffer.r_en & buffer.r_rdy)]
+
+        # Operands go past the buffer into a memory of their own, a beat a word.
+        m.submodules.operands = operands = Ram(shape=Shape(8 * bus_bytes), depth=OPERAND_BYTES // bus_bytes, init=[])
+        loading, with_operands = Signal(), Signal()
+        write = operands.write_port()
+        operand_beat = Signal.like(write.addr)
+        m.d.comb += [
+            write.en.eq(loading & r.valid),
+            write.addr.eq(operand_beat),
+            write.data.eq(r.data),
+            stored.eq(loading & arrived),
+        ]
+        with m.If(write.en):
+            m.d.sync += operand_beat.eq(operand_beat + 1)
+            with m.If(operand_beat.all()):
+                m.d.sync += loading.eq(0)
 
         # Dispatch: the head of the buffer goes to its unit's queue.
         head = buffer.r_data
         index, left = self.index, Signal(32)
+        dispatching = Signal()
         known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
         # The verdict on the head is one cycle old: it is looked at in one cycle and dispatched from the next one on.
         vetted, is_known, is_malformed = Signal(), Signal(), Signal()
         m.d.sync += [
-            vetted.eq(buffer.r_rdy & ~buffer.r_en),
+            vetted.eq(buffer.r_rdy & ~buffer.r_en & dispatching),
             is_known.eq(known),
             is_malformed.eq(malformed),
         ]
+
+        def bits(t: InstructionType, name: str) -> Value:
+            offset, field = t.layout[name]
+            return head[offset : offset + field.width]
+
+        # Slot n is the n-th field that may have an operand: what the head says of it, then what is worked out.
+        selectors = [Signal(range(OPERANDS), name=f"selector{n}") for n in range(SLOTS)]
+        values = [Signal(OPERAND_BITS, name=f"value{n}") for n in range(SLOTS)]
+        counts, changed = Signal(SLOTS), Signal(SLOTS)
+        sums = [
+            Signal(max(t.variable[n].width for t in INSTRUCTION_TYPES if n < len(t.variable)), name=f"sum{n}")
+            for n in range(SLOTS)
+        ]
+        skip = Signal()
         for t in INSTRUCTION_TYPES:
             push = getattr(self, f"push_{t.name.lower()}")
-            view = data.View(instruction_layout(t), head[: t.width])
-            m.d.comb += [push.payload.index.eq(index), push.payload.instruction.eq(view)]
-            wrong = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            slots = {f.name: n for n, f in enumerate(t.variable)}
+
+            def effective(f: Field, t: InstructionType = t, slots: dict[str, int] = slots) -> Value:
+                value = bits(t, f.name)
+                return (
+                    value if f.name not in slots else Mux(changed[slots[f.name]], sums[slots[f.name]], value)[: f.width]
+                )
+
+            m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(skip)]
+            m.d.comb += [getattr(push.payload.instruction, f.name).eq(effective(f)) for f in (*HEADER, *t.fields)]
+            wrong = [
+                (bits(t, f.name) == 0) & (bits(t, selector(f.name)) == 0 if f.operand else 1)
+                for f in t.fields
+                if f.minimum
+            ]
             wrong += [
-                ~getattr(view, f.name).matches(*map(int, f.choices))
+                ~bits(t, f.name).matches(*map(int, f.choices))
                 for f in t.fields
                 if f.choices is not None and len(f.choices) < 1 << f.width
             ]
             if t is STORE:
-                wrong.append(view.memory != Memory.VECTOR)
+                wrong.append(bits(t, "memory") != Memory.VECTOR)
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),
                     malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
                     push.valid.eq(dispatch & ~is_malformed),
                     pushed.eq(push.valid & push.ready),
+                    counts.eq(Cat(f.minimum for f in t.variable)),
                 ]
+                for name, n in slots.items():
+                    m.d.comb += [values[n].eq(bits(t, name)), selectors[n].eq(bits(t, selector(name)))]
         assert len(BY_OPCODE) == len(INSTRUCTION_TYPES)
+
+        # Operands of the head: read one a cycle, add in the next one, look for counts of zero in the one behind.
+        reads, choice, adds, added = (Signal(SLOTS, name=n) for n in ("reads", "choice", "adds", "added"))
+        lanes = bus_bytes * 8 // OPERAND_BITS
+        read = operands.read_port()
+        chosen, place = Signal(range(OPERANDS)), Signal(range(lanes))
+        total = Signal(OPERAND_BITS)
+        lane_bits = (lanes - 1).bit_length()
+        m.d.comb += [
+            choice.eq(reads & (~reads + 1)[:SLOTS]),
+            chosen.eq(_select(choice, selectors)),
+            read.en.eq(choice.any()),
+            read.addr.eq(chosen[lane_bits:]),
+            total.eq(_select(adds, values) + Mux(with_operands, read.data.word_select(place, OPERAND_BITS), 0)),
+        ]
+        m.d.sync += [reads.eq(reads & ~choice), adds.eq(choice), added.eq(adds), place.eq(chosen[:lane_bits])]
+        for n, value in enumerate(sums):
+            with m.If(adds[n]):
+                m.d.sync += value.eq(total)
+            with m.If(added[n] & counts[n] & (value == 0)):
+                m.d.sync += skip.eq(1)
+        with m.If(~vetted):
+            found = Cat(s.any() for s in selectors)
+            m.d.sync += [changed.eq(found), skip.eq(0)]
+            with m.If(buffer.r_rdy & dispatching):
+                m.d.sync += reads.eq(found)
+        settled = ~Cat(reads, adds, added).any()
 
         fields = {
             name: head[32 * n : 32 * n + 32] for n, (name, _) in enumerate(DESCRIPTOR_FIELDS)
         }  # the head, read as a descriptor
         fence = Signal(32)
         fail, code = Signal(), Signal(4)
+        begin = Signal()  # the descriptor at the head is done with, its program comes
+        with m.If(begin):
+            m.d.comb += buffer.r_en.eq(1)
+            m.d.sync += [
+                address.eq(fields["program"]),
+                remaining.eq(fields["count"]),
+                left.eq(fields["count"]),
+                fence.eq(fields["fence"]),
+                with_operands.eq(fields["operands"].any()),
+            ]
         m.d.comb += self.busy.eq(1)
         with m.FSM():
             with m.State("WAIT"):
@@ -156,21 +252,24 @@ class Sequencer(wiring.Component):
                     ]
                     m.next = "READ"
             with m.State("READ"), m.If(buffer.r_rdy):
-                m.d.comb += buffer.r_en.eq(1)
-                m.d.sync += [
-                    address.eq(fields["program"]),
-                    remaining.eq(fields["count"]),
-                    left.eq(fields["count"]),
-                    fence.eq(fields["fence"]),
-                    index.eq(0),
-                ]
-                m.next = "DISPATCH"
                 with m.If(fields["config_crc"] != self.config.crc):
-                    m.d.sync += remaining.eq(0)
                     m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
                     m.next = "STOP"
+                with m.Elif(fields["operands"].any()):
+                    m.d.sync += [
+                        address.eq(fields["operands"]),
+                        remaining.eq(OPERAND_BYTES // INSTRUCTION_BYTES),
+                        loading.eq(1),
+                    ]
+                    m.next = "OPERANDS"
+                with m.Else():
+                    m.d.comb += begin.eq(1)
+                    m.next = "DISPATCH"
+            with m.State("OPERANDS"), m.If(remaining == 0):
+                m.d.comb += begin.eq(1)
+                m.next = "DISPATCH"
             with m.State("DISPATCH"):
-                m.d.comb += dispatch.eq(vetted & ~self.halt)
+                m.d.comb += [dispatching.eq(1), dispatch.eq(vetted & settled & ~self.halt)]
                 with m.If(dispatch & ~(is_known & ~is_malformed)):
                     m.d.comb += [fail.eq(1), code.eq(Mux(is_known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
                     m.next = "STOP"
@@ -196,3 +295,11 @@ class Sequencer(wiring.Component):
         with m.Elif(fail):
             m.d.comb += self.error.code.eq(code)
         return m
+
+
+def _select(choice: Value, values: list[Signal]) -> Value:
+    """The value whose bit of the one-hot ``choice`` is set; 0 where none is."""
+    result: Value = Mux(choice[0], values[0], 0)
+    for n, value in enumerate(values[1:], 1):
+        result = result | Mux(choice[n], value, 0)
+    return result

@@ -81,7 +81,15 @@ def column_words(i: Instruction) -> int:
 
 
 def uses_y(i: Instruction) -> bool:
-    return i.add1 == FirstAdd.Y or i.mul3 == ThirdMultiply.Y
+    return i.add1 == FirstAdd.Y or i.add2 == SecondAdd.Y or i.mul3 == ThirdMultiply.Y
+
+
+def from_parameter(i: Instruction) -> bool:
+    return i.source in (Source.PARAMETER, Source.INTEGER)
+
+
+def transposes(i: Instruction) -> bool:
+    return i.destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED)
 
 
 def prologue_cycles(i: Instruction) -> int:
@@ -103,7 +111,7 @@ def column_cycles(config: CoreConfig, i: Instruction) -> int:
 def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     """Cycles of one row tile, prologue included; ``first`` where no other row precedes it."""
     per_column, words = column_cycles(config, i), column_words(i)
-    transposed = i.destination == Destination.WEIGHT_TRANSPOSED
+    transposed = transposes(i)
     paced = i.sum and not first
     pause = row_pause(i.columns, config.subwords) - 1
     # Time 0 is the first cycle of the prologue, so the last beat of the row before was at -1.
@@ -112,7 +120,7 @@ def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     for start in range(0, i.columns, config.rows):
         columns = min(config.rows, i.columns - start)
         if start:
-            now = now + words if i.source == Source.PARAMETER else max(now, entered + words)
+            now = now + words if from_parameter(i) else max(now, entered + words)
             entered = now
         if paced and start == PARTIALS:
             now = max(now, pause)
@@ -132,7 +140,7 @@ def tail_cycles(config: CoreConfig, i: Instruction) -> int:
     if i.sum:
         # To the tree, through it, through the adder into the assembled word, and its write.
         tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
-    if i.destination == Destination.WEIGHT_TRANSPOSED:
+    if transposes(i):
         tail = max(tail, ROUNDED + config.rows + 2)
     return ISSUE + tail
 
