@@ -12,13 +12,24 @@ from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import (
     LOAD,
     STORE,
-    TABLE_ENTRY_BYTES,
     Instruction,
     InstructionType,
     Memory,
     Unit,
+    resolve,
+    selector,
 )
-from lockstep_isa.program import Program, Region, depth_of, reads, writes
+from lockstep_isa.program import (
+    Operand,
+    Program,
+    ProgramError,
+    Region,
+    check_operand,
+    depth_of,
+    reads,
+    transfer_bytes,
+    writes,
+)
 
 _NEVER = -1
 
@@ -27,7 +38,8 @@ class ProgramBuilder:
     """Collects instructions and places their tokens.
 
     An instruction waits for another unit only where a word that it reads was written there, or a word that it
-    writes was read or written there, and only if no earlier wait of its unit already covers that.
+    writes was read or written there, and only if no earlier wait of its unit already covers that. Where operands move
+    or stretch what an instruction touches, it is taken to touch everything between the least and the greatest.
 
     Parameters
     ----------
@@ -36,6 +48,7 @@ class ProgramBuilder:
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
+        self._operands: list[Operand] = []
         self._instructions: list[Instruction] = []
         self._wait: list[int] = []
         self._signal: list[int] = []
@@ -50,18 +63,34 @@ class ProgramBuilder:
     def __len__(self) -> int:
         return len(self._instructions)
 
+    def operand(self, name: str, least: int, greatest: int) -> int:
+        """Declare a run-time operand with its limits, both legal; returns the number that selects it.
+
+        ``emit(VECTOR, columns=0, columns_operand=number, ...)`` adds its value to ``columns`` at each run. Raises
+        :class:`ProgramError` for a name that is taken, limits that do not fit 32 bits, and a 64th operand.
+        """
+        declared = Operand(name, least, greatest)
+        check_operand(declared, self._operands)
+        self._operands.append(declared)
+        return len(self._operands)
+
     def emit(self, type: InstructionType, **fields: int) -> int:
-        """Append an instruction, without tokens; returns its index."""
+        """Append an instruction, without tokens; returns its index.
+
+        A field NAME that has an operand takes its number as ``NAME_operand``; NAME itself is what is added to it.
+        """
         instruction = Instruction(type, **fields)
         unit, index = type.unit, len(self._instructions)
         needed = np.full(len(Unit), _NEVER, np.int64)
-        read, written = reads(self.config, instruction), writes(self.config, instruction)
+        extremes = self._extremes(instruction)
+        read = self._union([reads(self.config, i) for i in extremes], instruction)
+        written = self._union([writes(self.config, i) for i in extremes], instruction)
         for region in read:
             self._latest(self._written, region, needed)
         for region in written:
             self._latest(self._written, region, needed)
             self._latest(self._read, region, needed)
-        self._transfer(instruction, index, needed)
+        self._transfer(extremes, index, needed)
 
         wait = 0
         for other in Unit:
@@ -86,7 +115,30 @@ class ProgramBuilder:
                 i.replace(wait=w, signal=s) if w or s else i
                 for i, w, s in zip(self._instructions, self._wait, self._signal, strict=True)
             ),
+            tuple(self._operands),
         )
+
+    def _extremes(self, instruction: Instruction) -> list[Instruction]:
+        """What runs with the least and with the greatest operands, if it does anything."""
+        numbers = [instruction.values[selector(field.name)] for field in instruction.type.variable]
+        if not any(numbers):
+            return [instruction]
+        if max(numbers) > len(self._operands):
+            raise ProgramError(
+                f"instruction {len(self._instructions)} ({instruction.type.name}) selects operand {max(numbers)}, "
+                f"{len(self._operands)} are declared; call operand() first"
+            )
+        ends = ([o.least for o in self._operands], [o.greatest for o in self._operands])
+        return [i for values in ends if (i := resolve(instruction, values)) is not None]
+
+    @staticmethod
+    def _union(extremes: list[list[Region]], instruction: Instruction) -> list[Region]:
+        """The regions of all extremes; one without gaps where an operand moves the block on chip."""
+        regions = list(dict.fromkeys(region for touched in extremes for region in touched))
+        if len(regions) > 1 and instruction.type in (LOAD, STORE) and instruction.local_operand:
+            start, end = min(r.start for r in regions), max(r.end for r in regions)
+            return [Region(regions[0].memory, start, end - start)]
+        return regions
 
     @staticmethod
     def _runs(region: Region) -> list[slice]:
@@ -102,16 +154,16 @@ class ProgramBuilder:
         for run in self._runs(region):
             table[region.memory][unit, run] = index
 
-    def _transfer(self, i: Instruction, index: int, needed: np.ndarray) -> None:
+    def _transfer(self, extremes: list[Instruction], index: int, needed: np.ndarray) -> None:
         """Order in device memory: LOAD behind an overlapping STORE, STORE behind an overlapping LOAD."""
-        if i.type not in (LOAD, STORE):
+        if not extremes or extremes[0].type not in (LOAD, STORE):
             return
-        word = {Memory.TABLE: TABLE_ENTRY_BYTES, Memory.VECTOR: 4 * self.config.rows}
-        word[Memory.PARAMETER] = word[Memory.VECTOR]
-        begin = i.address
-        end = begin + (i.rows - 1) * i.stride + i.words * word.get(Memory(i.memory), self.config.rows)
+        begin = min(i.address for i in extremes)
+        end = max(i.address + (i.rows - 1) * i.stride + i.words * transfer_bytes(self.config, i) for i in extremes)
         mine, others, other = (
-            (self._fetched, self._stored, Unit.STORE) if i.type is LOAD else (self._stored, self._fetched, Unit.LOAD)
+            (self._fetched, self._stored, Unit.STORE)
+            if extremes[0].type is LOAD
+            else (self._stored, self._fetched, Unit.LOAD)
         )
         # Recent ones last: the first overlap found from behind is the latest.
         for first, last, at in reversed(others):

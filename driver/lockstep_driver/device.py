@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import Unit
-from lockstep_isa.program import Program, ProgramError, validate
+from lockstep_isa.instructions import OPERANDS, Unit
+from lockstep_isa.program import Operand, Program, ProgramError, validate
 from lockstep_isa.registers import (
     BY_NAME,
     CORE_COUNTERS,
@@ -30,6 +30,8 @@ from .memory import Allocator, Buffer
 
 #: Descriptors in the command ring.
 RING_SLOTS = 16
+#: Bytes of the operands of one run in device memory.
+OPERAND_BYTES = 4 * OPERANDS
 #: Cycles without progress after which the core stops itself.
 WATCHDOG_CYCLES = 1_000_000
 #: Cycles between two looks at the clock while waiting for a fence.
@@ -56,11 +58,12 @@ class Counters:
 
 @dataclass(frozen=True)
 class LoadedProgram:
-    """A program in device memory, ready to be submitted any number of times."""
+    """A program in device memory, ready to be submitted any number of times, with the operands that each run gives."""
 
     code: Buffer
     count: int
     config_crc: int
+    operands: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,30 @@ class Fence:
     """A submitted program: reached once the device's fence counter is at least ``value``."""
 
     value: int
+
+
+def operand_values(declared: tuple[Operand, ...], given: Mapping[str | int, int]) -> list[int]:
+    """The value of each declared operand in the order of their numbers.
+
+    given : operand name or number -> value. Raises :class:`DriverError` unless every declared operand, and nothing
+    else, has a value inside its limits.
+    """
+    numbers = {operand.name: n for n, operand in enumerate(declared, 1)}
+    known = ", ".join(numbers) or "none"
+    values: dict[int, int] = {}
+    for key, value in given.items():
+        number = numbers.get(key) if isinstance(key, str) else key
+        if number is None or not 1 <= number <= len(declared):
+            raise DriverError(f"the program has no operand {key!r}; it declares: {known}")
+        name, least, greatest = declared[number - 1]
+        if number in values:
+            raise DriverError(f"operand '{name}' is given twice, by name and by number")
+        if not least <= value <= greatest:
+            raise DriverError(f"operand '{name}' is {value}; this program takes {least}..{greatest}")
+        values[number] = int(value)
+    if missing := [name for name, number in numbers.items() if number not in values]:
+        raise DriverError(f"the program needs a value for operand '{missing[0]}'; it declares: {known}")
+    return [values[n] for n in range(1, len(declared) + 1)]
 
 
 class Device:
@@ -91,6 +118,7 @@ class Device:
         self._identify()
         self._allocator = Allocator(core.memory)
         self._ring = self._allocator.allocate(RING_SLOTS * DESCRIPTOR_BYTES)
+        self._operands = self._allocator.allocate(RING_SLOTS * OPERAND_BYTES)
         self._submitted = 0
         self.watch: Callable[[int, float], None] | None = None
         self._configure()
@@ -169,26 +197,36 @@ class Device:
         code = program.encode()
         buffer = self.allocate(len(code))
         buffer.write(np.frombuffer(code, np.uint8))
-        return LoadedProgram(buffer, len(program.instructions), program.config_crc)
+        return LoadedProgram(buffer, len(program.instructions), program.config_crc, program.operands)
 
     def unload(self, loaded: LoadedProgram) -> None:
         """Free a program's memory; it must not be running."""
         self.free(loaded.code)
 
-    def submit(self, loaded: LoadedProgram) -> Fence:
-        """Put a program in the command ring and ring the doorbell."""
+    def submit(self, loaded: LoadedProgram, operands: Mapping[str | int, int] | None = None) -> Fence:
+        """Put a program in the command ring and ring the doorbell.
+
+        operands : a value for each operand that the program declares, by name or number. Raises
+        :class:`DriverError` where one is missing, unknown or outside its limits, and where the ring is full.
+        """
+        values = operand_values(loaded.operands, operands or {})
         if self._submitted - self.read("RING_HEAD") >= RING_SLOTS:
             raise DriverError(f"the command ring is full: {RING_SLOTS} programs wait; wait for a fence first")
         fence = Fence((self._submitted + 1) & 0xFFFFFFFF)
+        slot = self._submitted % RING_SLOTS
         words = {
             "program": loaded.code.address,
             "count": loaded.count,
             "config_crc": loaded.config_crc,
             "fence": fence.value,
+            "operands": self._operands.address + slot * OPERAND_BYTES if values else 0,
         }
+        if values:
+            block = np.zeros(OPERANDS, np.uint32)
+            block[1 : len(values) + 1] = [value & 0xFFFFFFFF for value in values]
+            self._operands.write(block, slot * OPERAND_BYTES)
         descriptor = struct.pack(f"<{len(DESCRIPTOR_FIELDS)}I", *(words[name] for name, _ in DESCRIPTOR_FIELDS))
-        slot = self._submitted % RING_SLOTS * DESCRIPTOR_BYTES
-        self._ring.write(np.frombuffer(descriptor, np.uint8), slot)
+        self._ring.write(np.frombuffer(descriptor, np.uint8), slot * DESCRIPTOR_BYTES)
         self._submitted += 1
         self.write("RING_TAIL", self._submitted & 0xFFFFFFFF)
         return fence
@@ -222,12 +260,18 @@ class Device:
         """Whether the program behind the fence is complete."""
         return (self.read("FENCE") - fence.value) & 0xFFFFFFFF < 1 << 31
 
-    def run(self, program: Program | LoadedProgram, timeout: float = 600.0, check: bool = True) -> Counters:
-        """Run one program to its end and return what the counters say of it."""
+    def run(
+        self,
+        program: Program | LoadedProgram,
+        operands: Mapping[str | int, int] | None = None,
+        timeout: float = 600.0,
+        check: bool = True,
+    ) -> Counters:
+        """Run one program to its end and return what the counters say of it; ``operands`` as in :meth:`submit`."""
         loaded = self.load(program, check) if isinstance(program, Program) else program
         try:
             self.clear_counters()
-            self.wait(self.submit(loaded), timeout)
+            self.wait(self.submit(loaded, operands), timeout)
         finally:
             if loaded is not program:
                 self.unload(loaded)

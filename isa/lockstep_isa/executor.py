@@ -7,6 +7,7 @@ device memory.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from .config import CoreConfig
 from .instructions import (
     LOAD,
     MATRIX,
+    OPERANDS,
     STORE,
     TABLE_ENTRIES,
     TABLE_ENTRY_BYTES,
@@ -25,6 +27,7 @@ from .instructions import (
     FirstMultiply,
     Function,
     Instruction,
+    Mask,
     Maximum,
     Memory,
     SecondAdd,
@@ -32,8 +35,9 @@ from .instructions import (
     Source,
     Tap,
     ThirdMultiply,
+    resolve,
 )
-from .program import Program, table_shift
+from .program import Program, table_shift, transposes, uses_y
 from .tables import TableFunction
 
 F32 = NDArray[np.float32]
@@ -69,13 +73,19 @@ class GoldenCore:
         self.table = np.zeros((TABLE_SLOTS * TABLE_ENTRIES, 3), np.float32)
         self.accumulators: deque[NDArray[np.int32]] = deque()
 
-    def run(self, program: Program) -> None:
-        """Execute every instruction in list order."""
+    def run(self, program: Program, operands: Sequence[int] = ()) -> None:
+        """Execute every instruction in list order.
+
+        operands : value of operand 1, 2, ...; those not given are zero.
+        """
+        values = [*operands, *[0] * (OPERANDS - 1 - len(operands))]
         for instruction in program.instructions:
-            self.execute(instruction)
+            resolved = resolve(instruction, values)
+            if resolved is not None:
+                self.execute(resolved)
 
     def execute(self, i: Instruction) -> None:
-        """Execute one instruction."""
+        """Execute one resolved instruction."""
         if i.type is LOAD:
             self._load(i)
         elif i.type is STORE:
@@ -102,11 +112,14 @@ class GoldenCore:
                 operands[local] = self.memory[start : start + i.words * rows].view(np.int8).reshape(i.words, rows)
 
     def _store(self, i: Instruction) -> None:
+        rows, lane_bytes = self.config.rows, 1 if i.bytes else 4
         for row in range(i.rows):
             start = i.address + row * i.stride
             local = i.local + row * i.local_stride
-            raw = np.ascontiguousarray(self.vector[local : local + i.words]).view(np.uint8).reshape(-1)
-            self.memory[start : start + raw.size] = raw
+            raw = self.vector[local : local + i.words].view(np.uint8).reshape(i.words, rows, 4)[:, :, :lane_bytes]
+            target = self.memory[start : start + raw.size].reshape(raw.shape)
+            first = i.lane if row == 0 else 0
+            target[:, first:] = raw[:, first:]
 
     def _matrix(self, i: Instruction) -> None:
         activation = self.activation.view(np.uint8) if i.unsigned else self.activation
@@ -138,7 +151,7 @@ class GoldenCore:
         """One row tile; arrays are f32[columns, rows]."""
         n = i.columns
         x = self._source(i, tile)
-        y = self.vector[i.y + tile * i.y_stride :][:n] if i.add1 == FirstAdd.Y or i.mul3 == ThirdMultiply.Y else x
+        y = self.vector[i.y + tile * i.y_stride :][:n] if uses_y(i) else x
         lane0 = self.parameter[(i.lane0 + tile) % len(self.parameter)]
         lane1 = self.parameter[(i.lane1 + tile) % len(self.parameter)]
 
@@ -165,14 +178,20 @@ class GoldenCore:
             x = numerics.add(x, self._columns(i.column1, n))
         elif i.add2 == SecondAdd.IMMEDIATE1:
             x = numerics.add(x, _immediate(i.immediate1))
+        elif i.add2 == SecondAdd.Y:
+            x = numerics.add(x, y)
 
         exponent = np.zeros(x.shape, np.int32)
         if i.function == Function.SCORE:
-            x = numerics.clamp_score(x)
+            hidden = self._hidden(i, tile)
+            # The lower limit has the exponent that hidden scores count with.
+            x = np.where(hidden, -numerics.SCORE_LIMIT, numerics.clamp_score(x))
             exponent = numerics.exp2_parts(x)[1]
+            x = np.where(hidden, np.float32(-np.inf), x)
         elif i.function == Function.EXP2:
             m, power = numerics.exp2_parts(numerics.clamp_score(x), self._table(i))
-            x = numerics.scale2(m, power.astype(np.int64) - lane0.view(np.int32)[None])
+            scaled = numerics.scale2(m, power.astype(np.int64) - lane0.view(np.int32)[None])
+            x = np.where(np.isneginf(x), np.float32(0), scaled)
         elif i.function == Function.RELU:
             x = numerics.relu(x)
         elif i.function != Function.NONE:
@@ -198,12 +217,25 @@ class GoldenCore:
         if maximum is not None:
             self.parameter[i.max_to + tile] = maximum.astype(np.int32).view(np.float32)
 
+    def _hidden(self, i: Instruction, tile: int) -> NDArray[np.bool_]:
+        """Which scores of a row tile the mask hides: bool[columns, rows]."""
+        if i.mask == Mask.NONE:
+            return np.zeros((i.columns, self.config.rows), np.bool_)
+        first_row = (i.first_row ^ 1 << 19) - (1 << 19)  # two's complement of 20 bits
+        position = first_row + tile * self.config.rows + np.arange(self.config.rows)
+        column = np.arange(i.columns)[:, None]
+        visible = column <= position
+        if i.window:
+            visible &= column > position - i.window
+        return ~visible
+
     def _source(self, i: Instruction, tile: int) -> F32:
         if i.source == Source.ACCUMULATOR:
             tiles = [self.accumulators.popleft() for _ in range(-(-i.columns // self.config.columns))]
             return numerics.int_to_float(np.concatenate(tiles, axis=1).T[: i.columns])
         memory = self.vector if i.source == Source.VECTOR else self.parameter
-        return memory[i.x + tile * i.x_stride :][: i.columns]
+        x = memory[i.x + tile * i.x_stride :][: i.columns]
+        return numerics.int_to_float(x.view(np.int32)) if i.source == Source.INTEGER else x
 
     def _write(self, i: Instruction, tile: int, x: F32) -> None:
         start = i.to + tile * i.to_stride
@@ -211,18 +243,28 @@ class GoldenCore:
             self.vector[start : start + i.columns] = x
         elif i.destination == Destination.PARAMETER:
             self.parameter[start : start + i.columns] = x
-        elif i.destination == Destination.ACTIVATION:
-            self.activation[start : start + i.columns] = numerics.round_to_int8bits(x).view(np.int8)
-        elif i.destination == Destination.WEIGHT:
-            self.weight[start : start + i.columns] = numerics.round_to_int8bits(x).view(np.int8)
-        elif i.destination == Destination.WEIGHT_TRANSPOSED:
-            columns, rows = self.config.columns, self.config.rows
-            groups = -(-i.columns // columns)
-            padded = np.zeros((groups * columns, rows), np.int8)
-            padded[: i.columns] = numerics.round_to_int8bits(x).view(np.int8)
-            for group in range(groups):
-                word = start + group * i.to_group
-                self.weight[word : word + rows] = padded[group * columns : (group + 1) * columns].T
+        elif i.destination != Destination.NONE:
+            self._write_bytes(i, start, numerics.round_to_int8bits(x))
+
+    def _write_bytes(self, i: Instruction, start: int, x: NDArray[np.uint8]) -> None:
+        """The rounded result of one row tile, uint8[columns, rows], to its words from ``start`` on."""
+        columns, rows = self.config.columns, self.config.rows
+        if not transposes(i):
+            return self._write_words(i, start, x)
+        groups = -(-i.columns // columns)
+        padded = np.zeros((groups * columns, rows), np.uint8)
+        padded[: i.columns] = x
+        for group in range(groups):
+            self._write_words(i, start + group * i.to_group, padded[group * columns : (group + 1) * columns].T)
+
+    def _write_words(self, i: Instruction, start: int, words: NDArray[np.uint8]) -> None:
+        place = slice(start, start + len(words))
+        if i.destination == Destination.ACTIVATION:
+            self.activation[place] = words.view(np.int8)
+        elif i.destination in (Destination.WEIGHT, Destination.WEIGHT_TRANSPOSED):
+            self.weight[place] = words.view(np.int8)
+        else:
+            self.vector[place] = words.astype(np.uint32).view(np.float32)
 
 
 def _immediate(bits: int) -> F32:

@@ -417,12 +417,19 @@ def _mask_names(mask: int) -> str:
     return "+".join(u.name for u in Unit if mask >> u & 1)
 
 
-def disassemble(instruction: Instruction) -> str:
-    """One line of text: name, then each field that is not at its default."""
+def disassemble(instruction: Instruction, operands: Sequence[str] = ()) -> str:
+    """One line of text: name, then each field that is not at its default.
+
+    operands : names of the program's operands; a field to which operand 1 is added reads ``columns=0+NAME``.
+    """
     parts = [instruction.type.name]
+    selectors = {selector(field.name) for field in instruction.type.variable}
     for name, (_, field) in instruction.type.layout.items():
         value = instruction.values[name]
-        if name == "opcode" or (value == field.minimum and field.choices is None and field.minimum == 0):
+        number = instruction.values[selector(name)] if field.operand else 0
+        if name == "opcode" or name in selectors:
+            continue
+        if value == 0 and field.choices is None and not number:
             continue
         if name in ("wait", "signal"):
             text = _mask_names(value)
@@ -434,5 +441,7 @@ def disassemble(instruction: Instruction) -> str:
             text = f"{value:#x}"
         else:
             text = str(value)
+        if number:
+            text += "+" + (operands[number - 1] if number <= len(operands) else f"operand{number}")
         parts.append(f"{name}={text}")
     return " ".join(parts)

@@ -8,14 +8,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .config import ISA_VERSION, CoreConfig
 from .instructions import (
     INSTRUCTION_BYTES,
     LOAD,
     MATRIX,
+    OPERANDS,
     STORE,
     TABLE_ENTRIES,
+    TABLE_ENTRY_BYTES,
     TABLE_SLOTS,
     VECTOR,
     Destination,
@@ -23,31 +26,64 @@ from .instructions import (
     Function,
     Instruction,
     InstructionError,
+    Mask,
     Maximum,
     Memory,
+    SecondAdd,
     Source,
     ThirdMultiply,
     Unit,
     decode,
     disassemble,
     encode,
+    resolve,
+    selector,
 )
 
 #: First bytes of a program file.
 FILE_MAGIC = b"LKSTPROG"
-_HEADER = struct.Struct("<8sIIII")  # magic, ISA version, configuration CRC, instruction count, body CRC
+#: Longest name of an operand, in bytes of UTF-8.
+OPERAND_NAME_BYTES = 48
+# Magic, ISA version, configuration CRC, operand count, instruction count, body CRC; operands, then instructions follow.
+_HEADER = struct.Struct("<8sIIIII")
+_OPERAND = struct.Struct(f"<qq{OPERAND_NAME_BYTES}s")  # least, greatest, name
 
 
 class ProgramError(ValueError):
     """A program that must not run: the message names the instruction, what is wrong and what is legal."""
 
 
+class Operand(NamedTuple):
+    """A number that a program is given at each run: its name, and the least and the greatest legal value.
+
+    It is added modulo 2^width to fields that select it, so that a negative value counts down.
+    """
+
+    name: str
+    least: int
+    greatest: int
+
+
 @dataclass(frozen=True)
 class Program:
-    """Instructions for the core whose configuration has ``config_crc``; their list order is their meaning."""
+    """Instructions for the core whose configuration has ``config_crc``; their list order is their meaning.
+
+    Operand n of an instruction is ``operands[n - 1]``.
+    """
 
     config_crc: int
     instructions: tuple[Instruction, ...]
+    operands: tuple[Operand, ...] = ()
+
+    @property
+    def least(self) -> tuple[int, ...]:
+        """The least value of each operand."""
+        return tuple(operand.least for operand in self.operands)
+
+    @property
+    def greatest(self) -> tuple[int, ...]:
+        """The greatest value of each operand."""
+        return tuple(operand.greatest for operand in self.operands)
 
     def encode(self) -> bytes:
         """The instructions as the core fetches them, 64 bytes each."""
@@ -55,8 +91,10 @@ class Program:
 
     def to_bytes(self) -> bytes:
         """The content of a program file."""
-        body = self.encode()
-        return _HEADER.pack(FILE_MAGIC, ISA_VERSION, self.config_crc, len(self.instructions), zlib.crc32(body)) + body
+        operands = b"".join(_OPERAND.pack(o.least, o.greatest, o.name.encode()) for o in self.operands)
+        body = operands + self.encode()
+        counts = len(self.operands), len(self.instructions)
+        return _HEADER.pack(FILE_MAGIC, ISA_VERSION, self.config_crc, *counts, zlib.crc32(body)) + body
 
     def save(self, path: Path | str) -> None:
         """Write a program file."""
@@ -67,24 +105,30 @@ class Program:
         """Read a program file's content; raises :class:`ProgramError` where it is not one, or damaged."""
         if len(data) < _HEADER.size or data[:8] != FILE_MAGIC:
             raise ProgramError("this is not a Lockstep program file (it does not begin with LKSTPROG)")
-        _, version, config_crc, count, crc = _HEADER.unpack_from(data)
+        _, version, config_crc, operand_count, count, crc = _HEADER.unpack_from(data)
         body = data[_HEADER.size :]
         if version != ISA_VERSION:
             raise ProgramError(f"the program is for instruction set {version}, this is {ISA_VERSION}; compile it again")
-        if len(body) != count * INSTRUCTION_BYTES:
+        start = operand_count * _OPERAND.size
+        if len(body) != start + count * INSTRUCTION_BYTES:
             raise ProgramError(
-                f"the program file is truncated: {len(body)} bytes of instructions, "
-                f"{count * INSTRUCTION_BYTES} announced"
+                f"the program file is truncated: {len(body)} bytes of operands and instructions, "
+                f"{start + count * INSTRUCTION_BYTES} announced"
             )
         if zlib.crc32(body) != crc:
             raise ProgramError("the program file is damaged: its checksum does not match; write it again")
+        operands = tuple(
+            Operand(name.rstrip(b"\0").decode(), least, greatest)
+            for least, greatest, name in _OPERAND.iter_unpack(body[:start])
+        )
         instructions = []
         for n in range(count):
+            first = start + n * INSTRUCTION_BYTES
             try:
-                instructions.append(decode(body[n * INSTRUCTION_BYTES : (n + 1) * INSTRUCTION_BYTES]))
+                instructions.append(decode(body[first : first + INSTRUCTION_BYTES]))
             except InstructionError as error:
                 raise ProgramError(f"instruction {n}: {error}") from None
-        return Program(config_crc, tuple(instructions))
+        return Program(config_crc, tuple(instructions), operands)
 
     @staticmethod
     def load(path: Path | str) -> Program:
@@ -93,7 +137,23 @@ class Program:
 
     def disassemble(self) -> list[str]:
         """One line per instruction."""
-        return [f"{n:6d}  {disassemble(i)}" for n, i in enumerate(self.instructions)]
+        names = [operand.name for operand in self.operands]
+        return [f"{n:6d}  {disassemble(i, names)}" for n, i in enumerate(self.instructions)]
+
+
+def check_operand(operand: Operand, earlier: Sequence[Operand] = ()) -> None:
+    """Raise :class:`ProgramError` unless ``operand`` can be declared behind the ``earlier`` ones of a program."""
+    name, least, greatest = operand
+    if not name.isidentifier() or len(name.encode()) > OPERAND_NAME_BYTES:
+        raise ProgramError(f"operand '{name}' needs an identifier of at most {OPERAND_NAME_BYTES} bytes as its name")
+    if name in (other.name for other in earlier):
+        raise ProgramError(f"operand '{name}' is declared twice; give each operand a name of its own")
+    if not -(1 << 31) <= least <= greatest < 1 << 32:
+        raise ProgramError(
+            f"operand '{name}' has limits {least}..{greatest}; legal are -2^31 <= least <= greatest < 2^32"
+        )
+    if len(earlier) >= OPERANDS - 1:
+        raise ProgramError(f"operand '{name}' is one too many: a program has at most {OPERANDS - 1}")
 
 
 def table_shift(instruction: Instruction) -> int:
@@ -102,13 +162,23 @@ def table_shift(instruction: Instruction) -> int:
     return fixed.get(Function(instruction.function), instruction.shift)
 
 
+def uses_y(instruction: Instruction) -> bool:
+    """Whether a VECTOR instruction reads y."""
+    return instruction.add1 == FirstAdd.Y or instruction.add2 == SecondAdd.Y or instruction.mul3 == ThirdMultiply.Y
+
+
+def transposes(instruction: Instruction) -> bool:
+    """Whether the result of a VECTOR instruction goes through the transposer."""
+    return instruction.destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED)
+
+
 def tiles_pushed(instruction: Instruction) -> int:
-    """Result tiles that an instruction appends to the accumulator queue."""
+    """Result tiles that a resolved instruction appends to the accumulator queue."""
     return instruction.outer * instruction.inner if instruction.type is MATRIX else 0
 
 
 def tiles_popped(config: CoreConfig, instruction: Instruction) -> int:
-    """Result tiles that an instruction takes from the accumulator queue."""
+    """Result tiles that a resolved instruction takes from the accumulator queue."""
     if instruction.type is not VECTOR or instruction.source != Source.ACCUMULATOR:
         return 0
     return instruction.tiles * -(-instruction.columns // config.columns)
@@ -131,7 +201,7 @@ class Region:
 
 
 def reads(config: CoreConfig, i: Instruction) -> list[Region]:
-    """On-chip regions that an instruction reads."""
+    """On-chip regions that a resolved instruction reads."""
     if i.type is STORE:
         return [Region(Memory(i.memory), i.local, i.words, i.rows, i.local_stride)]
     if i.type is MATRIX:
@@ -150,7 +220,7 @@ def reads(config: CoreConfig, i: Instruction) -> list[Region]:
     if i.source != Source.ACCUMULATOR:
         memory = Memory.VECTOR if i.source == Source.VECTOR else parameter
         regions.append(Region(memory, i.x, i.columns, i.tiles, i.x_stride))
-    if i.add1 == FirstAdd.Y or i.mul3 == ThirdMultiply.Y:
+    if uses_y(i):
         regions.append(Region(Memory.VECTOR, i.y, i.columns, i.tiles, i.y_stride))
     if i.add1 == FirstAdd.LANE0 or i.mul2 == 1 or i.function == Function.EXP2:
         regions.append(Region(parameter, i.lane0, i.tiles))
@@ -159,7 +229,7 @@ def reads(config: CoreConfig, i: Instruction) -> list[Region]:
     column_words = -(-i.columns // config.rows)
     if i.mul1 == 2 or i.mul2 == 2:
         regions.append(Region(parameter, i.column0, column_words))
-    if i.add2 == 1:
+    if i.add2 == SecondAdd.COLUMN1:
         regions.append(Region(parameter, i.column1, column_words))
     if i.mul3 == ThirdMultiply.COLUMN2:
         regions.append(Region(parameter, i.column2, column_words))
@@ -171,7 +241,7 @@ def reads(config: CoreConfig, i: Instruction) -> list[Region]:
 
 
 def writes(config: CoreConfig, i: Instruction) -> list[Region]:
-    """On-chip regions that an instruction writes."""
+    """On-chip regions that a resolved instruction writes."""
     if i.type is LOAD:
         return [Region(Memory(i.memory), i.local, i.words, i.rows, i.local_stride)]
     if i.type is not VECTOR:
@@ -182,17 +252,28 @@ def writes(config: CoreConfig, i: Instruction) -> list[Region]:
         Destination.PARAMETER: Memory.PARAMETER,
         Destination.ACTIVATION: Memory.ACTIVATION,
         Destination.WEIGHT: Memory.WEIGHT,
+        Destination.WEIGHT_TRANSPOSED: Memory.WEIGHT,
+        Destination.BYTES: Memory.VECTOR,
+        Destination.BYTES_TRANSPOSED: Memory.VECTOR,
     }.get(Destination(i.destination))
-    if memory is not None:
-        regions.append(Region(memory, i.to, i.columns, i.tiles, i.to_stride))
-    if i.destination == Destination.WEIGHT_TRANSPOSED:
+    if memory is not None and transposes(i):
         for group in range(-(-i.columns // config.columns)):
-            regions.append(Region(Memory.WEIGHT, i.to + group * i.to_group, config.rows, i.tiles, i.to_stride))
+            regions.append(Region(memory, i.to + group * i.to_group, config.rows, i.tiles, i.to_stride))
+    elif memory is not None:
+        regions.append(Region(memory, i.to, i.columns, i.tiles, i.to_stride))
     if i.sum:
         regions.append(Region(Memory.PARAMETER, i.sum_to, i.tiles))
     if i.maximum:
         regions.append(Region(Memory.PARAMETER, i.max_to, i.tiles))
     return regions
+
+
+def transfer_bytes(config: CoreConfig, i: Instruction) -> int:
+    """Bytes of one word in device memory, as a LOAD or STORE transfers it."""
+    if i.memory == Memory.TABLE:
+        return TABLE_ENTRY_BYTES
+    wide = i.memory in (Memory.VECTOR, Memory.PARAMETER) and not (i.type is STORE and i.bytes)
+    return config.vector_word_bytes if wide else config.rows
 
 
 def depth_of(config: CoreConfig, memory: Memory) -> int:
@@ -210,36 +291,66 @@ def validate(config: CoreConfig, program: Program) -> None:
     """Raise :class:`ProgramError` unless ``program`` can run on ``config`` to its end.
 
     Checks the configuration, bounds of every on-chip access, alignment of transfers, that no token is taken
-    before it is given, that every result tile is consumed, and that the program does not wait for itself.
+    before it is given, that every result tile is consumed, and that the program does not wait for itself. All of
+    that holds with all operands at their least and with all at their greatest value.
     """
     if program.config_crc != config.crc:
         raise ProgramError(
             f"the program was built for configuration {program.config_crc:#010x}, "
             f"core '{config.name}' is {config.crc:#010x}; compile it for this core"
         )
+    for n, operand in enumerate(program.operands):
+        check_operand(operand, program.operands[:n])
     for n, i in enumerate(program.instructions):
-        for region in reads(config, i) + writes(config, i):
-            depth = depth_of(config, region.memory)
-            if region.end > depth:
+        for field in i.type.variable:
+            if i.values[selector(field.name)] > len(program.operands):
                 raise ProgramError(
-                    f"instruction {n} ({i.type.name}) reaches word {region.end - 1} of the {region.memory.name} "
-                    f"memory, which has {depth}"
+                    f"instruction {n} ({i.type.name}): {field.name} has operand {i.values[selector(field.name)]}, "
+                    f"the program declares {len(program.operands)}"
                 )
-        if i.type in (LOAD, STORE):
-            for name in ("address", "stride"):
-                if i.values[name] % config.bus_bytes:
-                    raise ProgramError(
-                        f"instruction {n} ({i.type.name}): {name} {i.values[name]:#x} is not a multiple of the bus "
-                        f"width, {config.bus_bytes} bytes"
-                    )
-        if i.type is STORE and i.memory != Memory.VECTOR:
-            raise ProgramError(f"instruction {n}: STORE reads the VECTOR memory only, not {Memory(i.memory).name}")
-        if i.type is VECTOR and i.maximum == Maximum.EXPONENT and i.function != Function.SCORE:
-            raise ProgramError(f"instruction {n}: the EXPONENT maximum needs the SCORE function")
-    _check_progress(config, program.instructions)
+    for values in dict.fromkeys((program.least, program.greatest)):
+        resolved = [resolve(i, values) for i in program.instructions]
+        try:
+            for n, instruction in enumerate(resolved):
+                if instruction is not None:
+                    _check_instruction(config, n, instruction)
+            _check_progress(config, program.instructions, resolved)
+        except ProgramError as error:
+            if not values:
+                raise
+            given = ", ".join(f"{o.name} = {v}" for o, v in zip(program.operands, values, strict=True))
+            raise ProgramError(f"with {given}: {error}") from None
 
 
-def _check_progress(config: CoreConfig, instructions: Sequence[Instruction]) -> None:
+def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:
+    """Bounds, alignment and combinations of one resolved instruction."""
+    for region in reads(config, i) + writes(config, i):
+        depth = depth_of(config, region.memory)
+        if region.end > depth:
+            raise ProgramError(
+                f"instruction {n} ({i.type.name}) reaches word {region.end - 1} of the {region.memory.name} "
+                f"memory, which has {depth}"
+            )
+    if i.type in (LOAD, STORE):
+        for name in ("address", "stride"):
+            if i.values[name] % config.bus_bytes:
+                raise ProgramError(
+                    f"instruction {n} ({i.type.name}): {name} {i.values[name]:#x} is not a multiple of the bus "
+                    f"width, {config.bus_bytes} bytes"
+                )
+    if i.type is STORE and i.memory != Memory.VECTOR:
+        raise ProgramError(f"instruction {n}: STORE reads the VECTOR memory only, not {Memory(i.memory).name}")
+    if i.type is STORE and i.lane >= config.rows:
+        raise ProgramError(f"instruction {n} (STORE): lane {i.lane} does not exist, a word has {config.rows}")
+    if i.type is VECTOR and i.maximum == Maximum.EXPONENT and i.function != Function.SCORE:
+        raise ProgramError(f"instruction {n}: the EXPONENT maximum needs the SCORE function")
+    if i.type is VECTOR and i.mask != Mask.NONE and i.function != Function.SCORE:
+        raise ProgramError(f"instruction {n}: a mask needs the SCORE function")
+
+
+def _check_progress(
+    config: CoreConfig, instructions: Sequence[Instruction], resolved: Sequence[Instruction | None]
+) -> None:
     """Execute tokens, queues and accumulator tiles without time; the outcome does not depend on the order chosen."""
     queues: dict[Unit, deque[int]] = {u: deque() for u in Unit}
     tokens = {(a, b): 0 for a in Unit for b in Unit}
@@ -264,7 +375,8 @@ def _check_progress(config: CoreConfig, instructions: Sequence[Instruction]) -> 
                         break
                     for s in sources:
                         tokens[s, unit] -= 1
-                    remaining[unit] = tiles_pushed(i) + tiles_popped(config, i)
+                    running = resolved[queues[unit][0]]
+                    remaining[unit] = tiles_pushed(running) + tiles_popped(config, running) if running else 0
                     progress = True
                 if i.type is MATRIX:
                     step = min(remaining[unit], config.accumulator_tiles - tiles)
