@@ -32,6 +32,8 @@ FETCH_AHEAD = 8
 #: Most fields of one instruction that may have an operand.
 SLOTS = max(len(t.variable) for t in INSTRUCTION_TYPES)
 OPERAND_BITS = 32
+#: Bits of every count that may have an operand.
+(COUNT_BITS,) = {f.width for t in INSTRUCTION_TYPES for f in t.variable if f.minimum}
 OPERAND_BYTES = OPERANDS * OPERAND_BITS // 8
 
 
@@ -215,7 +217,8 @@ class Sequencer(wiring.Component):
         for n, value in enumerate(sums):
             with m.If(adds[n]):
                 m.d.sync += value.eq(total)
-            with m.If(added[n] & counts[n] & (value == 0)):
+            # A sum has the bits of the slot's widest field.
+            with m.If(added[n] & counts[n] & (value[:COUNT_BITS] == 0)):
                 m.d.sync += skip.eq(1)
         with m.If(~vetted):
             found = Cat(s.any() for s in selectors)

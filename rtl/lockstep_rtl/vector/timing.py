@@ -84,10 +84,6 @@ def uses_y(i: Instruction) -> bool:
     return i.add1 == FirstAdd.Y or i.add2 == SecondAdd.Y or i.mul3 == ThirdMultiply.Y
 
 
-def from_parameter(i: Instruction) -> bool:
-    return i.source in (Source.PARAMETER, Source.INTEGER)
-
-
 def transposes(i: Instruction) -> bool:
     return i.destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED)
 
@@ -120,7 +116,7 @@ def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     for start in range(0, i.columns, config.rows):
         columns = min(config.rows, i.columns - start)
         if start:
-            now = now + words if from_parameter(i) else max(now, entered + words)
+            now = now + words if i.source in (Source.PARAMETER, Source.INTEGER) else max(now, entered + words)
             entered = now
         if paced and start == PARTIALS:
             now = max(now, pause)
