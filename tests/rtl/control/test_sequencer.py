@@ -393,7 +393,7 @@ async def fetches_outside_the_window_are_refused(dut):
 
 @cocotb.test()
 async def a_bus_error_in_a_fetch_stops_the_core(dut):
-    world = await World.start(dut, bad=[PROGRAMS + 2 * INSTRUCTION_BYTES + 8])
+    world = await World.start(dut, bad=[PROGRAMS + 2 * INSTRUCTION_BYTES + 16])
     program = instructions(5)
     world.submit(program, 1)
     code, _, _ = await world.failure()
