@@ -29,7 +29,7 @@ from lockstep_isa.instructions import (
 from lockstep_isa.program import Program
 
 from .builder import ProgramBuilder
-from .device import Device, LoadedProgram
+from .device import OPERAND_BYTES, Device, LoadedProgram, OperandValues
 from .errors import DeviceError, DriverError
 from .memory import Buffer
 from .random_programs import random_program, same_words
@@ -81,11 +81,18 @@ def _copy_program(config: CoreConfig, source: Buffer, target: Buffer, words: int
     return builder.finish()
 
 
-def _expect_error(device: Device, program: Program, code: ErrorCode, unit: str, instruction: int) -> None:
+def _expect_error(
+    device: Device,
+    program: Program,
+    code: ErrorCode,
+    unit: str,
+    instruction: int,
+    operands: OperandValues | None = None,
+) -> None:
     """The program must stop with this error; afterwards the device must work."""
     try:
         device.write("WATCHDOG", WATCHDOG_CYCLES)
-        device.run(program, timeout=60, check=False)
+        device.run(program, operands, timeout=60, check=False)
     except DeviceError as error:
         found = (error.code, error.unit, error.instruction)
         if found != (code, unit, instruction):
@@ -134,13 +141,68 @@ def runs_programs_in_order_and_raises_their_fences(device: Device) -> None:
 
 
 @check
+def adds_the_operands_of_each_run(device: Device) -> None:
+    """One program in the ring several times, each time with another length; a length of zero does nothing."""
+    most, rows = 9, device.config.rows
+    values = np.random.default_rng(8).normal(size=most * rows).astype(np.float32)
+    source, target = device.allocate(values.nbytes), device.allocate(6 * values.nbytes)
+    source.write(values)
+    target.write(np.zeros(6 * values.size, np.float32))
+    builder = ProgramBuilder(device.config)
+    length, place = builder.operand("length", 0, most), builder.operand("place", 0, 5 * values.nbytes)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=0, words_operand=length, address=source.address)
+    passed = {"source": Source.VECTOR, "destination": Destination.VECTOR, "to": most}
+    builder.emit(VECTOR, columns=0, columns_operand=length, **passed)
+    stored = {"memory": Memory.VECTOR, "address": target.address, "local": most}
+    builder.emit(STORE, words=0, words_operand=length, address_operand=place, **stored)
+    loaded = device.load(builder.finish())
+    lengths = (3, 0, most, 1, 0, most - 1)
+    places = [n * values.nbytes for n in range(len(lengths))]
+    fences = [device.submit(loaded, {"length": n, "place": at}) for n, at in zip(lengths, places, strict=True)]
+    device.wait(fences[-1], timeout=60)
+    found = target.data.view(np.float32).reshape(len(lengths), -1).copy()
+    device.unload(loaded)
+    device.free(source)
+    device.free(target)
+    for count, row in zip(lengths, found, strict=True):
+        expected = np.where(np.arange(row.size) < count * rows, values, np.float32(0))
+        assert (row == expected).all(), f"a run with length {count} left {np.count_nonzero(row)} values"
+
+
+@check
+def stores_bytes_from_a_lane_on(device: Device) -> None:
+    """The low byte of each lane; lanes in front of the first one, in the first row, keep what memory held."""
+    words, rows = 6, device.config.rows
+    values = np.random.default_rng(9).integers(-128, 128, (words, rows))
+    source, target = device.allocate(4 * values.size), device.allocate(256 * 2)
+    source.write(values.astype(np.float32))
+    target.write(np.full(512, 0xA5, np.uint8))
+    builder = ProgramBuilder(device.config)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=words, address=source.address)
+    builder.emit(VECTOR, source=Source.VECTOR, destination=Destination.BYTES, columns=words, to=words)
+    stride = -(-words // 2 * rows // device.config.bus_bytes) * device.config.bus_bytes
+    block = {"rows": 2, "words": words // 2, "stride": stride, "local": words, "local_stride": words // 2}
+    builder.emit(STORE, memory=Memory.VECTOR, address=target.address, bytes=1, lane=rows - 1, **block)
+    device.run(builder.finish(), timeout=60)
+    expected = np.full(512, 0xA5, np.uint8)
+    half = values.astype(np.uint8).reshape(2, -1)
+    expected[stride : stride + half[1].size] = half[1]
+    expected[rows - 1 : half[0].size : rows] = half[0][rows - 1 :: rows]
+    wrong = np.flatnonzero(target.data != expected)
+    found = target.data.copy()
+    device.free(source)
+    device.free(target)
+    assert not wrong.size, f"byte {wrong[0]} is {found[wrong[0]]:#04x} instead of {expected[wrong[0]]:#04x}"
+
+
+@check
 def gives_the_golden_bits_on_random_programs(device: Device) -> None:
     """Every instruction in every mode."""
     buffer = device.allocate(1 << 20)
     for seed in range(RANDOM_PROGRAMS):
         case = random_program(device.config, seed, buffer.address)
         buffer.write(case.memory)
-        device.run(case.program, timeout=120)
+        device.run(case.program, case.operands, timeout=120)
         start = case.result.start - buffer.address
         actual = buffer.data[start : start + case.result.stop - case.result.start].view(np.uint32)
         expected = case.expected(device.config)
@@ -161,7 +223,7 @@ def counts_every_cycle_of_every_unit(device: Device) -> None:
     buffer = device.allocate(1 << 20)
     case = random_program(device.config, 1, buffer.address)
     buffer.write(case.memory)
-    counters = device.run(case.program, timeout=120)
+    counters = device.run(case.program, case.operands, timeout=120)
     device.free(buffer)
     assert counters.instructions == len(case.program.instructions), "instructions were counted wrongly"
     for unit, states in counters.units.items():
@@ -187,6 +249,39 @@ def stops_at_transfers_outside_the_window(device: Device) -> None:
         builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=4096)
         builder.emit(kind, memory=Memory.VECTOR, words=4, address=beyond)
         _expect_error(device, builder.finish(), ErrorCode.OUT_OF_WINDOW, unit, 1)
+
+
+@check
+def stops_at_transfers_that_an_operand_moves_out_of_the_window(device: Device) -> None:
+    """What counts is the address that runs."""
+    beyond = -(-device.memory_bytes // 4096) * 4096
+    for kind, unit in ((LOAD, "LOAD"), (STORE, "STORE")):
+        builder = ProgramBuilder(device.config)
+        address = builder.operand("address", 0, beyond)
+        builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=4096)
+        builder.emit(kind, memory=Memory.VECTOR, words=4, address=0, address_operand=address)
+        _expect_error(device, builder.finish(), ErrorCode.OUT_OF_WINDOW, unit, 1, {"address": beyond})
+
+
+@check
+def stops_at_operands_that_it_cannot_fetch(device: Device) -> None:
+    """The block of operands is aligned, and inside the window."""
+    builder = ProgramBuilder(device.config)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=1, address=4096)
+    loaded = device.load(builder.finish())
+    block = device.allocate(OPERAND_BYTES)
+    beyond = -(-device.memory_bytes // 4096) * 4096
+    for address, code in ((block.address + 4, ErrorCode.MISALIGNED), (beyond, ErrorCode.OUT_OF_WINDOW)):
+        try:
+            device.wait(device.enqueue(loaded, address), timeout=60)
+        except DeviceError as error:
+            if (error.code, error.unit, error.instruction) != (code, "CONTROL", 0):
+                raise AssertionError(f"expected {code.name} from CONTROL, got {error}") from None
+        else:
+            raise AssertionError(f"operands at {address:#x} did not stop the core with {code.name}")
+    device.free(block)
+    device.unload(loaded)
+    loads_and_stores_what_it_was_given(device)
 
 
 @check

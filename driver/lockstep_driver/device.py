@@ -38,6 +38,10 @@ WATCHDOG_CYCLES = 1_000_000
 BATCH_CYCLES = 200_000
 
 
+#: Values of a program's operands, by name or by number.
+OperandValues = Mapping[str, int] | Mapping[int, int]
+
+
 @dataclass(frozen=True)
 class Counters:
     """The performance counters of a run.
@@ -73,7 +77,7 @@ class Fence:
     value: int
 
 
-def operand_values(declared: tuple[Operand, ...], given: Mapping[str | int, int]) -> list[int]:
+def operand_values(declared: tuple[Operand, ...], given: OperandValues) -> list[int]:
     """The value of each declared operand in the order of their numbers.
 
     given : operand name or number -> value. Raises :class:`DriverError` unless every declared operand, and nothing
@@ -203,33 +207,45 @@ class Device:
         """Free a program's memory; it must not be running."""
         self.free(loaded.code)
 
-    def submit(self, loaded: LoadedProgram, operands: Mapping[str | int, int] | None = None) -> Fence:
+    def submit(self, loaded: LoadedProgram, operands: OperandValues | None = None) -> Fence:
         """Put a program in the command ring and ring the doorbell.
 
         operands : a value for each operand that the program declares, by name or number. Raises
         :class:`DriverError` where one is missing, unknown or outside its limits, and where the ring is full.
         """
         values = operand_values(loaded.operands, operands or {})
-        if self._submitted - self.read("RING_HEAD") >= RING_SLOTS:
-            raise DriverError(f"the command ring is full: {RING_SLOTS} programs wait; wait for a fence first")
+        if not values:
+            return self.enqueue(loaded, 0)
+        self._check_room()
+        block = np.zeros(OPERANDS, np.uint32)
+        block[1 : len(values) + 1] = [value & 0xFFFFFFFF for value in values]
+        start = self._submitted % RING_SLOTS * OPERAND_BYTES
+        self._operands.write(block, start)
+        return self.enqueue(loaded, self._operands.address + start)
+
+    def enqueue(self, loaded: LoadedProgram, operands_address: int) -> Fence:
+        """Like :meth:`submit`, with operands that the caller placed in device memory; 0: there are none.
+
+        Nothing is checked; the core stops with an error where the address is not a multiple of 64.
+        """
+        self._check_room()
         fence = Fence((self._submitted + 1) & 0xFFFFFFFF)
-        slot = self._submitted % RING_SLOTS
         words = {
             "program": loaded.code.address,
             "count": loaded.count,
             "config_crc": loaded.config_crc,
             "fence": fence.value,
-            "operands": self._operands.address + slot * OPERAND_BYTES if values else 0,
+            "operands": operands_address,
         }
-        if values:
-            block = np.zeros(OPERANDS, np.uint32)
-            block[1 : len(values) + 1] = [value & 0xFFFFFFFF for value in values]
-            self._operands.write(block, slot * OPERAND_BYTES)
         descriptor = struct.pack(f"<{len(DESCRIPTOR_FIELDS)}I", *(words[name] for name, _ in DESCRIPTOR_FIELDS))
-        self._ring.write(np.frombuffer(descriptor, np.uint8), slot * DESCRIPTOR_BYTES)
+        self._ring.write(np.frombuffer(descriptor, np.uint8), self._submitted % RING_SLOTS * DESCRIPTOR_BYTES)
         self._submitted += 1
         self.write("RING_TAIL", self._submitted & 0xFFFFFFFF)
         return fence
+
+    def _check_room(self) -> None:
+        if self._submitted - self.read("RING_HEAD") >= RING_SLOTS:
+            raise DriverError(f"the command ring is full: {RING_SLOTS} programs wait; wait for a fence first")
 
     def wait(self, fence: Fence, timeout: float = 600.0) -> None:
         """Return once the fence is reached.
@@ -263,7 +279,7 @@ class Device:
     def run(
         self,
         program: Program | LoadedProgram,
-        operands: Mapping[str | int, int] | None = None,
+        operands: OperandValues | None = None,
         timeout: float = 600.0,
         check: bool = True,
     ) -> Counters:

@@ -1,4 +1,8 @@
-"""Random programs: every instruction in every mode, on data with every kind of float, for comparing executors."""
+"""Random programs: every instruction in every mode, on data with every kind of float, for comparing executors.
+
+Where a field has a run-time operand, the program is made for the operand's greatest value and still makes sense with
+every smaller one, so that its tokens and tiles are put to the test between the limits too.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from lockstep_isa.instructions import (
     FirstMultiply,
     Function,
     Instruction,
+    Mask,
     Maximum,
     Memory,
     SecondAdd,
@@ -25,6 +30,7 @@ from lockstep_isa.instructions import (
     Source,
     Tap,
     ThirdMultiply,
+    selector,
 )
 from lockstep_isa.program import Program, Region, reads, writes
 from lockstep_isa.tables import FUNCTIONS
@@ -36,6 +42,12 @@ from .builder import ProgramBuilder
 _USED = {Memory.ACTIVATION: 256, Memory.WEIGHT: 256, Memory.VECTOR: 512, Memory.PARAMETER: 128}
 #: The part of the PARAMETER memory that holds integers: exponents, and nothing else.
 _INTEGERS = (120, 128)
+#: The part of the VECTOR memory, behind the other, that holds bytes and nothing else.
+_BYTES = (512, 640)
+#: Device memory that random STOREs write.
+_STORED_BYTES = 1 << 15
+#: Greatest values of the operands; the least is 0, but for POSITION.
+_COUNT, _INNER, _LOCAL, _LEAST_POSITION, _POSITION = 6, 2, 8, -60, 120
 _TABLES = {
     Function.EXP2: ("exp2", 0),
     Function.RECIP: ("recip", 1),
@@ -51,7 +63,7 @@ _OTHER_TABLES = {
 
 @dataclass(frozen=True)
 class RandomProgram:
-    """A program, device memory before it (uint8[bytes], from address ``base``), and where its results lie.
+    """A program, its operands, device memory before it (uint8[bytes], from address ``base``), and where that lies.
 
     Addresses in the program count from 0; ``base`` bytes in front are left to the driver.
     """
@@ -59,14 +71,19 @@ class RandomProgram:
     seed: int
     base: int
     program: Program
+    operands: dict[str, int]
     memory: NDArray[np.uint8]
-    result: slice
+
+    @property
+    def result(self) -> slice:
+        """The bytes of device memory that the program may read and write; all of them are compared."""
+        return slice(self.base, self.base + self.memory.size)
 
     def expected(self, config: CoreConfig) -> NDArray[np.uint32]:
         """The words that the golden executor leaves in the result."""
         memory = np.concatenate([np.zeros(self.base, np.uint8), self.memory])
         core = GoldenCore(config, memory)
-        core.run(self.program)
+        core.run(self.program, tuple(self.operands[operand.name] for operand in self.program.operands))
         return memory[self.result].view(np.uint32)
 
 
@@ -97,6 +114,31 @@ class _Generator:
         self.blocks: list[NDArray[np.uint8]] = []
         self.used = 0
         self.slots: dict[int, str] = {}
+        self.values: dict[str, int] = {}
+        self.count = self.operand("count", 0, _COUNT)
+        self.inner = self.operand("inner", 0, _INNER)
+        self.columns = self.operand("columns", 0, _INNER * config.columns, self.values["inner"] * config.columns)
+        self.local = self.operand("local", 0, _LOCAL)
+        self.lane = self.operand("lane", 0, config.rows - 1)
+        self.position = self.operand("position", _LEAST_POSITION, _POSITION)
+        beats = self.number(0, 4)
+        self.offset = self.operand("offset", 0, 4 * config.bus_bytes, beats * config.bus_bytes)
+        self.stores = self.place(self.rng.integers(0, 256, _STORED_BYTES).astype(np.uint8))
+
+    def operand(self, name: str, least: int, greatest: int, value: int | None = None) -> int:
+        """Declare an operand with a random value, often one of its limits; returns its number."""
+        if value is None:
+            value = self.number(least, greatest) if self.number(0, 1) else (least, greatest)[self.number(0, 1)]
+        self.values[name] = value
+        return self.builder.operand(name, least, greatest)
+
+    def vary(self, fields: dict[str, int], name: str, number: int, greatest: int, least: int = 0) -> None:
+        """At times make a field variable: its value is then reached with the operand's ``greatest`` value.
+
+        ``least`` is what remains of it at least without the operand.
+        """
+        if fields[name] - greatest >= least and self.number(0, 1):
+            fields |= {name: fields[name] - greatest, selector(name): number}
 
     def place(self, array: NDArray[np.generic]) -> int:
         """Put an array into device memory; returns its address."""
@@ -137,16 +179,48 @@ class _Generator:
             stride = (words + gap) * per_word
         end = _INTEGERS[0] if memory == Memory.PARAMETER else _USED[memory]
         local_stride = words + self.number(0, 2)
-        self.builder.emit(
-            LOAD,
-            memory=memory,
-            rows=rows,
-            words=words,
-            address=self.place(data),
-            stride=stride,
-            local=self.number(0, end - rows * local_stride),
-            local_stride=local_stride,
-        )
+        room = np.zeros(4 * self.config.bus_bytes // data.itemsize, data.dtype)
+        fields = {
+            "memory": memory,
+            "rows": rows,
+            "words": words,
+            "address": self.place(np.concatenate([room, data])) + room.nbytes,
+            "stride": stride,
+            "local": self.number(0, end - rows * local_stride),
+            "local_stride": local_stride,
+        }
+        self.vary_transfer(fields)
+        self.builder.emit(LOAD, **fields)
+
+    def store(self) -> None:
+        """A random block of the VECTOR memory, as fp32 values or as bytes, from some lane of its first row on."""
+        narrow = self.number(0, 1)
+        first, end = _BYTES if narrow else (0, _USED[Memory.VECTOR])
+        rows, words = self.number(1, 4), self.number(1, 24)
+        word = self.config.rows * (1 if narrow else 4)
+        local_stride, stride = words + self.number(0, 2), (words + self.number(0, 2)) * word
+        stride = -(-stride // self.config.bus_bytes) * self.config.bus_bytes
+        places = (_STORED_BYTES - rows * stride) // self.config.bus_bytes
+        fields = {
+            "memory": Memory.VECTOR,
+            "rows": rows,
+            "words": words,
+            "address": self.stores + self.number(4, places) * self.config.bus_bytes,
+            "stride": stride,
+            "local": self.number(first, end - rows * local_stride),
+            "local_stride": local_stride,
+            "bytes": narrow,
+            "lane": (0, self.config.rows - 1, self.number(0, self.config.rows - 1))[self.number(0, 2)],
+        }
+        self.vary_transfer(fields)
+        self.vary(fields, "lane", self.lane, self.config.rows - 1)
+        self.builder.emit(STORE, **fields)
+
+    def vary_transfer(self, fields: dict[str, int]) -> None:
+        self.vary(fields, "rows", self.inner, _INNER)
+        self.vary(fields, "words", self.count, _COUNT)
+        self.vary(fields, "address", self.offset, 4 * self.config.bus_bytes)
+        self.vary(fields, "local", self.local, _LOCAL, _BYTES[0] if fields.get("bytes") else 0)
 
     def fill(self) -> None:
         """Every used word of every memory, once."""
@@ -160,39 +234,59 @@ class _Generator:
                 # Zero is an exponent; subnormal patterns of small integers would not survive a load.
                 data[_INTEGERS[0] * rows : _INTEGERS[1] * rows] = 0
             self.builder.emit(LOAD, memory=memory, words=words, address=self.place(data), local=0)
+        zeros = np.zeros((_BYTES[1] - _BYTES[0]) * rows, np.float32)
+        self.builder.emit(
+            LOAD, memory=Memory.VECTOR, words=_BYTES[1] - _BYTES[0], address=self.place(zeros), local=_BYTES[0]
+        )
 
     def matrix(self) -> None:
         """A product, and the pass that takes its tiles."""
         depth, outer, inner = self.number(1, 40), self.number(1, 3), self.number(1, 3)
         a_words, w_words = outer * depth, inner * depth
-        self.builder.emit(
-            MATRIX,
-            depth=depth,
-            outer=outer,
-            inner=inner,
-            a=self.number(0, _USED[Memory.ACTIVATION] - a_words),
-            a_outer=depth,
-            w=self.number(0, _USED[Memory.WEIGHT] - w_words),
-            w_inner=depth,
-            unsigned=self.number(0, 1),
-        )
-        columns = self.number((inner - 1) * self.config.columns + 1, inner * self.config.columns)
-        self.vector(Source.ACCUMULATOR, outer, columns)
+        fields = {
+            "depth": depth,
+            "outer": outer,
+            "inner": inner,
+            "a": self.number(0, _USED[Memory.ACTIVATION] - a_words),
+            "a_outer": depth,
+            "w": self.number(0, _USED[Memory.WEIGHT] - w_words),
+            "w_inner": depth,
+            "unsigned": self.number(0, 1),
+        }
+        size = self.config.columns
+        columns = self.number((inner - 1) * size + 1, inner * size)
+        # Without any column left there must be no tile either.
+        columns = inner * size if inner == _INNER else columns
+        self.vary(fields, "depth", self.count, _COUNT, 1)
+        self.vary(fields, "inner", self.inner, _INNER)
+        self.builder.emit(MATRIX, **fields)
+        self.vector(Source.ACCUMULATOR, outer, columns, "inner_operand" in fields)
 
-    def vector(self, source: Source | None = None, tiles: int = 0, columns: int = 0) -> None:
+    def vector(
+        self, source: Source | None = None, tiles: int = 0, columns: int = 0, variable_tiles: bool = False
+    ) -> None:
         """A random pass that reads nothing which it writes elsewhere."""
         while True:
             instruction = self._random_pass(source, tiles, columns)
             if instruction is not None and not self._clashes(instruction):
-                self.builder.emit(VECTOR, **{k: v for k, v in instruction.values.items() if k != "opcode"})
-                return
+                break
+        fields = {k: v for k, v in instruction.values.items() if k != "opcode"}
+        if variable_tiles:
+            fields["columns"] -= _INNER * self.config.columns
+            fields["columns_operand"] = self.columns
+        elif source is None:
+            self.vary(fields, "columns", self.count, _COUNT)
+        if fields["mask"] and self.number(0, 1):
+            fields |= {"first_row": (fields["first_row"] - self.number(0, 40)) % (1 << 20)}
+            fields["first_row_operand"] = self.position
+        self.builder.emit(VECTOR, **fields)
 
     def _random_pass(self, source: Source | None, tiles: int, columns: int) -> Instruction | None:
         n = self.number
-        chosen = Source(n(1, 2)) if source is None else source
+        chosen = Source(n(1, 3)) if source is None else source
         tiles = tiles or n(1, 3)
-        columns = columns or (n(1, 12) if chosen == Source.PARAMETER else n(1, 100))
-        function = Function(n(0, 8)) if n(0, 1) else Function.NONE
+        columns = columns or n(1, {Source.PARAMETER: 12, Source.INTEGER: 8}.get(chosen, 100))
+        function = Function(n(0, 8)) if n(0, 1) else (Function.NONE, Function.SCORE)[n(0, 3) == 0]
         table = 0
         if function in (Function.EXP2, Function.RECIP, Function.RSQRT):
             table = _TABLES[function][1]
@@ -202,26 +296,37 @@ class _Generator:
             if self.slots.get(3) != name:
                 self.load_table(name, 3)
         shift = FUNCTIONS[self.slots[table]].k if function >= Function.RELU_MINUS else n(0, 15)
-        destination = Destination(n(0, 5))
+        destination = Destination(n(0, 7))
+        mask = Mask(n(0, 2) > 0) if function == Function.SCORE else Mask.NONE
         maximum = Maximum(n(0, 2))
         if maximum == Maximum.EXPONENT and function != Function.SCORE:
             maximum = Maximum.ABSOLUTE
         integers = maximum == Maximum.EXPONENT
-        used = {
-            Destination.VECTOR: _USED[Memory.VECTOR],
-            Destination.PARAMETER: _INTEGERS[0],
-            Destination.ACTIVATION: _USED[Memory.ACTIVATION],
-        }.get(destination, _USED[Memory.WEIGHT])
+        start, used = {
+            Destination.VECTOR: (0, _USED[Memory.VECTOR]),
+            Destination.PARAMETER: (0, _INTEGERS[0]),
+            Destination.ACTIVATION: (0, _USED[Memory.ACTIVATION]),
+            Destination.BYTES: _BYTES,
+            Destination.BYTES_TRANSPOSED: _BYTES,
+        }.get(destination, (0, _USED[Memory.WEIGHT]))
         rows = self.config.rows
-        group_words = rows if destination == Destination.WEIGHT_TRANSPOSED else columns
+        transposed = destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED)
+        group_words = rows if transposed else columns
         groups = -(-columns // rows)
-        to_stride = group_words + (0 if destination == Destination.WEIGHT_TRANSPOSED else n(0, 3))
+        to_stride = group_words + (0 if transposed else n(0, 3))
         to_group = tiles * to_stride
-        extent = groups * to_group if destination == Destination.WEIGHT_TRANSPOSED else tiles * to_stride
+        extent = groups * to_group if transposed else tiles * to_stride
         x_stride, y_stride = columns + n(0, 3), columns + n(0, 3)
-        x_used = _INTEGERS[0] if chosen == Source.PARAMETER else _USED[Memory.VECTOR]
+        x_start, x_used = {Source.PARAMETER: (0, _INTEGERS[0]), Source.INTEGER: _INTEGERS}.get(
+            chosen, (0, _USED[Memory.VECTOR])
+        )
         words = _INTEGERS[0]
-        if extent > used or tiles * x_stride > x_used or tiles * y_stride > _USED[Memory.VECTOR] or groups > words:
+        if (
+            start + extent > used
+            or (x_start + tiles * x_stride > x_used and chosen != Source.ACCUMULATOR)
+            or tiles * y_stride > _USED[Memory.VECTOR]
+            or groups > words
+        ):
             return None
         lane0 = n(*_INTEGERS) - tiles if function == Function.EXP2 else n(0, words - tiles)
         add1, mul2 = FirstAdd(n(0, 2)), SecondMultiply(n(0, 2))
@@ -236,7 +341,7 @@ class _Generator:
             add1=add1,
             mul1=FirstMultiply(n(0, 4)),
             mul2=mul2,
-            add2=SecondAdd(n(0, 2)),
+            add2=SecondAdd(n(0, 3)),
             function=function,
             table=table,
             shift=shift,
@@ -247,11 +352,11 @@ class _Generator:
             max_continue=n(0, 1),
             tiles=tiles,
             columns=columns,
-            x=n(0, x_used - tiles * x_stride),
+            x=0 if chosen == Source.ACCUMULATOR else n(x_start, x_used - tiles * x_stride),
             x_stride=x_stride,
             y=n(0, _USED[Memory.VECTOR] - tiles * y_stride),
             y_stride=y_stride,
-            to=n(0, used - extent),
+            to=n(start, used - extent),
             to_stride=to_stride,
             to_group=to_group,
             lane0=lane0,
@@ -263,6 +368,9 @@ class _Generator:
             max_to=n(_INTEGERS[0], _INTEGERS[1] - tiles) if integers else n(0, words - tiles),
             immediate0=int(_floats(self.rng, 1).view(np.uint32)[0]),
             immediate1=int(_floats(self.rng, 1).view(np.uint32)[0]),
+            mask=mask,
+            first_row=n(-40, 120) % (1 << 20),
+            window=n(1, 40) if n(0, 1) else 0,
         )
 
     def _clashes(self, i: Instruction) -> bool:
@@ -270,7 +378,7 @@ class _Generator:
         written = writes(self.config, i)
         words: dict[Memory, NDArray[np.int64]] = {}
         for memory in Memory:
-            words[memory] = np.zeros(max(1024, _USED.get(memory, 0) * 2), np.int64)
+            words[memory] = np.zeros(1024, np.int64)
         for region in written:
             for run in _runs(region):
                 words[region.memory][run] += 1
@@ -286,13 +394,13 @@ class _Generator:
         rows = self.config.rows
         b = self.builder
         # The VECTOR memory first, then everything else through it.
-        vector_bytes = _USED[Memory.VECTOR] * 4 * rows
+        vector_bytes = _BYTES[1] * 4 * rows
         parameter_bytes = _USED[Memory.PARAMETER] * 4 * rows
         tiles = 2
         product_words = tiles * tiles * rows
         result_bytes = vector_bytes + parameter_bytes + product_words * 4 * rows
         result = self.place(np.zeros(result_bytes, np.uint8))
-        b.emit(STORE, memory=Memory.VECTOR, words=_USED[Memory.VECTOR], address=result, local=0)
+        b.emit(STORE, memory=Memory.VECTOR, words=_BYTES[1], address=result, local=0)
         b.emit(
             VECTOR,
             source=Source.PARAMETER,
@@ -314,7 +422,7 @@ class _Generator:
             STORE, memory=Memory.VECTOR, words=product_words, address=result + vector_bytes + parameter_bytes, local=0
         )
         memory = np.concatenate(self.blocks)
-        return RandomProgram(self.seed, self.base, b.finish(), memory, slice(result, result + result_bytes))
+        return RandomProgram(self.seed, self.base, b.finish(), self.values, memory)
 
 
 def _runs(region: Region) -> list[slice]:
@@ -334,11 +442,13 @@ def random_program(config: CoreConfig, seed: int, base: int = 0, length: int = 1
         generator.load_table(name, slot)
     generator.fill()
     for _ in range(length):
-        step = generator.number(0, 9)
+        step = generator.number(0, 12)
         if step < 4:
             generator.matrix()
         elif step < 8:
             generator.vector()
-        else:
+        elif step < 10:
             generator.load()
+        else:
+            generator.store()
     return generator.finish()

@@ -149,7 +149,8 @@ class Field:
 
     ``minimum`` is the least legal value (counts of zero are malformed). Where ``operand`` is true, a selector field
     ``NAME_operand`` behind the others names a run-time operand that is added, modulo 2^width; 0 names none. An
-    instruction whose count becomes zero by that does nothing but take and give its tokens.
+    instruction whose count becomes zero by that does nothing but take and give its tokens. A ``signed`` field is in
+    two's complement.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Field:
     choices: type[enum.IntEnum] | None = None
     minimum: int = 0
     operand: bool = False
+    signed: bool = False
 
 
 def selector(name: str) -> str:
@@ -305,7 +307,13 @@ VECTOR = InstructionType(
         Field("immediate0", 32, "fp32"),
         Field("immediate1", 32, "fp32"),
         Field("mask", 1, "scores that SCORE hides", Mask),
-        Field("first_row", 20, "position of row 0 of row tile 0 relative to column 0, two's complement", operand=True),
+        Field(
+            "first_row",
+            20,
+            "position of row 0 of row tile 0 relative to column 0, two's complement",
+            operand=True,
+            signed=True,
+        ),
         Field("window", 16, "columns that a row sees at most; 0: all up to its own"),
     ),
 )
@@ -389,7 +397,13 @@ def resolve(instruction: Instruction, operands: Sequence[int]) -> Instruction | 
             changes[selector(field.name)] = 0
             if changes[field.name] < field.minimum:
                 return None
-    return instruction.replace(**changes) if changes else instruction
+    if not changes:
+        return instruction
+    # Every value is legal by now: checking them again would take most of a compilation's time.
+    resolved = object.__new__(Instruction)
+    object.__setattr__(resolved, "type", instruction.type)
+    object.__setattr__(resolved, "values", {**instruction.values, **changes})
+    return resolved
 
 
 def encode(instruction: Instruction) -> bytes:

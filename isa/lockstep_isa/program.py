@@ -292,7 +292,7 @@ def validate(config: CoreConfig, program: Program) -> None:
 
     Checks the configuration, bounds of every on-chip access, alignment of transfers, that no token is taken
     before it is given, that every result tile is consumed, and that the program does not wait for itself. All of
-    that holds with all operands at their least and with all at their greatest value.
+    that holds with all operands at their least and with all at their greatest value, and no field wraps between.
     """
     if program.config_crc != config.crc:
         raise ProgramError(
@@ -302,12 +302,7 @@ def validate(config: CoreConfig, program: Program) -> None:
     for n, operand in enumerate(program.operands):
         check_operand(operand, program.operands[:n])
     for n, i in enumerate(program.instructions):
-        for field in i.type.variable:
-            if i.values[selector(field.name)] > len(program.operands):
-                raise ProgramError(
-                    f"instruction {n} ({i.type.name}): {field.name} has operand {i.values[selector(field.name)]}, "
-                    f"the program declares {len(program.operands)}"
-                )
+        _check_selectors(program, n, i)
     for values in dict.fromkeys((program.least, program.greatest)):
         resolved = [resolve(i, values) for i in program.instructions]
         try:
@@ -320,6 +315,26 @@ def validate(config: CoreConfig, program: Program) -> None:
                 raise
             given = ", ".join(f"{o.name} = {v}" for o, v in zip(program.operands, values, strict=True))
             raise ProgramError(f"with {given}: {error}") from None
+
+
+def _check_selectors(program: Program, n: int, i: Instruction) -> None:
+    """Operands are declared, and between their limits no field goes from its last value to its first."""
+    for field in i.type.variable:
+        number = i.values[selector(field.name)]
+        if not number:
+            continue
+        if number > len(program.operands):
+            raise ProgramError(
+                f"instruction {n} ({i.type.name}): {field.name} has operand {number}, "
+                f"the program declares {len(program.operands)}"
+            )
+        name, least, greatest = program.operands[number - 1]
+        base = i.values[field.name] + (1 << field.width - 1 if field.signed else 0)
+        if (base + least) >> field.width != (base + greatest) >> field.width:
+            raise ProgramError(
+                f"instruction {n} ({i.type.name}): {field.name} has {field.width} bits and wraps between the limits "
+                f"{least}..{greatest} of operand '{name}'; narrow them"
+            )
 
 
 def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:

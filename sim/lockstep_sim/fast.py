@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +13,15 @@ import numpy as np
 from lockstep_hls.toolchain import FLAGS, INCLUDE, Progress, build_cached, compile_shared
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
 from lockstep_isa.errors import CONTROL_UNIT, ErrorCode
-from lockstep_isa.instructions import INSTRUCTION_BYTES, VECTOR, Instruction, InstructionError, Unit
+from lockstep_isa.instructions import (
+    INSTRUCTION_BYTES,
+    OPERANDS,
+    VECTOR,
+    Instruction,
+    InstructionError,
+    Unit,
+    selector,
+)
 from lockstep_isa.registers import (
     BY_NAME,
     CORE_COUNTERS,
@@ -47,6 +57,11 @@ _SHAPE_FIELDS = (
     "tiles",
     "columns",
 )
+_COLUMNS = _SHAPE_FIELDS.index("columns")
+_COLUMNS_MASK = (1 << VECTOR.layout["columns"][1].width) - 1
+assert [f.name for f in VECTOR.variable if f.name in _SHAPE_FIELDS] == ["columns"]
+#: Programs whose shapes are kept from one run to the next.
+_KEPT_PROGRAMS = 64
 
 
 class _Prediction(ctypes.Structure):
@@ -63,6 +78,20 @@ class _Outcome(ctypes.Structure):
 
 class _BusTiming(ctypes.Structure):
     _fields_ = [(n, ctypes.c_uint32) for n in ("latency", "refresh_interval", "refresh_cycles")]
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The distinct shapes among the VECTOR instructions of a program, whatever its operands.
+
+    code : uint8[bytes], the program. rows : index of each VECTOR instruction. keys : int64[shapes, fields], shape
+    fields and the operand of ``columns``. inverse : which key each VECTOR instruction has.
+    """
+
+    code: NDArray[np.uint8]
+    rows: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    inverse: NDArray[np.int64]
 
 
 def build_fast_core(config: CoreConfig, progress: Progress = None) -> Path:
@@ -98,6 +127,7 @@ class FastCore:
         self.memory: NDArray[np.uint8] = np.ctypeslib.as_array(
             self._library.lockstep_fast_memory(self._core), (memory_bytes,)
         )
+        self._shapes_at: OrderedDict[int, _Shapes] = OrderedDict()
         self._registers = dict.fromkeys((r.name for r in REGISTERS), 0)
         self._registers |= {
             "MAGIC": MAGIC,
@@ -161,13 +191,22 @@ class FastCore:
             return self._fail(ErrorCode.WRONG_CONFIGURATION, 0, start, CONTROL_UNIT)
         program, count = descriptor["program"], descriptor["count"]
         readable = max(0, min(count, (self.memory.size - program) // INSTRUCTION_BYTES))
-        shapes = self._shapes(self.memory[program : program + readable * INSTRUCTION_BYTES])
+        operands = None
+        if block := descriptor["operands"]:
+            if block % INSTRUCTION_BYTES:
+                return self._fail(ErrorCode.MISALIGNED, 0, block, CONTROL_UNIT)
+            if not self._inside(block, 4 * OPERANDS):
+                return self._fail(ErrorCode.OUT_OF_WINDOW, 0, block, CONTROL_UNIT)
+            operands = self.memory[block : block + 4 * OPERANDS].view(np.uint32).copy()
+            operands[0] = 0
+        shapes = self._shapes(program, program + readable * INSTRUCTION_BYTES, operands)
         outcome = _Outcome()
         self._library.lockstep_fast_execute(
             self._core,
             program,
             count,
             shapes.ctypes.data,
+            None if operands is None else operands.ctypes.data,
             registers["WINDOW_BASE"],
             min(registers["WINDOW_LIMIT"], self.memory.size),
             self._bus,
@@ -204,18 +243,31 @@ class FastCore:
             assert name in BY_NAME
             self._registers[name] = (self._registers[name] + value) & 0xFFFFFFFF
 
-    def _shapes(self, code: NDArray[np.uint8]) -> NDArray[np.int32]:
+    def _shapes(self, start: int, end: int, operands: NDArray[np.uint32] | None) -> NDArray[np.int32]:
         """int32[instructions, 4]: cycles of first row, other rows, tail and column of each VECTOR instruction."""
-        words = np.frombuffer(code.tobytes(), np.uint64).reshape(-1, INSTRUCTION_BYTES // 8)
-        shapes = np.zeros((len(words), 4), np.int32)
-        rows = np.flatnonzero((words[:, 0] & np.uint64(15)) == VECTOR.opcode)
-        if len(rows) == 0:
-            return shapes
-        keys = np.stack([_field(words[rows], name) for name in _SHAPE_FIELDS], axis=1)
-        unique, inverse = np.unique(keys, axis=0, return_inverse=True)
-        table = np.array([_shape(self.config, tuple(map(int, key))) for key in unique], np.int32)
-        shapes[rows] = table[inverse.reshape(-1)]
+        code = self.memory[start:end]
+        known = self._shapes_at.get(start)
+        if known is None or not np.array_equal(known.code, code):
+            known = self._shapes_at[start] = _distinct_shapes(code)
+            if len(self._shapes_at) > _KEPT_PROGRAMS:
+                self._shapes_at.popitem(last=False)
+        self._shapes_at.move_to_end(start)
+        shapes = np.zeros((len(code) // INSTRUCTION_BYTES, 4), np.int32)
+        if len(known.rows):
+            keys = known.keys[:, :-1].copy()
+            if operands is not None:
+                keys[:, _COLUMNS] = (keys[:, _COLUMNS] + operands[known.keys[:, -1]]) & _COLUMNS_MASK
+            table = np.array([_shape(self.config, tuple(key)) for key in keys.tolist()], np.int32)
+            shapes[known.rows] = table[known.inverse]
         return shapes
+
+
+def _distinct_shapes(code: NDArray[np.uint8]) -> _Shapes:
+    words = np.frombuffer(code.tobytes(), np.uint64).reshape(-1, INSTRUCTION_BYTES // 8)
+    rows = np.flatnonzero((words[:, 0] & np.uint64(15)) == VECTOR.opcode)
+    fields = [_field(words[rows], name) for name in (*_SHAPE_FIELDS, selector("columns"))]
+    keys, inverse = np.unique(np.stack(fields, axis=1).astype(np.int64), axis=0, return_inverse=True)
+    return _Shapes(code.copy(), rows, keys, inverse.reshape(-1))
 
 
 def _field(words: NDArray[np.uint64], name: str) -> NDArray[np.uint64]:
@@ -228,11 +280,11 @@ def _field(words: NDArray[np.uint64], name: str) -> NDArray[np.uint64]:
     return value & np.uint64((1 << field.width) - 1)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _shape(config: CoreConfig, key: tuple[int, ...]) -> tuple[int, int, int, int]:
     try:
         i = Instruction(VECTOR, **dict(zip(_SHAPE_FIELDS, key, strict=True)))
-    except InstructionError:  # malformed: the core refuses it before its time matters
+    except InstructionError:  # malformed, or nothing to do: no time of it matters
         return (0, 0, 0, 0)
     first, other = 1 + row_cycles(config, i, True), row_cycles(config, i, False)
     return first, other, tail_cycles(config, i), column_cycles(config, i)
@@ -250,6 +302,7 @@ def _bind(path: Path) -> ctypes.CDLL:
         handle,
         u32,
         u32,
+        ctypes.c_void_p,
         ctypes.c_void_p,
         u64,
         u64,

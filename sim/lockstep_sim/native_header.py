@@ -43,6 +43,7 @@ def instruction_header(config: CoreConfig) -> str:
         f"constexpr std::uint32_t kAccumulatorTiles = {config.accumulator_tiles};",
         f"constexpr std::uint32_t kQueueDepth = {config.queue_depth};",
         f"constexpr std::uint32_t kInstructionBytes = {isa.INSTRUCTION_BYTES};",
+        f"constexpr std::uint32_t kOperands = {isa.OPERANDS};",
         f"constexpr std::uint32_t kTableEntries = {isa.TABLE_ENTRIES};",
         f"constexpr std::uint32_t kTableSlots = {isa.TABLE_SLOTS};",
         f"constexpr std::uint32_t kTableEntryBytes = {isa.TABLE_ENTRY_BYTES};",
@@ -80,7 +81,23 @@ def instruction_header(config: CoreConfig) -> str:
                 value = f"static_cast<{field.choices.__name__}>({value})"
             inits.append(f"{_safe(field_name)}({value})")
         lines.append("      : " + ", ".join(inits) + " {}")
-        legal = [f"{_safe(f.name)} >= {f.minimum}u" for f in type.fields if f.minimum]
+        lines.append(
+            "  // Add the run-time operands; false where a count becomes zero, so that there is nothing to do."
+        )
+        lines.append("  bool resolve(const std::uint32_t* operands) {")
+        for field in type.variable:
+            chosen = f"{isa.selector(field.name)}"
+            lines.append(f"    {field.name} = ({field.name} + operands[{chosen}]) & {(1 << field.width) - 1:#x}u;")
+        counts = [f"{f.name} >= {f.minimum}u" for f in type.variable if f.minimum]
+        lines.append(f"    return {' && '.join(counts) or 'true'};")
+        lines.append("  }")
+        choices = " + ".join(f"({isa.selector(f.name)} != 0)" for f in type.variable)
+        lines.append(f"  std::uint32_t operand_count() const {{ return {choices or '0'}; }}")
+        legal = [
+            f"({_safe(f.name)} >= {f.minimum}u" + (f" || {isa.selector(f.name)})" if f.operand else ")")
+            for f in type.fields
+            if f.minimum
+        ]
         legal += [
             f"static_cast<std::uint32_t>({_safe(f.name)}) < {len(f.choices)}u"
             for f in type.fields

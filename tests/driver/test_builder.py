@@ -56,6 +56,40 @@ def test_what_a_program_stores_is_loaded_behind_it() -> None:
     assert masks(builder.finish(), "wait") == [set(), {"STORE"}, set()]
 
 
+def test_words_that_an_operand_may_reach_are_waited_for() -> None:
+    builder = ProgramBuilder(TINY)
+    words = builder.operand("words", 0, 8)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=0, words_operand=words, address=0)
+    builder.emit(VECTOR, source=Source.VECTOR, x=8)
+    builder.emit(VECTOR, source=Source.VECTOR, x=7)
+    assert masks(builder.finish(), "wait") == [set(), set(), {"LOAD"}]
+
+
+def test_a_block_that_an_operand_moves_touches_everything_on_its_way() -> None:
+    builder = ProgramBuilder(TINY)
+    place = builder.operand("place", 0, 100)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=2, address=0, local=10, local_operand=place)
+    builder.emit(VECTOR, source=Source.VECTOR, x=112)
+    builder.emit(VECTOR, source=Source.VECTOR, x=60)
+    assert masks(builder.finish(), "wait") == [set(), set(), {"LOAD"}]
+
+
+def test_device_memory_is_ordered_from_the_least_address_to_the_greatest_end() -> None:
+    builder = ProgramBuilder(TINY)
+    offset = builder.operand("offset", 0, 1024)
+    builder.emit(STORE, memory=Memory.VECTOR, words=4, address=4096, address_operand=offset, bytes=1)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=4, address=4096 + 1024 + 4 * TINY.rows)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=4, address=4096 + 1024 + 3 * TINY.rows)
+    assert masks(builder.finish(), "wait") == [set(), set(), {"STORE"}]
+
+
+def test_an_operand_must_be_declared_before_it_is_used() -> None:
+    builder = ProgramBuilder(TINY)
+    builder.operand("words", 0, 8)
+    with pytest.raises(ProgramError, match=r"instruction 0 \(LOAD\) selects operand 2, 1 are declared"):
+        builder.emit(LOAD, memory=Memory.VECTOR, words=1, words_operand=2, address=0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

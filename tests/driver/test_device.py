@@ -72,6 +72,30 @@ def test_program_files_survive_and_damage_is_found(tmp_path) -> None:
             Program.from_bytes(bytes(damaged))
 
 
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [
+        ({}, "needs a value for operand 'words'; it declares: words, place"),
+        ({"words": 1}, "needs a value for operand 'place'"),
+        ({"words": 9, "place": 0}, "operand 'words' is 9; this program takes 0..8"),
+        ({1: 1, 2: -1}, "operand 'place' is -1; this program takes 0..64"),
+        ({"words": 1, "size": 1}, "has no operand 'size'; it declares: words, place"),
+        ({1: 1, 3: 1}, "has no operand 3"),
+        ({"words": 1, 1: 1}, "'words' is given twice"),
+    ],
+)
+def test_operands_are_checked_before_a_program_runs(operands, message: str) -> None:
+    builder = ProgramBuilder(preset("tiny"))
+    words, place = builder.operand("words", 0, 8), builder.operand("place", 0, 64)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=0, words_operand=words, address=0, local=0, local_operand=place)
+    with open_device("fast:tiny?memory=1M") as device:
+        loaded = device.load(builder.finish())
+        with pytest.raises(DriverError, match=message):
+            device.submit(loaded, operands)
+        assert device.run(loaded, {"words": 8, "place": 64}).units["LOAD"]["busy"] == 32
+        assert device.run(loaded, {words: 0, place: 64}).units["LOAD"]["busy"] < 8
+
+
 def test_a_device_works_after_a_timeout() -> None:
     from lockstep_driver import DeviceTimeout
     from lockstep_isa.instructions import VECTOR, Instruction, Source

@@ -18,7 +18,7 @@ def differences(device: Device, seeds: range) -> tuple[list[str], list[int]]:
     for seed in seeds:
         case = random_program(device.config, seed, buffer.address)
         buffer.write(case.memory)
-        cycles.append(device.run(case.program, timeout=60).cycles)
+        cycles.append(device.run(case.program, case.operands, timeout=60).cycles)
         start = case.result.start - buffer.address
         actual = buffer.data[start : start + case.result.stop - case.result.start].view(np.uint32)
         expected = case.expected(device.config)

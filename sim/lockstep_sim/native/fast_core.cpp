@@ -26,16 +26,20 @@ void lockstep_fast_destroy(void* core) { delete static_cast<FastCore*>(core); }
 
 uint8_t* lockstep_fast_memory(void* core) { return static_cast<FastCore*>(core)->memory.data(); }
 
-// Execute `count` instructions at `address`. `shapes` has one row per instruction (used for VECTOR only).
+// Execute `count` instructions at `address`. `shapes` has one row per instruction (used for VECTOR only), for the values
+// that fields have with the operands; `operands` has kOperands words, the first zero, or is null where there are none.
 void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const VectorShape* shapes,
-                           uint64_t window_base, uint64_t window_limit, BusTiming bus, Outcome* outcome) {
+                           const uint32_t* operands, uint64_t window_base, uint64_t window_limit, BusTiming bus,
+                           Outcome* outcome) {
     FastCore& core = *static_cast<FastCore*>(handle);
     const FlushToZero mode;
     core.window_base = window_base;
     core.window_limit = window_limit;
     core.flags = 0;
     core.reset();
-    TimingModel timing(bus);
+    TimingModel timing(bus, operands != nullptr);
+    const uint32_t zeros[isa::kOperands] = {};
+    if (!operands) operands = zeros;
     *outcome = Outcome{};
     Failure failure;
     uint32_t n = 0;
@@ -53,31 +57,38 @@ void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const
         const Failure malformed = refuse(ErrorCode::kBadField, uint32_t(at));
         switch (word.bits(0, 4)) {
             case isa::Load::kOpcode: {
-                const isa::Load i(word);
-                failure = i.well_formed(word) ? core.load(i) : malformed;
-                timing.add_load(i);
+                isa::Load i(word);
+                if (!i.well_formed(word)) failure = malformed;
+                else if (!i.resolve(operands)) timing.add_nothing(i);
+                else failure = core.load(i), timing.add_load(i);
                 break;
             }
             case isa::Matrix::kOpcode: {
-                const isa::Matrix i(word);
-                failure = i.well_formed(word) ? core.matrix(i) : malformed;
-                timing.add_matrix(i);
+                isa::Matrix i(word);
+                if (!i.well_formed(word)) failure = malformed;
+                else if (!i.resolve(operands)) timing.add_nothing(i);
+                else failure = core.matrix(i), timing.add_matrix(i);
                 break;
             }
             case isa::Vector::kOpcode: {
-                const isa::Vector i(word);
-                const bool starved = i.source == Source::kAccumulator &&
-                                     !core.has_tiles(i.tiles * ((i.columns + kRows - 1) / kRows));
-                failure = !i.well_formed(word) ? malformed
-                          : starved            ? Failure{ErrorCode::kWatchdog, 0, isa::Unit::kVector, false}
-                                               : core.vector(i);
-                timing.add_vector(i, shapes[n]);
+                isa::Vector i(word);
+                if (!i.well_formed(word)) {
+                    failure = malformed;
+                } else if (!i.resolve(operands)) {
+                    timing.add_nothing(i);
+                } else {
+                    const bool starved = i.source == Source::kAccumulator &&
+                                         !core.has_tiles(i.tiles * ((i.columns + kRows - 1) / kRows));
+                    failure = starved ? Failure{ErrorCode::kWatchdog, 0, isa::Unit::kVector, false} : core.vector(i);
+                    timing.add_vector(i, shapes[n]);
+                }
                 break;
             }
             case isa::Store::kOpcode: {
-                const isa::Store i(word);
-                failure = i.well_formed(word) ? core.store(i) : malformed;
-                timing.add_store(i);
+                isa::Store i(word);
+                if (!i.well_formed(word)) failure = malformed;
+                else if (!i.resolve(operands)) timing.add_nothing(i);
+                else failure = core.store(i), timing.add_store(i);
                 break;
             }
             default: failure = refuse(ErrorCode::kBadOpcode, uint32_t(at));

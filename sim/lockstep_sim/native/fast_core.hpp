@@ -1,6 +1,7 @@
 // The memories of a core and what each instruction does to them, at native speed. No time: that is timing.hpp.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -17,6 +18,7 @@ using isa::FirstAdd;
 using isa::FirstMultiply;
 using isa::Function;
 using isa::kRows;
+using isa::Mask;
 using isa::Maximum;
 using isa::Memory;
 using isa::SecondAdd;
@@ -74,12 +76,21 @@ class FastCore {
     }
 
     Failure store(const isa::Store& i) {
+        const uint32_t lane_bytes = i.bytes ? 1 : 4, word = lane_bytes * kRows;
         for (uint32_t row = 0; row < i.rows; row++) {
-            const uint64_t at = uint32_t(i.address + row * i.stride), bytes = uint64_t(i.words) * 4 * kRows;
+            const uint64_t at = uint32_t(i.address + row * i.stride), bytes = uint64_t(i.words) * word;
             if (Failure f = transfer(at, bytes, i.stride, isa::Unit::kStore)) return f;
             const uint32_t local = uint16_t(i.local + row * i.local_stride);
             if (local + i.words > isa::kVectorWords) return {ErrorCode::kLocalBounds, isa::kVectorWords, isa::Unit::kStore};
-            std::memcpy(memory.data() + at, &vector_[size_t(local) * kRows], bytes);
+            const uint32_t first = row ? 0 : std::min<uint32_t>(i.lane, kRows);
+            const float* from = &vector_[size_t(local) * kRows];
+            uint8_t* to = memory.data() + at;
+            if (!i.bytes && !first) {
+                std::memcpy(to, from, bytes);
+                continue;
+            }
+            for (uint32_t n = 0; n < i.words; n++, from += kRows, to += word)
+                for (uint32_t r = first; r < uint32_t(kRows); r++) std::memcpy(to + r * lane_bytes, from + r, lane_bytes);
         }
         return {};
     }
@@ -174,13 +185,17 @@ class FastCore {
         return i.add1 == FirstAdd::kLane0 || i.mul2 == SecondMultiply::kLane0 || i.function == Function::kExp2;
     }
 
+    static bool y_used(const isa::Vector& i) {
+        return i.add1 == FirstAdd::kY || i.add2 == SecondAdd::kY || i.mul3 == ThirdMultiply::kY;
+    }
+
     bool in_bounds(const isa::Vector& i, uint32_t tile, uint32_t words) const {
         const uint32_t v = isa::kVectorWords, p = isa::kParameterWords;
         auto inside = [](uint32_t start, uint32_t count, uint32_t depth) { return uint16_t(start) + count <= depth; };
         bool ok = true;
         if (i.source != Source::kAccumulator)
             ok &= inside(i.x + tile * i.x_stride, i.columns, i.source == Source::kVector ? v : p);
-        if (i.add1 == FirstAdd::kY || i.mul3 == ThirdMultiply::kY) ok &= inside(i.y + tile * i.y_stride, i.columns, v);
+        if (y_used(i)) ok &= inside(i.y + tile * i.y_stride, i.columns, v);
         if (lane0_used(i)) ok &= inside(i.lane0 + tile, 1, p);
         if (i.mul1 == FirstMultiply::kLane1) ok &= inside(i.lane1 + tile, 1, p);
         if (i.mul1 == FirstMultiply::kColumn0 || i.mul2 == SecondMultiply::kColumn0) ok &= inside(i.column0, words, p);
@@ -191,12 +206,16 @@ class FastCore {
         const uint32_t to = i.to + tile * i.to_stride;
         switch (i.destination) {
             case Destination::kNone: break;
-            case Destination::kVector: ok &= inside(to, i.columns, v); break;
+            case Destination::kVector:
+            case Destination::kBytes: ok &= inside(to, i.columns, v); break;
             case Destination::kParameter: ok &= inside(to, i.columns, p); break;
             case Destination::kActivation: ok &= inside(to, i.columns, isa::kActivationWords); break;
             case Destination::kWeight: ok &= inside(to, i.columns, isa::kWeightWords); break;
             case Destination::kWeightTransposed:
                 for (uint32_t g = 0; g < words; g++) ok &= inside(to + g * i.to_group, kRows, isa::kWeightWords);
+                break;
+            case Destination::kBytesTransposed:
+                for (uint32_t g = 0; g < words; g++) ok &= inside(to + g * i.to_group, kRows, v);
         }
         return ok;
     }
@@ -233,7 +252,9 @@ class FastCore {
                 Pass::convert(&tiles_.front().value[0][0], kRows, columns - j < kRows ? columns - j : kRows, x + j * kRows);
         } else {
             const auto& from = i.source == Source::kVector ? vector_ : parameter_;
-            std::memcpy(x, &from[size_t(uint16_t(i.x + tile * i.x_stride)) * kRows], columns * kRows * sizeof(float));
+            const float* words = &from[size_t(uint16_t(i.x + tile * i.x_stride)) * kRows];
+            if (i.source == Source::kInteger) Pass::convert_words(words, columns, x);
+            else std::memcpy(x, words, columns * kRows * sizeof(float));
         }
         const float* y = &vector_[size_t(uint16_t(i.y + tile * i.y_stride)) % isa::kVectorWords * kRows];
         float lane0[kRows], lane1[kRows];
@@ -256,6 +277,7 @@ class FastCore {
 
         if (i.add2 == SecondAdd::kColumn1) Pass::add_columns(columns, column1, x);
         if (i.add2 == SecondAdd::kImmediate1) Pass::add_scalar(columns, float_of(i.immediate1), x);
+        if (i.add2 == SecondAdd::kY) Pass::add_elements(columns, y, x);
 
         int32_t peak[kRows], limit[kRows];
         std::memcpy(limit, &parameter_[size_t(uint16_t(i.max_to + tile)) % isa::kParameterWords * kRows], sizeof limit);
@@ -270,7 +292,11 @@ class FastCore {
             case Function::kRelu: Pass::rectify(columns, x); break;
             case Function::kScore: {
                 int32_t unused[kRows] = {};
+                const int32_t first = (int32_t(i.first_row << 12) >> 12) + int32_t(tile) * kRows;
+                // Hidden scores count with the exponent of the lower limit, and leave as -infinity.
+                if (i.mask == Mask::kCausal) Pass::hide(columns, first, int32_t(i.window), x);
                 Pass::score(columns, x, i.maximum == Maximum::kExponent ? peak : unused);
+                if (i.mask == Mask::kCausal) Pass::hide(columns, first, int32_t(i.window), x);
                 break;
             }
             case Function::kExp2: {
@@ -309,15 +335,25 @@ class FastCore {
         Pass::round(columns, x, rounded_.data());
         if (i.destination == Destination::kActivation) std::memcpy(&activation_[to * kRows], rounded_.data(), columns * kRows);
         if (i.destination == Destination::kWeight) std::memcpy(&weight_[to * kRows], rounded_.data(), columns * kRows);
-        if (i.destination == Destination::kWeightTransposed)
+        if (i.destination == Destination::kBytes) widen(rounded_.data(), columns, to);
+        const bool bytes = i.destination == Destination::kBytesTransposed;
+        if (i.destination == Destination::kWeightTransposed || bytes)
             for (size_t group = 0; group * kRows < columns; group++) {
-                int8_t* word = &weight_[size_t(uint16_t(to + group * i.to_group)) * kRows];
+                uint8_t turned[kRows][kRows];
                 for (int r = 0; r < kRows; r++)
                     for (size_t c = 0; c < kRows; c++) {
                         const size_t j = group * kRows + c;
-                        word[r * kRows + c] = j < columns ? int8_t(rounded_[j * kRows + r]) : int8_t(0);
+                        turned[r][c] = j < columns ? rounded_[j * kRows + r] : uint8_t(0);
                     }
+                const size_t start = uint16_t(to + group * i.to_group);
+                if (bytes) widen(&turned[0][0], kRows, start);
+                else std::memcpy(&weight_[start * kRows], turned, sizeof turned);
             }
+    }
+
+    // Words of bytes to VECTOR words, one byte in each lane.
+    void widen(const uint8_t* bytes, size_t words, size_t start) {
+        for (size_t n = 0; n < words * kRows; n++) vector_[start * kRows + n] = float_of(bytes[n]);
     }
 
     std::vector<int8_t> activation_, weight_;

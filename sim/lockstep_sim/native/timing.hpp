@@ -36,29 +36,37 @@ class TimingModel {
   public:
     using Time = int64_t;
 
-    explicit TimingModel(BusTiming bus) : bus_(bus) {}
+    TimingModel(BusTiming bus, bool operands) : bus_(bus), operands_(operands) {}
+
+    // An instruction that only exchanges its tokens.
+    template <class Type>
+    void add_nothing(const Type& i) {
+        add(i).idle = true;
+    }
 
     void add_load(const isa::Load& i) {
         const uint32_t word = i.memory == isa::Memory::kTable ? isa::kTableEntryBytes
                               : i.memory == isa::Memory::kVector || i.memory == isa::Memory::kParameter ? 4 * isa::kRows
                                                                                                         : isa::kRows;
-        Item& item = add(isa::Unit::kLoad, i.wait_, i.signal_);
+        Item& item = add(i);
         item.address = i.address, item.stride = i.stride, item.rows = i.rows, item.beats = i.words * word / isa::kBusBytes;
         result_.read_beats += uint64_t(item.rows) * item.beats;
     }
     void add_store(const isa::Store& i) {
-        Item& item = add(isa::Unit::kStore, i.wait_, i.signal_);
+        Item& item = add(i);
         item.address = i.address, item.stride = i.stride, item.rows = i.rows;
-        item.words = i.words, item.beats = i.words * 4 * isa::kRows / isa::kBusBytes;
+        // A word takes whole beats, even where one beat could hold several words.
+        const uint32_t word = (i.bytes ? 1 : 4) * isa::kRows;
+        item.words = i.words, item.beats = i.words * std::max(1u, word / isa::kBusBytes);
         result_.write_beats += uint64_t(item.rows) * item.beats;
     }
     void add_matrix(const isa::Matrix& i) {
-        Item& item = add(isa::Unit::kMatrix, i.wait_, i.signal_);
+        Item& item = add(i);
         item.depth = i.depth, item.tiles = i.outer * i.inner;
         result_.mac_cycles += uint64_t(item.depth) * item.tiles;
     }
     void add_vector(const isa::Vector& i, const VectorShape& shape) {
-        Item& item = add(isa::Unit::kVector, i.wait_, i.signal_);
+        Item& item = add(i);
         item.shape = shape, item.rows = i.tiles, item.columns = i.columns;
         item.tiles = i.source == isa::Source::kAccumulator ? (i.columns + isa::kRows - 1) / isa::kRows : 0;
     }
@@ -68,6 +76,10 @@ class TimingModel {
         const Time fetch = isa::kInstructionBytes / isa::kBusBytes;
         // Doorbell, descriptor, check, first instruction.
         Time now = 2 * (Time(bus_.latency) + kFetchPipeline + fetch);
+        if (operands_) {
+            now += kOperandTurn + kOperandWords * fetch;
+            result_.read_beats += uint64_t(kOperandWords * fetch);
+        }
         bus_free_ = now;
         size_t dispatched = 0, done = 0;
         std::vector<Time> dispatch_times;
@@ -88,7 +100,7 @@ class TimingModel {
                 const Time arrived = dispatched >= kFetchAhead
                                          ? dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch
                                          : now;
-                now = std::max({now + 1, room, arrived});
+                now = std::max({now + 1, room, arrived}) + (item.selectors ? kSelect + item.selectors : 0);
                 dispatch_times.push_back(now);
                 fetched_.push_back(now);
                 item.dispatched = now + kQueueLatency;
@@ -132,6 +144,10 @@ class TimingModel {
     static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
     static constexpr Time kQueueLatency = 2;    // dispatcher to the head of a unit's queue
     static constexpr Time kTokenLatency = 2;    // done to the accepted instruction that waited for it
+    static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes;  // fetches of the operands
+    static constexpr Time kOperandTurn = 2;     // descriptor to the operands' first address
+    static constexpr Time kSelect = 2;          // an instruction with operands, and one more for each
+    static constexpr Time kSkipLatency = 3;     // an instruction that does nothing, from its tokens to those it gives
     static constexpr Time kSettle = 2;          // last done to the fence
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kLoadLatency = 2;     // last beat to done
@@ -140,7 +156,8 @@ class TimingModel {
 
     struct Item {
         int unit;
-        uint32_t wait, signal;
+        uint32_t wait, signal, selectors;
+        bool idle = false;
         uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, depth = 0, tiles = 0, columns = 0;
         VectorShape shape{};
         Time dispatched = 0, start = -1, end = -1;
@@ -152,12 +169,14 @@ class TimingModel {
         std::vector<size_t> queue;  // all items of the unit so far, in order
         size_t next = 0;            // the first that has not ended
         Time free = 0;              // when the unit can accept the next one
+        Time ended = 0;             // when all of its items so far have ended
         std::vector<Time> given[4]; // times of tokens given to each unit
         size_t taken[4] = {};       // tokens taken from each unit
     };
 
-    Item& add(isa::Unit unit, uint32_t wait, uint32_t signal) {
-        items_.push_back({int(unit), wait, signal});
+    template <class Type>
+    Item& add(const Type& i) {
+        items_.push_back({int(Type::kUnit), i.wait_, i.signal_, i.operand_count()});
         return items_.back();
     }
 
@@ -182,20 +201,32 @@ class TimingModel {
             cycles.wait_token += uint64_t(item.start - earliest);
         }
         const uint32_t row = item.row, tile = item.tile;
-        bool ended = true;
-        switch (isa::Unit(unit)) {
-            case isa::Unit::kLoad: load(item, lane, cycles); break;
-            case isa::Unit::kMatrix: ended = matrix(item, lane, cycles); break;
-            case isa::Unit::kVector: ended = vector(item, lane, cycles); break;
-            case isa::Unit::kStore: store(item, lane, cycles); break;
-        }
-        if (!ended) {
+        if (!work(item, lane, cycles)) {
             partial_ = item.row != row || item.tile != tile;
             return partial_;
         }
         for (int target = 0; target < 4; target++)
             if (item.signal >> target & 1) lane.given[target].push_back(item.end);
         lane.next++;
+        lane.ended = std::max(lane.ended, item.end);
+        return true;
+    }
+
+    // What the unit does with an instruction that may run; false where it stops in its middle.
+    bool work(Item& item, Lane& lane, UnitCycles& cycles) {
+        if (item.idle) {
+            const Time begin = std::max(item.start, lane.ended);
+            item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
+            lane.free = item.start + 1;
+            cycles.busy += uint64_t(item.end - begin);
+            return true;
+        }
+        switch (isa::Unit(item.unit)) {
+            case isa::Unit::kLoad: load(item, lane, cycles); return true;
+            case isa::Unit::kStore: store(item, lane, cycles); return true;
+            case isa::Unit::kMatrix: return matrix(item, lane, cycles);
+            case isa::Unit::kVector: return vector(item, lane, cycles);
+        }
         return true;
     }
 
@@ -244,12 +275,11 @@ class TimingModel {
         });
         item.end = bus_free_ + kLoadLatency;
         lane.free = asked;
-        const Time begin = std::max(item.start, load_busy_until_);
+        const Time begin = std::max(item.start, lane.ended);
         const uint64_t useful = uint64_t(item.rows) * item.beats;
         const uint64_t span = item.end > begin ? uint64_t(item.end - begin) : 0;
         cycles.busy += std::min(useful, span);
         cycles.wait_data += span - std::min(useful, span);
-        load_busy_until_ = std::max(load_busy_until_, item.end);
     }
 
     void store(Item& item, Lane& lane, UnitCycles& cycles) {
@@ -314,12 +344,13 @@ class TimingModel {
     }
 
     BusTiming bus_;
+    bool operands_;
     std::vector<Item> items_;
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     std::vector<Time> burst_ends_, fetched_;
     size_t charged_ = 0;
-    Time bus_free_ = 0, load_busy_until_ = 0;
+    Time bus_free_ = 0;
     bool partial_ = false;
     Prediction result_;
 };

@@ -15,6 +15,12 @@ struct FusedPass {
       for (int r = 0; r < Rows; ++r) x[j * Rows + r] = static_cast<float>(tile[r * tile_columns + j]);
   }
 
+  // x = float(word) for words that hold int32 patterns.
+  static void convert_words(const float* __restrict words, std::size_t columns, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i)
+      x[i] = static_cast<float>(static_cast<std::int32_t>(bits_of(words[i])));
+  }
+
   // One value per lane, the same for every column.
   static void add_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
@@ -71,13 +77,29 @@ struct FusedPass {
       }
     for (int r = 0; r < Rows; ++r) peak[r] = greatest[r];
   }
-  // x = 2^clamp(x) * 2^-peak.
+  // x = -infinity where lane r, which is at position first + r, does not see column j: it sees columns up to its own,
+  // with a window the last `window` of them.
+  [[gnu::noinline]] static void hide(std::size_t columns, std::int32_t first, std::int32_t window,
+                                     float* __restrict x) {
+    const std::int32_t n = static_cast<std::int32_t>(columns);
+    if (first >= n - 1 && (!window || first + Rows <= window)) return;  // all are visible
+    const std::int32_t reach = window ? window : n + Rows + (first > 0 ? first : 0);
+    for (std::int32_t j = 0; j < n; ++j)
+      for (std::int32_t r = 0; r < Rows; ++r) {
+        const std::int32_t distance = first + r - j;
+        const bool visible = distance >= 0 && distance < reach;
+        x[j * Rows + r] = visible ? x[j * Rows + r] : float_of(kSign | kInfinity);
+      }
+  }
+  // x = 2^clamp(x) * 2^-peak, +0 for -infinity.
   [[gnu::noinline]] static void exponential(const Table& table, std::size_t columns,
                                             const std::int32_t* __restrict peak, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
       for (int r = 0; r < Rows; ++r) {
-        const Exp2Parts parts = exp2_parts(table, clamp_score(x[j * Rows + r]));
-        x[j * Rows + r] = scale2(parts.m, parts.n - peak[r]);
+        const float z = x[j * Rows + r];
+        const Exp2Parts parts = exp2_parts(table, clamp_score(z));
+        const float scaled = scale2(parts.m, parts.n - peak[r]);
+        x[j * Rows + r] = bits_of(z) == (kSign | kInfinity) ? 0.0f : scaled;
       }
   }
 

@@ -1,0 +1,165 @@
+"""Programs with run-time operands: their meaning, their files, their text and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_isa.config import preset
+from lockstep_isa.instructions import (
+    BY_NAME,
+    LOAD,
+    MATRIX,
+    STORE,
+    VECTOR,
+    Destination,
+    Function,
+    Instruction,
+    InstructionError,
+    Mask,
+    Memory,
+    Source,
+    decode,
+    encode,
+    resolve,
+)
+from lockstep_isa.program import Operand, Program, ProgramError, validate
+
+TINY = preset("tiny")
+
+
+def copy_of(least: int, greatest: int, **fields: int) -> Program:
+    """A LOAD, a pass and a STORE of ``words`` words, a variable number."""
+    builder = ProgramBuilder(TINY)
+    words = builder.operand("words", least, greatest)
+    transfer = {"memory": Memory.VECTOR, "words": 0, "words_operand": words}
+    builder.emit(LOAD, address=0, **transfer, **fields)
+    builder.emit(VECTOR, source=Source.VECTOR, destination=Destination.VECTOR, columns=0, columns_operand=words)
+    builder.emit(STORE, address=4096, **transfer)
+    return builder.finish()
+
+
+@pytest.mark.parametrize(
+    ("field", "width", "base", "value", "effective"),
+    [
+        ("words", 16, 7, 5, 12),
+        ("words", 16, 7, -5, 2),
+        ("words", 16, 7, 0xFFFF_FFFB, 2),
+        ("words", 16, 0xFFFF, 3, 2),
+        ("address", 32, 0x100, 0xFFFF_FF40, 0x40),
+        ("lane", 6, 60, 7, 3),
+    ],
+)
+def test_an_operand_is_added_modulo_the_width_of_its_field(
+    field: str, width: int, base: int, value: int, effective: int
+) -> None:
+    instruction = Instruction(STORE, memory=Memory.VECTOR, **{field: base, f"{field}_operand": 2})
+    assert STORE.layout[field][1].width == width
+    resolved = resolve(instruction, (9, value))
+    assert resolved == instruction.replace(**{field: effective, f"{field}_operand": 0})
+
+
+def test_a_count_that_becomes_zero_leaves_nothing_to_do() -> None:
+    for name, field in (("LOAD", "rows"), ("MATRIX", "depth"), ("MATRIX", "inner"), ("VECTOR", "columns")):
+        instruction = Instruction(BY_NAME[name], **{field: 3, f"{field}_operand": 1})
+        assert resolve(instruction, (-3,)) is None
+        assert resolve(instruction, (-2,)) is not None
+
+
+def test_a_count_of_zero_needs_an_operand() -> None:
+    assert decode(encode(Instruction(MATRIX, depth=0, depth_operand=63))).depth_operand == 63
+    with pytest.raises(InstructionError, match=r"MATRIX\.depth = 0 is outside 1"):
+        Instruction(MATRIX, depth=0)
+    with pytest.raises(InstructionError, match=r"MATRIX\.depth_operand = 64 is outside 0\.\.63"):
+        Instruction(MATRIX, depth_operand=64)
+
+
+def test_the_text_of_a_program_names_its_operands() -> None:
+    lines = copy_of(0, 8).disassemble()
+    assert "words=0+words" in lines[0]
+    assert "columns=0+words" in lines[1]
+    assert not any("_operand" in line for line in lines)
+
+
+def test_operands_survive_in_program_files() -> None:
+    program = dataclasses.replace(copy_of(0, 8), operands=(Operand("words", -5, 8), Operand("größe", 0, 2**32 - 1)))
+    assert Program.from_bytes(program.to_bytes()) == program
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (copy_of(0, 8, local=65530), "with words = 8: instruction 0 .*reaches word 65537 of the VECTOR"),
+        (copy_of(0, 65536), r"instruction 0 \(LOAD\): words has 16 bits and wraps between the limits 0..65536 of"),
+        (copy_of(-1, 8), r"wraps between the limits -1..8 of operand 'words'; narrow them"),
+    ],
+)
+def test_validation_tries_both_limits(program: Program, message: str) -> None:
+    with pytest.raises(ProgramError, match=message):
+        validate(TINY, program)
+
+
+def test_a_position_may_pass_zero_but_not_the_end_of_its_field() -> None:
+    def masked(least: int, greatest: int) -> Program:
+        builder = ProgramBuilder(TINY)
+        position = builder.operand("position", least, greatest)
+        score = {"source": Source.VECTOR, "function": Function.SCORE, "mask": Mask.CAUSAL}
+        builder.emit(VECTOR, first_row=(1 << 20) - 512, first_row_operand=position, **score)
+        return builder.finish()
+
+    validate(TINY, masked(0, 4096))
+    with pytest.raises(ProgramError, match="first_row has 20 bits and wraps"):
+        validate(TINY, masked(0, 1 << 20))
+
+
+def test_validation_wants_tiles_consumed_whatever_the_operands() -> None:
+    def product(columns: int) -> Program:
+        builder = ProgramBuilder(TINY)
+        tiles = builder.operand("tiles", 0, 3)
+        width = builder.operand("width", 0, columns)
+        builder.emit(MATRIX, depth=4, inner=0, inner_operand=tiles)
+        builder.emit(VECTOR, source=Source.ACCUMULATOR, columns=0, columns_operand=width)
+        return builder.finish()
+
+    validate(TINY, product(3 * TINY.columns))
+    with pytest.raises(ProgramError, match="with tiles = 3, width = 8: the program leaves 1 result tiles"):
+        validate(TINY, product(2 * TINY.columns))
+    with pytest.raises(ProgramError, match=r"with tiles = 3, width = 13: .*waits for itself"):
+        validate(TINY, product(3 * TINY.columns + 1))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        (Instruction(LOAD, words_operand=1), "words has operand 1, the program declares 0"),
+        (Instruction(VECTOR, source=Source.VECTOR, mask=Mask.CAUSAL), "a mask needs the SCORE function"),
+        (Instruction(STORE, memory=Memory.VECTOR, lane=TINY.rows), "lane 4 does not exist, a word has 4"),
+    ],
+)
+def test_validation_refuses_what_has_no_meaning(instruction: Instruction, message: str) -> None:
+    with pytest.raises(ProgramError, match=message):
+        validate(TINY, Program(TINY.crc, (instruction,)))
+    score = Instruction(VECTOR, source=Source.VECTOR, mask=Mask.CAUSAL, function=Function.SCORE)
+    validate(TINY, Program(TINY.crc, (score,)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("n", 0, 1), "'n' is declared twice"),
+        (("two words", 0, 1), "needs an identifier"),
+        (("x" * 49, 0, 1), "needs an identifier of at most 48 bytes"),
+        (("m", 2, 1), "limits 2..1"),
+        (("m", 0, 2**32), r"limits 0..4294967296; legal are -2\^31"),
+    ],
+)
+def test_operands_need_a_name_and_limits(arguments: tuple[str, int, int], message: str) -> None:
+    builder = ProgramBuilder(TINY)
+    assert builder.operand("n", 0, 1) == 1
+    with pytest.raises(ProgramError, match=message):
+        builder.operand(*arguments)
+    for n in range(62):
+        builder.operand(f"n{n}", 0, 1)
+    with pytest.raises(ProgramError, match="at most 63"):
+        builder.operand("more", 0, 1)
