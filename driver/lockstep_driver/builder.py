@@ -119,8 +119,9 @@ class ProgramBuilder:
         )
 
     def _extremes(self, instruction: Instruction) -> list[Instruction]:
-        """What runs with the least and with the greatest operands, if it does anything."""
-        numbers = [instruction.values[selector(field.name)] for field in instruction.type.variable]
+        """The instruction at its greatest size, moved least and moved most; nothing where it never runs."""
+        variable = instruction.type.variable
+        numbers = [instruction.values[selector(field.name)] for field in variable]
         if not any(numbers):
             return [instruction]
         if max(numbers) > len(self._operands):
@@ -128,8 +129,12 @@ class ProgramBuilder:
                 f"instruction {len(self._instructions)} ({instruction.type.name}) selects operand {max(numbers)}, "
                 f"{len(self._operands)} are declared; call operand() first"
             )
-        ends = ([o.least for o in self._operands], [o.greatest for o in self._operands])
-        return [i for values in ends if (i := resolve(instruction, values)) is not None]
+        most = resolve(instruction, [o.greatest for o in self._operands])
+        if most is None:
+            return []
+        counts = {field.name: most.values[field.name] for field in variable if field.minimum}
+        sized = instruction.replace(**counts, **{selector(name): 0 for name in counts})
+        return [i for i in (resolve(sized, [o.least for o in self._operands]), most) if i is not None]
 
     @staticmethod
     def _union(extremes: list[list[Region]], instruction: Instruction) -> list[Region]:

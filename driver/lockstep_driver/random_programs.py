@@ -281,6 +281,28 @@ class _Generator:
             fields["first_row_operand"] = self.position
         self.builder.emit(VECTOR, **fields)
 
+    def softmax(self) -> None:
+        """Masked scores and their weights; rows in front of the first position see nothing."""
+        tiles, columns = self.number(1, 3), self.number(1, 40)
+        words = tiles * columns
+        x, to = (self.number(0, _USED[Memory.VECTOR] // 2 - words) for _ in range(2))
+        powers = self.number(_INTEGERS[0], _INTEGERS[1] - tiles)
+        shape = {"tiles": tiles, "columns": columns, "x_stride": columns, "to_stride": columns}
+        shape |= {"source": Source.VECTOR, "destination": Destination.VECTOR}
+        fields = shape | {
+            "function": Function.SCORE,
+            "maximum": Maximum.EXPONENT,
+            "x": x,
+            "to": _USED[Memory.VECTOR] // 2 + to,
+            "max_to": powers,
+            "mask": Mask.CAUSAL,
+            "first_row": self.number(-2 * self.config.rows, columns) % (1 << 20),
+            "window": self.number(0, columns) if self.number(0, 1) else 0,
+        }
+        self.builder.emit(VECTOR, **fields)
+        at = fields["to"]
+        self.builder.emit(VECTOR, **shape, function=Function.EXP2, x=at, to=at, lane0=powers, sum=1, sum_to=to % 100)
+
     def _random_pass(self, source: Source | None, tiles: int, columns: int) -> Instruction | None:
         n = self.number
         chosen = Source(n(1, 3)) if source is None else source
@@ -395,7 +417,9 @@ class _Generator:
         b = self.builder
         # The VECTOR memory first, then everything else through it.
         vector_bytes = _BYTES[1] * 4 * rows
-        parameter_bytes = _USED[Memory.PARAMETER] * 4 * rows
+        integers = _INTEGERS[1] - _INTEGERS[0]
+        parameter_words = _USED[Memory.PARAMETER] + integers
+        parameter_bytes = parameter_words * 4 * rows
         tiles = 2
         product_words = tiles * tiles * rows
         result_bytes = vector_bytes + parameter_bytes + product_words * 4 * rows
@@ -407,7 +431,16 @@ class _Generator:
             destination=Destination.VECTOR,
             columns=_USED[Memory.PARAMETER],
         )
-        b.emit(STORE, memory=Memory.VECTOR, words=_USED[Memory.PARAMETER], address=result + vector_bytes, local=0)
+        # Once more as fp32 values: negative integers are patterns of NaN, which all compare equal.
+        b.emit(
+            VECTOR,
+            source=Source.INTEGER,
+            destination=Destination.VECTOR,
+            columns=integers,
+            x=_INTEGERS[0],
+            to=_USED[Memory.PARAMETER],
+        )
+        b.emit(STORE, memory=Memory.VECTOR, words=parameter_words, address=result + vector_bytes, local=0)
         depth = _USED[Memory.ACTIVATION] // tiles
         b.emit(MATRIX, depth=depth, outer=tiles, inner=tiles, a_outer=depth, w_inner=depth)
         b.emit(
@@ -442,13 +475,15 @@ def random_program(config: CoreConfig, seed: int, base: int = 0, length: int = 1
         generator.load_table(name, slot)
     generator.fill()
     for _ in range(length):
-        step = generator.number(0, 12)
+        step = generator.number(0, 13)
         if step < 4:
             generator.matrix()
         elif step < 8:
             generator.vector()
         elif step < 10:
             generator.load()
-        else:
+        elif step < 13:
             generator.store()
+        else:
+            generator.softmax()
     return generator.finish()

@@ -28,7 +28,8 @@ ERROR_TEXT: dict[ErrorCode, str] = {
     ErrorCode.WRONG_CONFIGURATION: "the program was built for another core configuration; compile it for this one",
     ErrorCode.LOCAL_BOUNDS: "an instruction addresses an on-chip word beyond the end of its memory",
     ErrorCode.OUT_OF_WINDOW: "a transfer leaves the window of device memory that the driver opened",
-    ErrorCode.MISALIGNED: "a transfer's address or stride is not a multiple of the bus width",
+    ErrorCode.MISALIGNED: "a transfer's address or stride is no multiple of the bus width, or a program's or its "
+    "operands' of 64",
     ErrorCode.BUS_READ: "the memory bus answered a read with an error",
     ErrorCode.BUS_WRITE: "the memory bus answered a write with an error",
     ErrorCode.WATCHDOG: "no unit made progress for longer than the watchdog allows; the program waits for itself",

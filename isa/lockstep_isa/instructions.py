@@ -296,7 +296,7 @@ VECTOR = InstructionType(
         _address("y_stride", "words of y per row tile"),
         _address("to", "first word of the result"),
         _address("to_stride", "words of the result per row tile"),
-        _address("to_group", "WEIGHT_TRANSPOSED: words from one group of columns to the next"),
+        _address("to_group", "transposed: words from one group of columns to the next"),
         _address("lane0", "PARAMETER word of LANE0 for row tile 0; row tile t reads lane0 + t"),
         _address("lane1", "PARAMETER word of LANE1 for row tile 0"),
         _address("column0", "first PARAMETER word of COLUMN0: column j is value j mod rows of word j div rows"),

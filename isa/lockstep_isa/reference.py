@@ -44,6 +44,7 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "ACCUMULATOR": "the oldest result tiles, int32 converted to fp32",
         "VECTOR": "words from `x` on",
         "PARAMETER": "words from `x` on",
+        "INTEGER": "PARAMETER words from `x` on, int32 converted to fp32",
     },
     "Destination": {
         "NONE": "nowhere; for sums and maxima alone",
@@ -52,6 +53,8 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "ACTIVATION": "rounded to 8 bits",
         "WEIGHT": "rounded to 8 bits",
         "WEIGHT_TRANSPOSED": "rounded to 8 bits; each group of `columns` columns becomes `rows` words of one row each",
+        "BYTES": "rounded to 8 bits, in the low byte of each lane of a VECTOR word; the other bits are zero",
+        "BYTES_TRANSPOSED": "like WEIGHT_TRANSPOSED, into VECTOR words like BYTES",
     },
     "FirstAdd": {"NONE": "x untouched", "LANE0": "+ LANE0", "Y": "+ y"},
     "FirstMultiply": {
@@ -62,12 +65,12 @@ _MEANINGS: dict[str, dict[str, str]] = {
         "IMMEDIATE0": "* `immediate0`",
     },
     "SecondMultiply": {"NONE": "untouched", "LANE0": "* LANE0", "COLUMN0": "* COLUMN0"},
-    "SecondAdd": {"NONE": "untouched", "COLUMN1": "+ COLUMN1", "IMMEDIATE1": "+ `immediate1`"},
+    "SecondAdd": {"NONE": "untouched", "COLUMN1": "+ COLUMN1", "IMMEDIATE1": "+ `immediate1`", "Y": "+ y"},
     "Function": {
         "NONE": "untouched",
         "RELU": "x where x > 0, else +0",
-        "SCORE": "held inside +-32000; its integer exponent feeds the EXPONENT maximum",
-        "EXP2": "2^x, scaled by 2^-N with the integer N in LANE0",
+        "SCORE": "held inside +-32000, hidden: -inf; its integer exponent feeds the EXPONENT maximum",
+        "EXP2": "2^x, scaled by 2^-N with the integer N in LANE0; +0 for -inf",
         "RECIP": "1 / x",
         "RSQRT": "1 / sqrt(x)",
         "RELU_MINUS": "relu(x) - g(abs(x)): gelu, silu",
@@ -76,6 +79,11 @@ _MEANINGS: dict[str, dict[str, str]] = {
     },
     "ThirdMultiply": {"NONE": "untouched", "COLUMN2": "* COLUMN2", "Y": "* y"},
     "Tap": {"BEFORE": "x5", "AFTER": "x6"},
+    "Mask": {
+        "NONE": "all scores are seen",
+        "CAUSAL": "row r of row tile t sees columns up to `first_row + t rows + r`, with a window the last `window` of "
+        "them",
+    },
     "Maximum": {
         "NONE": "none",
         "ABSOLUTE": "absolute maximum of x6",
@@ -107,6 +115,8 @@ def _legal(field: Field) -> str:
     if field.choices is not None:
         name = field.choices.__name__
         return f"[{name}](#{name.lower()})"
+    if field.minimum and field.operand:
+        return f"from {field.minimum}; any with an operand"
     return f"from {field.minimum}" if field.minimum else "any"
 
 
@@ -124,7 +134,8 @@ def instructions_page() -> str:
         "",
         f"Instruction set {ISA_VERSION}. An instruction is one word of {INSTRUCTION_BYTES} bytes, little endian. Bits "
         "count from the lowest. Bits behind the last field must be zero. What the fields do together is on the page "
-        "[How the machine works](../machine.md).",
+        "[How the machine works](../machine.md), and so are the [operands](../machine.md#operands-of-a-run) that "
+        "`NAME_operand` adds to the field NAME.",
         "",
         *_table(
             ("instruction", "opcode", "unit", "bits used", "what it does"),

@@ -74,6 +74,17 @@ def test_a_block_that_an_operand_moves_touches_everything_on_its_way() -> None:
     assert masks(builder.finish(), "wait") == [set(), set(), {"LOAD"}]
 
 
+def test_a_block_is_taken_at_its_greatest_size_wherever_it_lies() -> None:
+    builder = ProgramBuilder(TINY)
+    words, place = builder.operand("words", 0, 4), builder.operand("place", 0, 100)
+    variable = {"words_operand": words, "local_operand": place}
+    builder.emit(LOAD, memory=Memory.VECTOR, words=0, address=0, local=10, **variable)
+    builder.emit(VECTOR, source=Source.VECTOR, x=9)
+    builder.emit(VECTOR, source=Source.VECTOR, x=114)
+    builder.emit(VECTOR, source=Source.VECTOR, x=10)
+    assert masks(builder.finish(), "wait") == [set(), set(), set(), {"LOAD"}]
+
+
 def test_device_memory_is_ordered_from_the_least_address_to_the_greatest_end() -> None:
     builder = ProgramBuilder(TINY)
     offset = builder.operand("offset", 0, 1024)

@@ -14,7 +14,9 @@ import pytest
 from command_line import Command
 from lockstep import Program, verification
 from lockstep.model import Model
+from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.config import PRESETS, preset
+from lockstep_isa.instructions import LOAD, Memory
 from lockstep_rtl import synthesis
 from lockstep_sim.verilate import find_verilator
 
@@ -183,6 +185,18 @@ def test_compile_writes_what_disasm_reads(cli: Command, small_folder: Path, tmp_
     assert decoded["core"] == "laptop"
     assert sum(decoded["counts"].values()) == len(decoded["instructions"]) == report["instructions"]
     assert decoded["instructions"][0]["name"] == "LOAD"
+
+
+def test_disasm_shows_what_a_run_must_give(cli: Command, tmp_path: Path) -> None:
+    builder = ProgramBuilder(preset("tiny"))
+    context = builder.operand("context", 0, 512)
+    builder.emit(LOAD, memory=Memory.VECTOR, words=1, words_operand=context, address=0)
+    path = tmp_path / "decode.prog"
+    builder.finish().save(path)
+    out = cli("disasm", path).out
+    assert "; operand 1 context: 0 to 512\n" in out
+    assert "words=1+context" in out
+    assert cli("disasm", path, "--json").json["operands"] == [{"name": "context", "least": 0, "greatest": 512}]
 
 
 def test_synth_shows_resources_and_clock(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:

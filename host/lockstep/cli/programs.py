@@ -103,6 +103,7 @@ def disasm(
                 "program": str(program),
                 "config_crc": f"{loaded.config_crc:#010x}",
                 "core": core,
+                "operands": [operand._asdict() for operand in loaded.operands],
                 "counts": dict(counts),
                 "instructions": [_entry(n, i) for n, i in enumerate(instructions)],
             }
@@ -111,6 +112,8 @@ def disasm(
     named = f"core '{core}'" if core else "a core that is no preset"
     typer.echo(f"; {program}: {len(lines)} instructions for {named} (configuration {loaded.config_crc:#010x})")
     typer.echo(f"; {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    for number, (name, least, greatest) in enumerate(loaded.operands, 1):
+        typer.echo(f"; operand {number} {name}: {least} to {greatest}")
     for line in lines:
         typer.echo(line)
 

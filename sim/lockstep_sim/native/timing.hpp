@@ -81,6 +81,7 @@ class TimingModel {
             result_.read_beats += uint64_t(kOperandWords * fetch);
         }
         bus_free_ = now;
+        Time arrived = now;
         size_t dispatched = 0, done = 0;
         std::vector<Time> dispatch_times;
         dispatch_times.reserve(items_.size());
@@ -96,10 +97,10 @@ class TimingModel {
                     if (before >= lane.next) break;
                     room = items_[lane.queue[before]].start + 1;
                 }
-                // Fetches run ahead by eight instructions.
-                const Time arrived = dispatched >= kFetchAhead
-                                         ? dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch
-                                         : now;
+                // Fetches run ahead by eight instructions, each of which takes its beats.
+                if (dispatched) arrived += fetch;
+                if (dispatched >= kFetchAhead)
+                    arrived = std::max(arrived, dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch);
                 now = std::max({now + 1, room, arrived}) + (item.selectors ? kSelect + item.selectors : 0);
                 dispatch_times.push_back(now);
                 fetched_.push_back(now);
@@ -147,7 +148,7 @@ class TimingModel {
     static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes;  // fetches of the operands
     static constexpr Time kOperandTurn = 2;     // descriptor to the operands' first address
     static constexpr Time kSelect = 2;          // an instruction with operands, and one more for each
-    static constexpr Time kSkipLatency = 3;     // an instruction that does nothing, from its tokens to those it gives
+    static constexpr Time kSkipLatency = 2;     // an instruction that does nothing, from its tokens to those it gives
     static constexpr Time kSettle = 2;          // last done to the fence
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kLoadLatency = 2;     // last beat to done
