@@ -123,15 +123,15 @@ async def halt_offers_nothing(dut):
     await world.until(lambda: unit.done == 5)
 
 
-class Skipping:
-    """A unit that is done with each instruction exactly ``latency`` cycles behind its acceptance: often one a cycle."""
+class Bursty:
+    """A unit that is done with an instruction when ``latencies`` says, or one cycle behind the one before it."""
 
-    def __init__(self, dut, gap, latency):
-        self.dut, self.gap, self.latency, self.accepted, self.finished = dut, gap, latency, [], []
+    def __init__(self, dut, gap, latencies):
+        self.dut, self.gap, self.latencies, self.accepted, self.finished = dut, gap, latencies, [], []
 
     def drive(self):
-        cycle = self.bench.cycle
-        due = len(self.finished) < len(self.accepted) and self.accepted[len(self.finished)][0] + self.latency <= cycle
+        number, cycle = len(self.finished), self.bench.cycle
+        due = number < len(self.accepted) and self.accepted[number][0] + self.latencies[number] <= cycle
         if due:
             self.finished.append(cycle)
         self.dut.done.value = due
@@ -151,7 +151,8 @@ async def skipped_instructions_exchange_tokens_in_order(dut):
         world = await bench(dut)
         pushes = [entry(n, i, skip) for n, (i, skip) in enumerate(program)]
         world.add(Source(dut, "push", pushes, stalls(0.3 * (seed % 2), seed)))
-        unit = world.add(Skipping(dut, stalls(0.4 if seed % 3 else 0, seed), 4 + seed))
+        latencies = [rand.choice((4, 5, 30)) for _ in program]
+        unit = world.add(Bursty(dut, stalls(0.4 if seed % 3 else 0, seed), latencies))
         probe = world.add(Probe(dut, "take", "want", "give", "running", "newest", "oldest"))
         await world.until(lambda probe=probe: probe.count("give") == 80, 5000, "completion")
         assert [word for _, word in unit.accepted] == [word_of(i) for i, skip in program if not skip]
