@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Shape, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
-from amaranth.lib.memory import Memory as Ram
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
@@ -14,9 +13,7 @@ from lockstep_isa.instructions import (
     HEADER,
     INSTRUCTION_BYTES,
     INSTRUCTION_TYPES,
-    OPERANDS,
     STORE,
-    Field,
     InstructionType,
     Memory,
     selector,
@@ -25,16 +22,11 @@ from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
 
 from ..axi import ADDRESS_BITS, ReadMaster
 from ..transfer.bursts import UnitError, Window
+from .operands import OPERAND_BYTES, OperandAdder
 from .queue import INDEX_BITS, queue_entry
 
 #: Fetched instructions that wait for dispatch; as many are asked for ahead.
 FETCH_AHEAD = 8
-#: Most fields of one instruction that may have an operand.
-SLOTS = max(len(t.variable) for t in INSTRUCTION_TYPES)
-OPERAND_BITS = 32
-#: Bits of every count that may have an operand.
-(COUNT_BITS,) = {f.width for t in INSTRUCTION_TYPES for f in t.variable if f.minimum}
-OPERAND_BYTES = OPERANDS * OPERAND_BITS // 8
 
 
 class Sequencer(wiring.Component):
@@ -121,21 +113,16 @@ class Sequencer(wiring.Component):
         m.d.sync += complete.eq(arrived & ~stored)
         m.d.comb += [buffer.w_en.eq(complete), buffer.w_data.eq(word), used.eq(buffer.r_en & buffer.r_rdy)]
 
-        # Operands go past the buffer into a memory of their own, a beat a word.
-        m.submodules.operands = operands = Ram(shape=Shape(8 * bus_bytes), depth=OPERAND_BYTES // bus_bytes, init=[])
-        loading, with_operands = Signal(), Signal()
-        write = operands.write_port()
-        operand_beat = Signal.like(write.addr)
+        # Operands go past the buffer.
+        m.submodules.operands = operands = OperandAdder(bus_bytes)
+        loading = Signal()
         m.d.comb += [
-            write.en.eq(loading & r.valid),
-            write.addr.eq(operand_beat),
-            write.data.eq(r.data),
+            operands.write_enable.eq(loading & r.valid),
+            operands.write_data.eq(r.data),
             stored.eq(loading & arrived),
         ]
-        with m.If(write.en):
-            m.d.sync += operand_beat.eq(operand_beat + 1)
-            with m.If(operand_beat.all()):
-                m.d.sync += loading.eq(0)
+        with m.If(operands.write_enable & operands.write_last):
+            m.d.sync += loading.eq(0)
 
         # Dispatch: the head of the buffer goes to its unit's queue.
         head = buffer.r_data
@@ -144,6 +131,7 @@ class Sequencer(wiring.Component):
         known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
         # The verdict on the head is one cycle old: it is looked at in one cycle and dispatched from the next one on.
         vetted, is_known, is_malformed = Signal(), Signal(), Signal()
+        m.d.comb += operands.begin.eq(buffer.r_rdy & dispatching & ~vetted)
         m.d.sync += [
             vetted.eq(buffer.r_rdy & ~buffer.r_en & dispatching),
             is_known.eq(known),
@@ -154,27 +142,12 @@ class Sequencer(wiring.Component):
             offset, field = t.layout[name]
             return head[offset : offset + field.width]
 
-        # Slot n is the n-th field that may have an operand: what the head says of it, then what is worked out.
-        selectors = [Signal(range(OPERANDS), name=f"selector{n}") for n in range(SLOTS)]
-        values = [Signal(OPERAND_BITS, name=f"value{n}") for n in range(SLOTS)]
-        counts, changed = Signal(SLOTS), Signal(SLOTS)
-        sums = [
-            Signal(max(t.variable[n].width for t in INSTRUCTION_TYPES if n < len(t.variable)), name=f"sum{n}")
-            for n in range(SLOTS)
-        ]
-        skip = Signal()
         for t in INSTRUCTION_TYPES:
             push = getattr(self, f"push_{t.name.lower()}")
-            slots = {f.name: n for n, f in enumerate(t.variable)}
-
-            def effective(f: Field, t: InstructionType = t, slots: dict[str, int] = slots) -> Value:
-                value = bits(t, f.name)
-                return (
-                    value if f.name not in slots else Mux(changed[slots[f.name]], sums[slots[f.name]], value)[: f.width]
-                )
-
-            m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(skip)]
-            m.d.comb += [getattr(push.payload.instruction, f.name).eq(effective(f)) for f in (*HEADER, *t.fields)]
+            resolved = {f.name: operands.sums[n][: f.width] for n, f in enumerate(t.variable)}
+            m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(operands.skip)]
+            for f in (*HEADER, *t.fields):
+                m.d.comb += getattr(push.payload.instruction, f.name).eq(resolved.get(f.name, bits(t, f.name)))
             wrong = [
                 (bits(t, f.name) == 0) & (bits(t, selector(f.name)) == 0 if f.operand else 1)
                 for f in t.fields
@@ -193,39 +166,14 @@ class Sequencer(wiring.Component):
                     malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
                     push.valid.eq(dispatch & ~is_malformed),
                     pushed.eq(push.valid & push.ready),
-                    counts.eq(Cat(f.minimum for f in t.variable)),
+                    operands.counts.eq(Cat(f.minimum for f in t.variable)),
                 ]
-                for name, n in slots.items():
-                    m.d.comb += [values[n].eq(bits(t, name)), selectors[n].eq(bits(t, selector(name)))]
+                for n, f in enumerate(t.variable):
+                    m.d.comb += [
+                        operands.fields[n].eq(bits(t, f.name)),
+                        operands.selectors[n].eq(bits(t, selector(f.name))),
+                    ]
         assert len(BY_OPCODE) == len(INSTRUCTION_TYPES)
-
-        # Operands of the head: read one a cycle, add in the next one, look for counts of zero in the one behind.
-        reads, choice, adds, added = (Signal(SLOTS, name=n) for n in ("reads", "choice", "adds", "added"))
-        lanes = bus_bytes * 8 // OPERAND_BITS
-        read = operands.read_port()
-        chosen, place = Signal(range(OPERANDS)), Signal(range(lanes))
-        total = Signal(OPERAND_BITS)
-        lane_bits = (lanes - 1).bit_length()
-        m.d.comb += [
-            choice.eq(reads & (~reads + 1)[:SLOTS]),
-            chosen.eq(_select(choice, selectors)),
-            read.en.eq(choice.any()),
-            read.addr.eq(chosen[lane_bits:]),
-            total.eq(_select(adds, values) + Mux(with_operands, read.data.word_select(place, OPERAND_BITS), 0)),
-        ]
-        m.d.sync += [reads.eq(reads & ~choice), adds.eq(choice), added.eq(adds), place.eq(chosen[:lane_bits])]
-        for n, value in enumerate(sums):
-            with m.If(adds[n]):
-                m.d.sync += value.eq(total)
-            # A sum has the bits of the slot's widest field.
-            with m.If(added[n] & counts[n] & (value[:COUNT_BITS] == 0)):
-                m.d.sync += skip.eq(1)
-        with m.If(~vetted):
-            found = Cat(s.any() for s in selectors)
-            m.d.sync += [changed.eq(found), skip.eq(0)]
-            with m.If(buffer.r_rdy & dispatching):
-                m.d.sync += reads.eq(found)
-        settled = ~Cat(reads, adds, added).any()
 
         fields = {
             name: head[32 * n : 32 * n + 32] for n, (name, _) in enumerate(DESCRIPTOR_FIELDS)
@@ -240,7 +188,7 @@ class Sequencer(wiring.Component):
                 remaining.eq(fields["count"]),
                 left.eq(fields["count"]),
                 fence.eq(fields["fence"]),
-                with_operands.eq(fields["operands"].any()),
+                operands.present.eq(fields["operands"].any()),
             ]
         m.d.comb += self.busy.eq(1)
         with m.FSM():
@@ -272,7 +220,7 @@ class Sequencer(wiring.Component):
                 m.d.comb += begin.eq(1)
                 m.next = "DISPATCH"
             with m.State("DISPATCH"):
-                m.d.comb += [dispatching.eq(1), dispatch.eq(vetted & settled & ~self.halt)]
+                m.d.comb += [dispatching.eq(1), dispatch.eq(vetted & operands.settled & ~self.halt)]
                 with m.If(dispatch & ~(is_known & ~is_malformed)):
                     m.d.comb += [fail.eq(1), code.eq(Mux(is_known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
                     m.next = "STOP"
@@ -298,11 +246,3 @@ class Sequencer(wiring.Component):
         with m.Elif(fail):
             m.d.comb += self.error.code.eq(code)
         return m
-
-
-def _select(choice: Value, values: list[Signal]) -> Value:
-    """The value whose bit of the one-hot ``choice`` is set; 0 where none is."""
-    result: Value = Mux(choice[0], values[0], 0)
-    for n, value in enumerate(values[1:], 1):
-        result = result | Mux(choice[n], value, 0)
-    return result
