@@ -14,6 +14,7 @@ from lockstep.graph import (
     Add,
     Attention,
     Constant,
+    Experts,
     Gather,
     Graph,
     Input,
@@ -73,6 +74,8 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
                 features.setdefault(node.quantised, graph.tensors[node.weight].shape[1])
             case Attention():
                 features[node.value] = node.heads * node.head_dim
+            case Experts():
+                features[node.value] = graph.tensors[node.experts[0].down].shape[0]
             case LayerNorm():
                 features[node.value] = graph.tensors[node.gamma].size
             case RMSNorm() | Rotary():

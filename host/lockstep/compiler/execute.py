@@ -12,10 +12,12 @@ from lockstep_isa.program import Program
 
 from lockstep.errors import ModelError
 from lockstep.evaluate import check_inputs, host_node
-from lockstep.graph import Graph, Value
+from lockstep.experts import route
+from lockstep.graph import Experts, Graph, Node, Route, Value
 
 from .allocation import CapacityError
 from .compile import Binding, StageCompiler, feature_counts, sequences_of
+from .experts import DeviceExperts, Run
 from .image import Image
 from .layout import from_panels, panel_count, to_panels
 from .session import DeviceSession
@@ -49,6 +51,22 @@ class DeviceExecutor:
         self._features: dict[Value, int] = {}
         self._image: Image | None = None
         self._compiled: dict[tuple[int, tuple[int, ...]], Compiled] = {}
+        self._parts: list[DeviceExecutor] = []
+        self._experts = DeviceExperts(device, self._open_part)
+
+    def _open_part(self) -> Run:
+        """What runs a graph beside the one at hand, with parameters of its own on the device."""
+        self._parts.append(DeviceExecutor(self.device, self._observe))
+        return self._parts[-1].run
+
+    def host_value(self, graph: Graph, node: Node, given: list[Any]) -> Any:
+        """The value of a node that the host computes, or has computed expert by expert."""
+        match node:
+            case Route():
+                return route(node, given[0])
+            case Experts():
+                return self._experts.run(node, given[0], given[1], graph.tensors)
+        return host_node(graph, node, given)
 
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         """``float32[tokens, features]`` for each sequence, given as arrays by input name without the batch.
@@ -96,6 +114,10 @@ class DeviceExecutor:
             for buffer in compiled.buffers.values():
                 self.device.free(buffer)
         self._compiled.clear()
+        for part in self._parts:
+            part.close()
+        self._parts.clear()
+        self._experts = DeviceExperts(self.device, self._open_part)
         if self._image is not None:
             self._image.close()
         self._image, self._graph = None, None
@@ -122,7 +144,7 @@ class DeviceExecutor:
             for known in values:
                 for node in stage.host:
                     if node.value not in known:
-                        known[node.value] = host_node(graph, node, [known[v] for v in node.inputs])
+                        known[node.value] = self.host_value(graph, node, [known[v] for v in node.inputs])
             if stage.device:
                 compiled = self._compile(graph, number, lengths, values)
                 self._run_stage(stage, compiled, lengths, values)
