@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lockstep_isa import operations as golden
 from torch.nn import functional
 
 from lockstep.errors import InputError, SequenceLengthError
@@ -169,7 +170,9 @@ def _run(graph: Graph, inputs: Mapping[str, Any], compute: Compute) -> np.ndarra
 
 
 def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
-    """Nodes that mean the same in both stages: data movement and what PyTorch runs."""
+    """Nodes that the host runs for every device: data movement, what PyTorch runs, and mixtures of experts of the
+    contract stage, in the golden operations.
+    """
     match node:
         case Constant():
             return graph.tensors[node.tensor]
@@ -183,6 +186,10 @@ def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
                     f"index {outside[0]} is not in the table {node.table!r}, which has {len(table)} entries"
                 )
             return table[given[0]]
+        case Route():
+            return route(node, given[0])
+        case Experts():
+            return run_experts(node, given[0], given[1], graph.tensors, golden)
     raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
 
 
@@ -219,8 +226,6 @@ def run_node(graph: Graph, node: Node, given: list[Any], operations: Operations 
             k, v = (quantise_heads(x, node, operations) for x in given[1:3])
             bias = given[3] if len(given) > 3 else None
             return attend(node, given[0], np.arange(first, first + len(given[0])), k, v, bias, operations)
-        case Route():
-            return route(node, given[0])
         case Experts():
             return run_experts(node, given[0], given[1], graph.tensors, operations)
     return host_node(graph, node, given)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
-from lockstep.evaluate import run_float, run_reference
+from lockstep.compiler.stages import split
+from lockstep.evaluate import host_node, run_float, run_reference
 from lockstep.experts import choose, route
 from lockstep.graph import Dense, Expert, Experts, Graph, Input, Route
 from lockstep.quantise import quantise
@@ -58,6 +60,16 @@ def test_a_token_has_the_same_bits_alone_and_among_others() -> None:
 def test_kernels_and_golden_operations_give_the_same_experts() -> None:
     graph, x = quantise(mixture()), rows(9)
     assert_same_bits(run_reference(graph, {"x": x}, kernels), run_reference(graph, {"x": x}, operations))
+
+
+def test_devices_leave_experts_to_the_host() -> None:
+    graph, x = quantise(mixture()), rows(5)
+    host = [node for stage in split(graph) for node in stage.host]
+    assert [type(node) for node in host if node.value in (2, 3)] == [Route, Experts]
+    logits = run_reference(dataclasses.replace(graph, output=1), {"x": x}, operations)
+    route, experts = graph.of(Route)[0], graph.of(Experts)[0]
+    result = host_node(graph, experts, [x, host_node(graph, route, [logits])])
+    assert_same_bits(result, run_reference(graph, {"x": x}, operations))
 
 
 def test_experts_that_nobody_chooses_are_not_computed() -> None:
