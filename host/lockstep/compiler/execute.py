@@ -218,7 +218,7 @@ def _tokens(arrays: dict[str, np.ndarray]) -> int:
 
 
 def _rows(array: Any) -> np.ndarray:
-    """A value as rows of tokens. A bias ``[heads, tokens, keys]`` becomes exponents of 2, ``[tokens, heads * keys]``."""
+    """A value as rows of tokens; a bias ``[heads, tokens, keys]`` as exponents of 2, ``[tokens, heads * keys]``."""
     if np.ndim(array) == 3:
         exponents = mul(array, np.float32(math.log2(math.e)))
         return exponents.transpose(1, 0, 2).reshape(array.shape[1], -1)
