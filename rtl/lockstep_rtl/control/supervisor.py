@@ -92,10 +92,9 @@ class Supervisor(wiring.Component):
                     ]
 
         resetting = Signal()
-        m.d.comb += [
-            self.halt.eq(self.error_code.any() | resetting),
-            self.soft_reset.eq(resetting & self.bus_quiet),
-        ]
+        # Out of a register, for every unit looks at it: what is started in the last cycle before is waited for.
+        m.d.sync += self.halt.eq(self.error_code.any() | resetting)
+        m.d.comb += self.soft_reset.eq(resetting & self.halt & self.bus_quiet)
         with m.If(self.reset_request):
             m.d.sync += resetting.eq(1)
         with m.If(self.soft_reset):

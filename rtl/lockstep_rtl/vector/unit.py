@@ -174,8 +174,13 @@ class VectorUnit(wiring.Component):
 
         # Writes.
         m.submodules.writer = writer = ResultWriter(config)
-        for port in ("vector_write", "parameter_write", "activation_write", "weight_write"):
-            wiring.connect(m, getattr(writer, port), wiring.flipped(getattr(self, port)))
+        for name in ("vector_write", "parameter_write", "activation_write", "weight_write"):
+            # Registers, so that who else wants the port learns of it at the start of a cycle. A write is one cycle
+            # later than the pipeline's last stage, and still before any unit that got a token for it can read.
+            inner, port = getattr(writer, name), getattr(self, name)
+            m.d.sync += port.enable.eq(inner.enable)
+            with m.If(inner.enable):
+                m.d.sync += [port.address.eq(inner.address), port.data.eq(inner.data), port.mask.eq(inner.mask)]
         m.d.comb += [
             writer.fields.eq(fields),
             writer.begin.eq(issue.begin),
