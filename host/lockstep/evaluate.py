@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lockstep_isa import operations as golden
 from torch.nn import functional
 
 from lockstep.errors import InputError, SequenceLengthError
@@ -170,9 +169,7 @@ def _run(graph: Graph, inputs: Mapping[str, Any], compute: Compute) -> np.ndarra
 
 
 def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
-    """Nodes that the host runs for every device: data movement, what PyTorch runs, and mixtures of experts of the
-    contract stage, in the golden operations.
-    """
+    """Nodes that the host runs for every device: data movement, routing, and what PyTorch runs."""
     match node:
         case Constant():
             return graph.tensors[node.tensor]
@@ -188,8 +185,6 @@ def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
             return table[given[0]]
         case Route():
             return route(node, given[0])
-        case Experts():
-            return run_experts(node, given[0], given[1], graph.tensors, golden)
     raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
 
 

@@ -53,7 +53,7 @@ def run_experts(
         active = operations.apply_function(node.function, product(rows, *gate))
         return product(operations.quantise_rows(mul(active, product(rows, *up))), *down)
 
-    return _mixed(node, choice, compute, add, mul)
+    return mix(node, choice, compute)
 
 
 def run_experts_float(
@@ -68,7 +68,7 @@ def run_experts_float(
         rows = torch.from_numpy(x[at])
         return product(activation(product(rows, expert.gate)) * product(rows, expert.up), expert.down).numpy()
 
-    return _mixed(node, choice, compute, np.add, np.multiply)
+    return mix(node, choice, compute, np.add, np.multiply)
 
 
 def route_float(node: Route, logits: np.ndarray) -> Choice:
@@ -78,12 +78,12 @@ def route_float(node: Route, logits: np.ndarray) -> Choice:
     return ids, chosen / chosen.sum(axis=1, keepdims=True) if node.normalise else chosen
 
 
-def _mixed(
+def mix(
     node: Experts,
     choice: Choice,
     compute: Callable[[Expert, np.ndarray], np.ndarray],
-    plus: Callable[..., np.ndarray],
-    times: Callable[..., np.ndarray],
+    plus: Callable[..., np.ndarray] = add,
+    times: Callable[..., np.ndarray] = mul,
 ) -> np.ndarray:
     """Each expert on its tokens, then the weighted sum over the experts of a token, the greatest weight first."""
     ids, weights = choice

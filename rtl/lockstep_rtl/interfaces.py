@@ -9,15 +9,15 @@ from __future__ import annotations
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
-from lockstep_isa.instructions import InstructionType
+from lockstep_isa.instructions import HEADER, InstructionType
 
 #: Bits of an on-chip word address.
 ADDRESS_BITS = 16
 
 
 def instruction_layout(type: InstructionType) -> data.StructLayout:
-    """The bits of one instruction, header included, in the order of the instruction table."""
-    return data.StructLayout({name: field.width for name, (_, field) in type.layout.items()})
+    """The bits of one instruction with its operands added: header and fields, in the order of the instruction table."""
+    return data.StructLayout({field.name: field.width for field in (*HEADER, *type.fields)})
 
 
 def instruction_stream(type: InstructionType) -> stream.Signature:

@@ -200,11 +200,11 @@ shapes = {
     "group": st.integers(1, 4),
     "d": st.integers(1, 70),
     "tile": st.sampled_from([1, 3, 16, 64, 65, 100, 200, 512]),
-    "window": st.sampled_from([None, 1, 5, 64, 90]),
+    "window": st.sampled_from([None, 1, 5, 20, 64, 90]),
 }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 70), before=st.integers(0, 150), behind=st.integers(0, 30), causal=st.booleans(),
     biased=st.booleans(), trouble=st.booleans(), seed=seeds, **shapes,
@@ -229,12 +229,15 @@ def test_cached_attention_has_golden_bits(
 
 
 @pytest.mark.parametrize("module", [operations, kernels], ids=["golden", "C++"])
-@settings(max_examples=40, deadline=None)
-@given(tokens=st.integers(1, 80), cut=st.integers(0, 80), seed=seeds, **shapes)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 40), cut=st.integers(0, 40), kv_heads=st.integers(1, 2), group=st.integers(1, 2),
+    tile=st.sampled_from([5, 16, 64]), window=st.sampled_from([None, 1, 7, 20]), seed=seeds,
+)  # fmt: skip
 def test_decoding_chunks_and_prefill_give_the_same_bits(
-    module: ModuleType, tokens: int, cut: int, seed: int, kv_heads: int, group: int, d: int, tile: int,
-    window: int | None,
-) -> None:  # fmt: skip
+    module: ModuleType, tokens: int, cut: int, kv_heads: int, group: int, tile: int, window: int | None, seed: int
+) -> None:
+    d = 12
     rng = np.random.default_rng(seed)
     cache = Cache.random(rng, tokens, kv_heads, d)
     q = rng.normal(size=(tokens, kv_heads * group * d)).astype(F) * F(3)

@@ -74,6 +74,38 @@ def test_layer_norm_is_close_to_float64(n: int) -> None:
     np.testing.assert_allclose(operations.layer_norm(x, gamma, beta, 1e-5), exact, atol=5e-6 * np.sqrt(n))
 
 
+@pytest.mark.parametrize("groups", [1, 3, 48])
+def test_rms_norm_is_close_to_float64_in_every_group(groups: int) -> None:
+    x, gamma = normal(6, 384, seed=24) * 3 + 1, normal(384 // groups, seed=25)
+    wide = x.astype(np.float64).reshape(6, groups, -1)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * gamma
+    np.testing.assert_allclose(operations.rms_norm(x, gamma, 1e-5, groups), exact.reshape(6, 384), rtol=2e-6)
+
+
+def test_rms_norm_is_the_formula_of_the_contract() -> None:
+    x, gamma = normal(5, 100, seed=26), normal(100, seed=27)
+    r = numerics.rsqrt(add(mul(rowsum(mul(x, x)), F(1 / 100)), F(1e-6)))
+    assert_same_bits(operations.rms_norm(x, gamma, 1e-6), mul(mul(x, r[:, None]), gamma))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_turns_pairs_of_features_as_complex_numbers(interleaved: bool) -> None:
+    x, angles = normal(7, 3 * 20, seed=28), normal(7, 8, seed=29) * 5
+    y = operations.rotary(x, np.cos(angles), np.sin(angles), 3, interleaved).reshape(7, 3, 20)
+    heads = x.reshape(7, 3, 20)
+    low, high = (np.arange(0, 16, 2), np.arange(1, 16, 2)) if interleaved else (np.arange(8), np.arange(8, 16))
+    turned = (heads[..., low] + 1j * heads[..., high]) * np.exp(1j * angles.astype(np.float64))[:, None]
+    np.testing.assert_allclose(y[..., low], turned.real, atol=1e-6)
+    np.testing.assert_allclose(y[..., high], turned.imag, atol=1e-6)
+    assert_same_bits(y[..., 16:], heads[..., 16:])
+
+
+def test_multiply_repeats_a_single_row_and_relu_has_no_minus_zero() -> None:
+    x, y = normal(4, 9, seed=30), normal(1, 9, seed=31)
+    assert_same_bits(operations.multiply(x, y), x * y)
+    assert_same_bits(operations.apply_function("relu", F([-0.0, -3, 2, 1e-40, np.inf])), F([0, 0, 2, 0, np.inf]))
+
+
 def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     scores = q.astype(np.float64) @ k.T / math.sqrt(q.shape[1])
     if mask is not None:
@@ -89,6 +121,43 @@ def test_attention_is_close_to_softmax(tile: int, masked: bool) -> None:
     mask = np.tril(np.ones((20, 77), bool), 30) if masked else None
     error = operations.attention(q, k, v, tile=tile, mask=mask) - softmax_attention(q, k, v, mask)
     assert np.abs(error).max() < 0.03
+
+
+@pytest.mark.parametrize("window", [None, 1, 30])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_cached_attention_is_close_to_softmax_head_by_head(causal: bool, window: int | None, biased: bool) -> None:
+    heads, kv_heads, d, keys, before = 6, 2, 32, 77, 50
+    q, k, v = normal(20, heads * d, seed=32), normal(keys, kv_heads * d, seed=33), normal(keys, kv_heads * d, seed=34)
+    bias = normal(heads, 20, keys, seed=35) if biased else None
+    p, j = np.arange(before, before + 20)[:, None], np.arange(keys)
+    mask = (j <= (p if causal else keys)) & (j > p - (window or 1000))
+    (k8, sk), (v8, sv) = (operations.quantise_rows(x.reshape(-1, d)) for x in (k, v))
+    cache = (k8.reshape(k.shape), sk.reshape(keys, -1), v8.reshape(v.shape), sv.reshape(keys, -1))
+    for tile in (16, 100):
+        y = operations.attention_cached(q, p[:, 0], *cache, tile=tile, causal=causal, window=window, bias=bias)
+        for head in range(heads):
+            at, of = slice(head * d, head * d + d), slice(head // 3 * d, head // 3 * d + d)
+            scores = q[:, at].astype(np.float64) @ k[:, of].T / math.sqrt(d) + (bias[head] if biased else 0)
+            weights = np.exp(np.where(mask, scores, -np.inf))
+            exact = weights / weights.sum(axis=1, keepdims=True) @ v[:, of]
+            assert np.abs(y[:, at] - exact).max() < 0.05
+
+
+def test_a_row_that_sees_no_key_gives_zero() -> None:
+    q, k, v = normal(2, 8, seed=36), normal(5, 8, seed=37), normal(5, 8, seed=38)
+    mask = np.array([[True] * 5, [False] * 5])
+    y = operations.attention(q, k, v, tile=2, mask=mask)
+    assert_same_bits(y[1], np.zeros(8, F))
+    assert_same_bits(y[:1], operations.attention(q[:1], k, v, tile=2))
+
+
+def test_keys_that_are_not_seen_are_masked_even_where_scores_are_least() -> None:
+    """A score of -32000 is that of a key that is seen; one that is not seen gets no weight all the same."""
+    q, k, v = F([[1.0]]), F([[-1e9], [1e9], [-1e9]]), F([[1], [2], [4]])
+    y = operations.attention(q, k, v, tile=3, scale=1.0, mask=np.array([[True, False, False]]))
+    np.testing.assert_allclose(y, [[1.0]], rtol=1e-5)
+    assert_same_bits(y, operations.attention(q, k[:1], v[:1], tile=3, scale=1.0))
 
 
 def test_one_tile_is_the_formula_of_the_contract() -> None:

@@ -329,9 +329,9 @@ class WriteMemory:
             assert self.open_bursts, "data before its address"
             address, beats = self.open_bursts[0]
             value, strobe, last = payload
-            assert strobe == (1 << self.bus_bytes) - 1
             at = address + self.beat * self.bus_bytes
-            self.memory[at : at + self.bus_bytes] = lanes(value, self.bus_bytes, np.uint8)
+            strobed = [n for n in range(self.bus_bytes) if strobe >> n & 1]
+            self.memory[at : at + self.bus_bytes][strobed] = lanes(value, self.bus_bytes, np.uint8)[strobed]
             self.beats.append(self.bench.cycle)
             self.beat += 1
             assert last == (self.beat == beats), f"w_last is {last} in beat {self.beat} of {beats}"

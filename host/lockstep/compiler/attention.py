@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from lockstep_isa.instructions import (
+    LOAD,
     MATRIX,
     Destination,
     FirstMultiply,
     Function,
     Maximum,
+    Memory,
+    SecondAdd,
     SecondMultiply,
     Source,
     Tap,
@@ -65,7 +68,9 @@ class AttentionLowering:
     Parameters
     ----------
     lowering : the program. q, k, v : projections. heads, head_dim, scale : as in the graph.
-    into : float32[tiles * rows, heads * head_dim]; ``absmax`` as in :meth:`Lowering.linear`.
+    into : float32[tiles * rows, heads * head_dim]; ``absmax`` as in :meth:`Lowering.linear`. kv_heads : heads of k and
+    v. bias : byte address and features of panels [tokens, heads * keys] that are added to the exponents, or none; then
+    there is one sequence.
     """
 
     def __init__(
@@ -79,10 +84,13 @@ class AttentionLowering:
         scale: float,
         into: Panels,
         absmax: tuple[str | None] | None,
+        kv_heads: int,
+        bias: tuple[int, int] | None,
     ) -> None:
         self.low = lowering
         self.projections = (q, k, v)
         self.heads, self.head_dim, self.scale = heads, head_dim, scale
+        self.kv_heads, self.bias = kv_heads, bias
         self.into = into
         # A pre-scale is read in words of `rows` columns, so heads must begin on them.
         aligned = absmax is not None and (absmax[0] is None or head_dim % lowering.config.rows == 0)
@@ -107,10 +115,14 @@ class AttentionLowering:
         if self.absmax is not None:
             self.low.drop_columns(self.absmax[0])
 
+    def _kv(self, head: _Head) -> tuple[int, int]:
+        """The key head that a query head attends to, and how many there are."""
+        return head.head // (self.heads // self.kv_heads), self.kv_heads
+
     def _query_blocks(self, s: Sequence) -> list[tuple[int, int]]:
         """Row tiles of queries whose scores fit the VECTOR memory together, beside the next head's projections."""
         room = self.low.vectors.largest - s.tiles * self.head_dim
-        tiles = max(1, min(s.tiles, room // s.tokens))
+        tiles = max(1, min(s.tiles, room // (s.tokens if self.bias is None else 2 * s.tokens)))
         return [(first, min(tiles, s.tiles - first)) for first in range(0, s.tiles, tiles)]
 
     # --- Projections -------------------------------------------------------------------------------------------
@@ -122,7 +134,8 @@ class AttentionLowering:
             if projection.linear is None:
                 value = projection.value
                 assert value is not None
-                start = value.start + s.first * value.features + head.head * self.head_dim
+                number = head.head if name == "q" else self._kv(head)[0]
+                start = value.start + s.first * value.features + number * self.head_dim
 
                 def convert(name: str = name, start: int = start, stride: int = value.features) -> None:
                     maxima = low.parameters.take(s.tiles)
@@ -143,8 +156,9 @@ class AttentionLowering:
             quantised, linear = projection.quantised, projection.linear
             assert quantised is not None
             rows = rows_of(quantised, s.first, s.tiles)
-            per_head = len(linear.chunks) // self.heads
-            chunks = linear.chunks[head.head * per_head : (head.head + 1) * per_head]
+            number, count = (head.head, self.heads) if name == "q" else self._kv(head)
+            per_head = len(linear.chunks) // count
+            chunks = linear.chunks[number * per_head : (number + 1) * per_head]
             words = [low.product(rows, linear, chunk) for chunk in chunks]
 
             def drain(name: str = name, rows=rows, linear=linear, chunks=chunks, words=words) -> None:
@@ -227,6 +241,21 @@ class AttentionLowering:
         low, keys = self.low, head.sequence.tokens
         weights = low.vectors.take(tiles * keys)
         peak, total, most = (low.parameters.take(tiles) for _ in range(3))
+        added: dict[str, int] = {}
+        if self.bias is not None:
+            address, features = self.bias
+            word, start = low.config.vector_word_bytes, low.vectors.take(tiles * keys)
+            low.builder.emit(
+                LOAD,
+                memory=Memory.VECTOR,
+                rows=tiles,
+                words=keys,
+                address=address + (first * features + head.head * keys) * word,
+                stride=features * word,
+                local=start,
+                local_stride=keys,
+            )
+            added = {"add2": SecondAdd.Y, "y": start, "y_stride": keys}
         low.emit_pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
@@ -241,7 +270,10 @@ class AttentionLowering:
             columns=keys,
             to=weights,
             to_stride=keys,
+            **added,
         )
+        if added:
+            low.vectors.give(added["y"])
         low.emit_pass(
             source=Source.VECTOR,
             destination=Destination.VECTOR,

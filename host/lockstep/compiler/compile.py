@@ -14,6 +14,7 @@ from lockstep.graph import (
     Add,
     Attention,
     Constant,
+    Experts,
     Gather,
     Graph,
     Input,
@@ -73,6 +74,8 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
                 features.setdefault(node.quantised, graph.tensors[node.weight].shape[1])
             case Attention():
                 features[node.value] = node.heads * node.head_dim
+            case Experts():
+                features[node.value] = graph.tensors[node.experts[0].down].shape[0]
             case LayerNorm():
                 features[node.value] = graph.tensors[node.gamma].size
             case RMSNorm() | Rotary():
@@ -290,8 +293,8 @@ class StageCompiler:
         return _FeedForward(first, activation, reader, second) if isinstance(second, Linear) else None
 
     def _per_head(self, node: Linear, reader: Attention) -> bool:
-        width = self.graph.tensors[node.weight].shape[0]
-        return self.run is None and width == reader.heads * reader.head_dim == reader.kv_heads * reader.head_dim
+        heads = reader.heads if node.value == reader.q else reader.kv_heads
+        return self.run is None and self.graph.tensors[node.weight].shape[0] == heads * reader.head_dim
 
     def _rides(self, node: Linear, reader: Add | Multiply) -> bool:
         """Whether the other operand of a sum or product can meet this linear layer's results as they are drained."""
@@ -591,11 +594,20 @@ class StageCompiler:
         return Projection(q, image, None)
 
     def _attention(self, node: Attention) -> None:
-        producers = {v: self.deferred.get(v) for v in node.inputs}
-        q, k, v = (self._projection(value, node) for value in node.inputs)
+        if node.window is not None:
+            raise CapacityError("windows of attention in both directions are not built for cores; run on the cpu")
+        operands = (node.q, node.k, node.v)
+        producers = {v: self.deferred.get(v) for v in operands}
+        q, k, v = (self._projection(value, node) for value in operands)
         into = self._new(node.heads * node.head_dim)
         absmax = self._wanted_maxima(node.value)
-        AttentionLowering(self.low, q, k, v, node.heads, node.head_dim, node.scale, into, absmax).emit(self.sequences)
+        bias = None
+        if node.bias is not None:
+            bias = (self.bindings[node.bias].address, self.bindings[node.bias].features)
+            self.pending_reads[node.bias] -= 1
+        shape = (node.heads, node.head_dim, node.scale)
+        lowering = AttentionLowering(self.low, q, k, v, *shape, into, absmax, node.kv_heads, bias)
+        lowering.emit(self.sequences)
         for value, producer in producers.items():
             self._done(producer.quantised if isinstance(producer, Linear) else value)
         self._finish(node, into)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from lockstep_driver import Buffer, Counters, Device, LoadedProgram
+from lockstep_isa.numerics import mul
 from lockstep_isa.program import Program
 
 from lockstep.errors import ModelError
 from lockstep.evaluate import check_inputs, host_node
-from lockstep.graph import Graph, Value
+from lockstep.graph import Attention, Experts, Graph, Node, PositionBias, Value
 
 from .allocation import CapacityError
 from .compile import Binding, StageCompiler, feature_counts, sequences_of
+from .experts import DeviceExperts, Run
 from .image import Image
 from .layout import from_panels, panel_count, to_panels
 from .session import DeviceSession
@@ -49,6 +52,19 @@ class DeviceExecutor:
         self._features: dict[Value, int] = {}
         self._image: Image | None = None
         self._compiled: dict[tuple[int, tuple[int, ...]], Compiled] = {}
+        self._parts: list[DeviceExecutor] = []
+        self._experts = DeviceExperts(device, self._open_part)
+
+    def _open_part(self) -> Run:
+        """What runs a graph beside the one at hand, with parameters of its own on the device."""
+        self._parts.append(DeviceExecutor(self.device, self._observe))
+        return self._parts[-1].run
+
+    def host_value(self, graph: Graph, node: Node, given: list[Any]) -> Any:
+        """The value of a node that the host computes, or has computed expert by expert."""
+        if isinstance(node, Experts):
+            return self._experts.run(node, given[0], given[1], graph.tensors)
+        return host_node(graph, node, given)
 
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         """``float32[tokens, features]`` for each sequence, given as arrays by input name without the batch.
@@ -58,10 +74,14 @@ class DeviceExecutor:
         """
         self._use(graph)
         arrays = [check_inputs(graph, inputs) for inputs in sequences]
+        if any(node.causal for node in graph.of(Attention)):
+            return [self._run_cached(graph, inputs) for inputs in arrays]
         results: list[np.ndarray] = []
         position = 0
+        # A bias on positions has a shape of its own for every length.
+        most = 1 if graph.of(PositionBias) else len(arrays)
         while position < len(arrays):
-            count = len(arrays) - position
+            count = min(most, len(arrays) - position)
             while True:
                 try:
                     results += self._run_batch(graph, arrays[position : position + count])
@@ -72,6 +92,15 @@ class DeviceExecutor:
                     count = max(1, count // 2)
             position += count
         return results
+
+    def _run_cached(self, graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """One sequence of a causal model, at once."""
+        (ids,) = inputs.values()
+        session = self.open_session(graph, len(ids))
+        try:
+            return session.extend(ids, "all")
+        finally:
+            session.close()
 
     def open_session(self, graph: Graph, capacity: int) -> DeviceSession:
         """A sequence of ``graph`` with a key-value cache for ``capacity`` tokens; see :class:`DeviceSession`."""
@@ -96,6 +125,10 @@ class DeviceExecutor:
             for buffer in compiled.buffers.values():
                 self.device.free(buffer)
         self._compiled.clear()
+        for part in self._parts:
+            part.close()
+        self._parts.clear()
+        self._experts = DeviceExperts(self.device, self._open_part)
         if self._image is not None:
             self._image.close()
         self._image, self._graph = None, None
@@ -122,7 +155,7 @@ class DeviceExecutor:
             for known in values:
                 for node in stage.host:
                     if node.value not in known:
-                        known[node.value] = host_node(graph, node, [known[v] for v in node.inputs])
+                        known[node.value] = self.host_value(graph, node, [known[v] for v in node.inputs])
             if stage.device:
                 compiled = self._compile(graph, number, lengths, values)
                 self._run_stage(stage, compiled, lengths, values)
@@ -152,8 +185,8 @@ class DeviceExecutor:
 
     def _infer(self, stage: Stage, value: Value, known: dict[Value, Any]) -> int:
         """Features of a value whose producer does not tell: those of the array that is there, or of its siblings."""
-        if value in known and np.ndim(known[value]) == 2 and known[value].shape[1] > 1:
-            return known[value].shape[1]
+        if value in known and np.ndim(known[value]) > 1 and _rows(known[value]).shape[1] > 1:
+            return _rows(known[value]).shape[1]
         for node in stage.device:
             if value in node.inputs or value == node.value:
                 for other in (*node.inputs, node.value):
@@ -168,7 +201,7 @@ class DeviceExecutor:
         for value in stage.inputs:
             features = compiled.bindings[value].features
             panels = [
-                to_panels(np.broadcast_to(np.asarray(known[value], np.float32), (tokens, features)), rows)
+                to_panels(np.broadcast_to(_rows(known[value]), (tokens, features)), rows)
                 for known, tokens in zip(values, lengths, strict=True)
             ]
             compiled.buffers[value].write(np.concatenate(panels))
@@ -182,3 +215,11 @@ class DeviceExecutor:
 
 def _tokens(arrays: dict[str, np.ndarray]) -> int:
     return next(iter(arrays.values())).shape[0]
+
+
+def _rows(array: Any) -> np.ndarray:
+    """A value as rows of tokens; a bias ``[heads, tokens, keys]`` as exponents of 2, ``[tokens, heads * keys]``."""
+    if np.ndim(array) == 3:
+        exponents = mul(array, np.float32(math.log2(math.e)))
+        return exponents.transpose(1, 0, 2).reshape(array.shape[1], -1)
+    return np.asarray(array, np.float32)

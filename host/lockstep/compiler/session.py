@@ -9,7 +9,6 @@ import numpy as np
 from lockstep_driver import Buffer, LoadedProgram
 
 from lockstep.errors import ModelError, SequenceLengthError
-from lockstep.evaluate import host_node
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
 from lockstep.session import check_graph, checked_ids
 
@@ -132,7 +131,7 @@ class DeviceSession:
                     found = node.function(*(self._ids[: first + count] for _ in node.reads))
                     values[node.value] = found[-count:] if len(found) > 1 else np.repeat(found, count)
                 else:
-                    values[node.value] = host_node(self._graph, node, [values[v] for v in node.inputs])
+                    values[node.value] = self._executor.host_value(self._graph, node, [values[v] for v in node.inputs])
             if not stage.device:
                 continue
             compiled = self._program(number, tiles, count == 1, wanted)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import BY_OPCODE, INSTRUCTION_BYTES, INSTRUCTION_TYPES, STORE, Memory
+from lockstep_isa.instructions import (
+    BY_OPCODE,
+    HEADER,
+    INSTRUCTION_BYTES,
+    INSTRUCTION_TYPES,
+    STORE,
+    InstructionType,
+    Memory,
+    selector,
+)
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
 
 from ..axi import ADDRESS_BITS, ReadMaster
-from ..interfaces import instruction_layout
 from ..transfer.bursts import UnitError, Window
-from .queue import INDEX_BITS
+from .operands import OPERAND_BYTES, OperandAdder
+from .queue import INDEX_BITS, queue_entry
 
 #: Fetched instructions that wait for dispatch; as many are asked for ahead.
 FETCH_AHEAD = 8
@@ -27,7 +36,7 @@ class Sequencer(wiring.Component):
     -----
     ring_base, ring_size, ring_tail : In(32). ring_head, fence : Out(32).
     bus : Out(ReadMaster), instruction fetch. window : In(Window). halt : In(1), ask for nothing more.
-    push_NAME : Out(stream of index, instruction), one per instruction type.
+    push_NAME : Out(stream of index, skip, instruction), one per instruction type.
     units_idle : In(1), no unit has work. busy : Out(1), a descriptor is under way.
     dispatched : Out(1), an instruction leaves. outstanding : Out(1), fetches are under way.
     error : Out(UnitError), index : Out(24) of the instruction at the head.
@@ -36,16 +45,14 @@ class Sequencer(wiring.Component):
     enumeration does not have, a STORE of another memory than VECTOR and stray bits are refused here, before any unit
     sees them. A descriptor is complete when all its instructions are. Fetches never ask for more than the buffer
     holds, so that data for LOAD is never stuck behind them on the shared bus.
+
+    An instruction leaves two cycles behind its arrival at the head, one with n operands n + 2 cycles later. A program
+    that has operands begins with the fetch of all of them, 256 bytes, that of its instructions right behind.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        members = {
-            f"push_{t.name.lower()}": Out(
-                stream.Signature(data.StructLayout({"index": INDEX_BITS, "instruction": instruction_layout(t)}))
-            )
-            for t in INSTRUCTION_TYPES
-        }
+        members = {f"push_{t.name.lower()}": Out(stream.Signature(queue_entry(t))) for t in INSTRUCTION_TYPES}
         super().__init__(
             members
             | {
@@ -88,13 +95,13 @@ class Sequencer(wiring.Component):
             r.ready.eq(1),
             self.outstanding.eq(flying.any() | ar.valid),
         ]
-        asked, arrived, used = Signal(), Signal(), Signal()
+        asked, arrived, used, stored = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [asked.eq(ar.valid & ar.ready), arrived.eq(r.valid & r.last)]
         # Checked in one cycle, shown from the next one until it is taken.
         with m.If(~ar.valid | ar.ready):
             m.d.sync += ar.valid.eq(want & inside)
         m.d.sync += [
-            credit.eq(credit + asked - used),
+            credit.eq(credit + asked - used - stored),
             flying.eq(flying + asked - arrived),
         ]
         with m.If(asked):
@@ -103,39 +110,69 @@ class Sequencer(wiring.Component):
         word, complete = Signal(word_bits), Signal()
         with m.If(r.valid):
             m.d.sync += word.eq(Cat(word, r.data)[8 * bus_bytes :])
-        m.d.sync += complete.eq(arrived)
+        m.d.sync += complete.eq(arrived & ~stored)
         m.d.comb += [buffer.w_en.eq(complete), buffer.w_data.eq(word), used.eq(buffer.r_en & buffer.r_rdy)]
+
+        # Operands go past the buffer.
+        m.submodules.operands = operands = OperandAdder(bus_bytes)
+        loading = Signal()
+        m.d.comb += [
+            operands.write_enable.eq(loading & r.valid),
+            operands.write_data.eq(r.data),
+            stored.eq(loading & arrived),
+        ]
+        with m.If(operands.write_enable & operands.write_last):
+            m.d.sync += loading.eq(0)
 
         # Dispatch: the head of the buffer goes to its unit's queue.
         head = buffer.r_data
         index, left = self.index, Signal(32)
+        dispatching = Signal()
         known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
         # The verdict on the head is one cycle old: it is looked at in one cycle and dispatched from the next one on.
         vetted, is_known, is_malformed = Signal(), Signal(), Signal()
+        m.d.comb += operands.begin.eq(buffer.r_rdy & dispatching & ~vetted)
         m.d.sync += [
-            vetted.eq(buffer.r_rdy & ~buffer.r_en),
+            vetted.eq(buffer.r_rdy & ~buffer.r_en & dispatching),
             is_known.eq(known),
             is_malformed.eq(malformed),
         ]
+
+        def bits(t: InstructionType, name: str) -> Value:
+            offset, field = t.layout[name]
+            return head[offset : offset + field.width]
+
         for t in INSTRUCTION_TYPES:
             push = getattr(self, f"push_{t.name.lower()}")
-            view = data.View(instruction_layout(t), head[: t.width])
-            m.d.comb += [push.payload.index.eq(index), push.payload.instruction.eq(view)]
-            wrong = [getattr(view, f.name) == 0 for f in t.fields if f.minimum]
+            resolved = {f.name: operands.sums[n][: f.width] for n, f in enumerate(t.variable)}
+            m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(operands.skip)]
+            for f in (*HEADER, *t.fields):
+                m.d.comb += getattr(push.payload.instruction, f.name).eq(resolved.get(f.name, bits(t, f.name)))
+            wrong = [
+                (bits(t, f.name) == 0) & (bits(t, selector(f.name)) == 0 if f.operand else 1)
+                for f in t.fields
+                if f.minimum
+            ]
             wrong += [
-                ~getattr(view, f.name).matches(*map(int, f.choices))
+                ~bits(t, f.name).matches(*map(int, f.choices))
                 for f in t.fields
                 if f.choices is not None and len(f.choices) < 1 << f.width
             ]
             if t is STORE:
-                wrong.append(view.memory != Memory.VECTOR)
+                wrong.append(bits(t, "memory") != Memory.VECTOR)
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),
                     malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
                     push.valid.eq(dispatch & ~is_malformed),
                     pushed.eq(push.valid & push.ready),
+                    operands.counts.eq(Cat(f.minimum for f in t.variable)),
                 ]
+                for n, f in enumerate(t.variable):
+                    m.d.comb += [
+                        operands.fields[n].eq(bits(t, f.name)),
+                        operands.selectors[n].eq(bits(t, selector(f.name))),
+                    ]
         assert len(BY_OPCODE) == len(INSTRUCTION_TYPES)
 
         fields = {
@@ -143,6 +180,16 @@ class Sequencer(wiring.Component):
         }  # the head, read as a descriptor
         fence = Signal(32)
         fail, code = Signal(), Signal(4)
+        begin = Signal()  # the descriptor at the head is done with, its program comes
+        with m.If(begin):
+            m.d.comb += buffer.r_en.eq(1)
+            m.d.sync += [
+                address.eq(fields["program"]),
+                remaining.eq(fields["count"]),
+                left.eq(fields["count"]),
+                fence.eq(fields["fence"]),
+                operands.present.eq(fields["operands"].any()),
+            ]
         m.d.comb += self.busy.eq(1)
         with m.FSM():
             with m.State("WAIT"):
@@ -156,21 +203,24 @@ class Sequencer(wiring.Component):
                     ]
                     m.next = "READ"
             with m.State("READ"), m.If(buffer.r_rdy):
-                m.d.comb += buffer.r_en.eq(1)
-                m.d.sync += [
-                    address.eq(fields["program"]),
-                    remaining.eq(fields["count"]),
-                    left.eq(fields["count"]),
-                    fence.eq(fields["fence"]),
-                    index.eq(0),
-                ]
-                m.next = "DISPATCH"
                 with m.If(fields["config_crc"] != self.config.crc):
-                    m.d.sync += remaining.eq(0)
                     m.d.comb += [fail.eq(1), code.eq(ErrorCode.WRONG_CONFIGURATION)]
                     m.next = "STOP"
+                with m.Elif(fields["operands"].any()):
+                    m.d.sync += [
+                        address.eq(fields["operands"]),
+                        remaining.eq(OPERAND_BYTES // INSTRUCTION_BYTES),
+                        loading.eq(1),
+                    ]
+                    m.next = "OPERANDS"
+                with m.Else():
+                    m.d.comb += begin.eq(1)
+                    m.next = "DISPATCH"
+            with m.State("OPERANDS"), m.If(remaining == 0):
+                m.d.comb += begin.eq(1)
+                m.next = "DISPATCH"
             with m.State("DISPATCH"):
-                m.d.comb += dispatch.eq(vetted & ~self.halt)
+                m.d.comb += [dispatching.eq(1), dispatch.eq(vetted & operands.settled & ~self.halt)]
                 with m.If(dispatch & ~(is_known & ~is_malformed)):
                     m.d.comb += [fail.eq(1), code.eq(Mux(is_known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
                     m.next = "STOP"

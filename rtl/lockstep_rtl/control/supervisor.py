@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.errors import CONTROL_UNIT, ErrorCode
@@ -92,14 +92,15 @@ class Supervisor(wiring.Component):
                     ]
 
         resetting = Signal()
-        m.d.comb += [
-            self.halt.eq(self.error_code.any() | resetting),
-            self.soft_reset.eq(resetting & self.bus_quiet),
-        ]
+        m.d.comb += self.soft_reset.eq(resetting & self.bus_quiet)
         with m.If(self.reset_request):
             m.d.sync += resetting.eq(1)
+        # Halt is a register of its own, for every unit decides by it: it goes with the error, not behind it.
+        reported = Cat(getattr(self, f"error_{name}") for name in REPORTERS).any()
+        with m.If(expired | reported | self.reset_request):
+            m.d.sync += self.halt.eq(1)
         with m.If(self.soft_reset):
-            m.d.sync += [resetting.eq(0), self.error_code.eq(0), self.error_address.eq(0)]
+            m.d.sync += [resetting.eq(0), self.halt.eq(0), self.error_code.eq(0), self.error_address.eq(0)]
 
         counts = {n: getattr(self, f"count_{n}") for n in self.counters}
         step = {"CYCLES": self.busy & ~self.halt}

@@ -135,25 +135,25 @@ class LoadUnit(wiring.Component):
             Memory.VECTOR: self.fill_vector,
             Memory.PARAMETER: self.fill_parameter,
         }
-        pending_memory = Signal(3)
+        waits = {memory: Signal(name=f"waits_{memory.name.lower()}") for memory in Memory}  # pending, for one of them
         written = Signal()
         for memory, fill in fills.items():
             m.d.comb += [
-                fill.valid.eq(pending & (pending_memory == memory)),
+                fill.valid.eq(waits[memory]),
                 fill.payload.address.eq(pending_address),
                 fill.payload.data.eq(word[-len(fill.payload.data) :]),
             ]
-            with m.If(fill.valid & fill.ready):
-                m.d.comb += written.eq(1)
         entry = word[-8 * TABLE_ENTRY_BYTES :]
         m.d.comb += [
-            self.table_enable.eq(pending & (pending_memory == Memory.TABLE)),
+            written.eq(Cat(self.table_enable, *(fill.valid & fill.ready for fill in fills.values())).any()),
+            self.table_enable.eq(waits[Memory.TABLE]),
             self.table_address.eq(pending_address),
             self.table_data.eq(Cat(entry[0:32], entry[40:64], entry[80:96])),
         ]
-        with m.If(self.table_enable):
-            m.d.comb += written.eq(1)
 
+        # What comes to an end with this word is known when the word before it ends.
+        last_beat = Signal(len(beat))
+        one_word, one_row = Signal(), Signal()
         beats_last = Array(C(self.beats.get(n, 1) - 1, len(beat)) for n in range(8))  # type: ignore[call-overload]
         room, take, word_end, row_end, instruction_end = (
             Signal(name=n) for n in ("room", "take", "word_end", "row_end", "instruction_end")
@@ -163,14 +163,14 @@ class LoadUnit(wiring.Component):
             room.eq(receiving & (~pending | written)),
             r.ready.eq(room | self.halt),
             take.eq(r.valid & room),
-            word_end.eq(take & (beat == beats_last[target.memory])),
-            row_end.eq(word_end & (words == 1)),
-            instruction_end.eq(row_end & (rows == 1)),
+            word_end.eq(take & (beat == last_beat)),
+            row_end.eq(word_end & one_word),
+            instruction_end.eq(word_end & one_word & one_row),
             self.done.eq(written & last_pending),
             self.stalled.eq(receiving & ~take),
         ]
         with m.If(written):
-            m.d.sync += pending.eq(0)
+            m.d.sync += [pending.eq(0), *(wait.eq(0) for wait in waits.values())]
         with m.If(take):
             m.d.sync += [word.eq(Cat(word, beat_data)[bus_bits:]), beat.eq(beat + 1)]
         with m.If(word_end):
@@ -179,14 +179,14 @@ class LoadUnit(wiring.Component):
                 pending.eq(1),
                 last_pending.eq(instruction_end),
                 pending_address.eq(local),
-                pending_memory.eq(target.memory),
+                *(waits[memory].eq(target.memory == memory) for memory in Memory),
                 local.eq(local + 1),
-                words.eq(words - 1),
+                *(words.eq(words - 1), one_word.eq(words == 2)),
             ]
         with m.If(row_end):
             m.d.sync += [
-                words.eq(target.words),
-                rows.eq(rows - 1),
+                *(words.eq(target.words), one_word.eq(target.words == 1)),
+                *(rows.eq(rows - 1), one_row.eq(rows == 2)),
                 local.eq(row_local + target.local_stride),
                 row_local.eq(row_local + target.local_stride),
             ]
@@ -198,8 +198,9 @@ class LoadUnit(wiring.Component):
             m.d.sync += [
                 receiving.eq(1),
                 target.eq(following),
-                words.eq(following.words),
-                rows.eq(following.rows),
+                last_beat.eq(beats_last[following.memory]),
+                *(words.eq(following.words), one_word.eq(following.words == 1)),
+                *(rows.eq(following.rows), one_row.eq(following.rows == 1)),
                 local.eq(following.local),
                 row_local.eq(following.local),
             ]

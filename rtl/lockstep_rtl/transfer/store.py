@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
-from lockstep_isa.config import CoreConfig
+from lockstep_isa.config import ConfigurationError, CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import STORE
 
@@ -30,7 +30,8 @@ class StoreUnit(wiring.Component):
     outstanding : Out(1), bursts are under way.
 
     A word of N beats takes N + 2 cycles: request, answer, N beats. Results are a small part of a model's traffic,
-    so the two cycles are not hidden.
+    so the two cycles are not hidden. With ``bytes`` a word has a quarter of the beats: its lanes' low bytes are packed
+    when it is taken. Lanes that are not to be written have their strobes off; their beats are sent all the same.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -53,7 +54,12 @@ class StoreUnit(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self.config
-        beats = config.beats_per_vector_word
+        beats, byte_beats = config.beats_per_vector_word, config.rows // config.bus_bytes
+        if not byte_beats:
+            raise ConfigurationError(
+                f"a bus of {config.bus_bytes} bytes is wider than a word of {config.rows} bytes; the RTL stores "
+                f"through buses of up to {config.rows} bytes"
+            )
         m.submodules.splitter = splitter = BurstSplitter(config)
         m.submodules.lengths = lengths = SyncFIFOBuffered(width=8, depth=OUTSTANDING_BURSTS)
         wiring.connect(m, wiring.flipped(self.window), splitter.window)
@@ -69,7 +75,9 @@ class StoreUnit(wiring.Component):
             splitter.block.payload.address.eq(n.address),
             splitter.block.payload.stride.eq(n.stride),
             splitter.block.payload.rows.eq(n.rows),
-            splitter.block.payload.beats.eq(n.words << (beats - 1).bit_length()),
+            splitter.block.payload.beats.eq(
+                Mux(n.bytes, n.words << (byte_beats - 1).bit_length(), n.words << (beats - 1).bit_length())
+            ),
         ]
 
         # Addresses: each burst's length goes to the data side.
@@ -98,37 +106,47 @@ class StoreUnit(wiring.Component):
         beat = Signal(range(max(2, beats)))
         in_burst = Signal(8)
         sent = Signal()
+        # One strobe for each lane of ``word``; ``first_row`` as long as words of the first row are requested.
+        written, first_row = Signal(config.rows), Signal()
+        packed = Cat(self.read.data[32 * r : 32 * r + 8] for r in range(config.rows))
+        wide = Cat(written[b // 4] for b in range(config.bus_bytes))
         m.d.comb += [
             self.read.address.eq(local),
             w.data.eq(word[: 8 * config.bus_bytes]),
-            w.strb.eq(~0),
+            w.strb.eq(Mux(i.bytes, written[: config.bus_bytes], wide)),
             w.last.eq(in_burst == lengths.r_data),
             sent.eq(w.valid & w.ready),
             lengths.r_en.eq(sent & w.last),
         ]
         with m.If(sent):
             m.d.sync += [word.eq(word >> (8 * config.bus_bytes)), beat.eq(beat + 1)]
+            m.d.sync += written.eq(Mux(i.bytes, written >> config.bus_bytes, written >> (config.bus_bytes // 4)))
             m.d.sync += in_burst.eq(Mux(w.last, 0, in_burst + 1))
         with m.FSM():
             with m.State("ACCEPT"), m.If(accept):
                 m.d.sync += [i.eq(n), local.eq(n.local), row_local.eq(n.local), words.eq(n.words), rows.eq(n.rows)]
-                m.d.sync += active.eq(1)
+                m.d.sync += [active.eq(1), first_row.eq(1)]
                 m.next = "REQUEST"
             with m.State("REQUEST"):
                 m.d.comb += [self.read.enable.eq(1), self.stalled.eq(~self.read_ready)]
                 with m.If(self.read_ready):
                     m.next = "TAKE"
             with m.State("TAKE"):
-                m.d.sync += [word.eq(self.read.data), beat.eq(0), local.eq(local + 1), words.eq(words - 1)]
+                m.d.sync += [beat.eq(0), local.eq(local + 1), words.eq(words - 1)]
+                m.d.sync += [
+                    word.eq(Mux(i.bytes, packed, self.read.data)),
+                    written.eq(Cat(~first_row | (i.lane <= lane) for lane in range(config.rows))),
+                ]
                 m.next = "SEND"
             with m.State("SEND"):
                 m.d.comb += [w.valid.eq(lengths.r_rdy), self.stalled.eq(~sent)]
-                with m.If(sent & (beat == beats - 1)):
+                with m.If(sent & (beat == Mux(i.bytes, byte_beats - 1, beats - 1))):
                     m.next = "REQUEST"
                     with m.If(words == 0):
                         m.d.sync += [
                             words.eq(i.words),
                             rows.eq(rows - 1),
+                            first_row.eq(0),
                             local.eq(row_local + i.local_stride),
                             row_local.eq(row_local + i.local_stride),
                         ]

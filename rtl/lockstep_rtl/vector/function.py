@@ -11,6 +11,7 @@ from .function_table import ENTRY_BITS, TableInterpolation
 
 #: 32000 as fp32.
 SCORE_LIMIT = 0x46FA0000
+MINUS_INFINITY = 0xFF800000
 
 
 class FunctionMode(data.Struct):
@@ -58,7 +59,8 @@ class FunctionStage(wiring.Component):
     Ports
     -----
     mode : In(FunctionMode), holds still during a pass.
-    x : In(32), in stage 0. ``scale`` : In(32), the integer N of EXP2, in stage 3.
+    x : In(32), in stage 0, with ``hidden`` : In(1), SCORE is to give -inf. ``scale`` : In(32), the integer N of EXP2,
+        in stage 3.
     valid : In(29), bit i: a beat is in stage i. ``time`` : In(6), counts cycles.
     write_enable, write_address, write_data : fill the table, see TableInterpolation.
     n : Out(signed(16)), the integer exponent of SCORE, in stage 3. ``z`` : Out(32), LATENCY cycles behind x.
@@ -77,6 +79,7 @@ class FunctionStage(wiring.Component):
 
     mode: In(FunctionMode)
     x: In(32)
+    hidden: In(1)
     scale: In(32)
     valid: In(29)
     time: In(6)
@@ -120,8 +123,15 @@ class FunctionStage(wiring.Component):
                     next_word.eq(Mux(x.nan, QUIET_NAN, Cat(clamped, x.sign))),
                     next_force.eq(1),
                 ]
+                # The exponent of -32000 is what a hidden score counts as.
+                with m.If(self.hidden):
+                    m.d.comb += [next_u.eq(SCORE_LIMIT | 1 << 31), next_word.eq(MINUS_INFINITY)]
             with m.Case(Function.EXP2):
-                m.d.comb += [next_u[31].eq(x.sign & ~x.nan), next_word.eq(Mux(x.nan, QUIET_NAN, 0))]
+                m.d.comb += [
+                    next_u[31].eq(x.sign & ~x.nan),
+                    next_word.eq(Mux(x.nan, QUIET_NAN, 0)),
+                    next_force.eq(x.nan | (x.infinite & x.sign)),
+                ]
             with m.Case(Function.RECIP):
                 m.d.comb += [
                     next_u.eq(Cat(x.fraction, Const(127, 8))),

@@ -1,6 +1,6 @@
 """The issue stage: takes an instruction, fetches its operands, sends one beat per cycle into the pipeline."""
 
-from amaranth.hdl import Array, Module, Mux, Signal
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import (
@@ -9,6 +9,7 @@ from lockstep_isa.instructions import (
     FirstAdd,
     FirstMultiply,
     Function,
+    Mask,
     Maximum,
     SecondAdd,
     SecondMultiply,
@@ -18,6 +19,9 @@ from lockstep_isa.instructions import (
 
 from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, instruction_layout, instruction_stream
 from .timing import CONTINUE_PROLOGUE, PARTIALS, row_pause
+
+#: Bits of the distance from a row's position to a column: of ``first_row``, less up to 65,535 tiles of 64 rows.
+DISTANCE_BITS = 24
 
 
 class Issue(wiring.Component):
@@ -43,8 +47,8 @@ class Issue(wiring.Component):
     accumulator, vector_read, parameter_read : Out, see lockstep_rtl.interfaces.
     beat, first, last : Out(1), ``sub`` : Out, a beat, of the first or last column of a row tile, of which lanes; in
         the cycle of its requests.
-    x, y, lane0, lane1 : Out(32 * lanes), words of the beat before. ``column0`` to ``column2`` : Out(32), of the beat
-    before that.
+    x, y, lane0, lane1 : Out(32 * lanes), words of the beat before. ``column0`` to ``column2`` : Out(32), and
+        ``hidden`` : Out(lanes), which lanes the mask hides, of the beat before that.
     continue_valid : Out(1), ``parameter_read.data`` is the word from which the next row's maximum continues.
     """
 
@@ -74,6 +78,7 @@ class Issue(wiring.Component):
                 "column0": Out(32),
                 "column1": Out(32),
                 "column2": Out(32),
+                "hidden": Out(config.lanes),
                 "continue_valid": Out(1),
             }
         )
@@ -89,7 +94,7 @@ class Issue(wiring.Component):
         with_column0 = (n.mul1 == FirstMultiply.COLUMN0) | (n.mul2 == SecondMultiply.COLUMN0)
         with_lane0 = (n.add1 == FirstAdd.LANE0) | (n.mul2 == SecondMultiply.LANE0) | (n.function == Function.EXP2)
         resume = (n.maximum != Maximum.NONE) & n.max_continue
-        with_y = (n.add1 == FirstAdd.Y) | (n.mul3 == ThirdMultiply.Y)
+        with_y = (n.add1 == FirstAdd.Y) | (n.add2 == SecondAdd.Y) | (n.mul3 == ThirdMultiply.Y)
         own_words = (n.destination == Destination.PARAMETER) & (n.sum | (n.maximum != Maximum.NONE))
         row_needs, uses_y, shares = Signal(6), Signal(), Signal()
         column_needs = row_needs[:3]
@@ -109,9 +114,11 @@ class Issue(wiring.Component):
                 uses_y.eq(with_y),
                 shares.eq(with_y & (n.source == Source.VECTOR)),
                 from_vector.eq(n.source == Source.VECTOR),
-                from_parameter.eq(n.source == Source.PARAMETER),
+                from_parameter.eq((n.source == Source.PARAMETER) | (n.source == Source.INTEGER)),
                 from_accumulator.eq(n.source == Source.ACCUMULATOR),
-                transposed.eq(n.destination == Destination.WEIGHT_TRANSPOSED),
+                transposed.eq(
+                    (n.destination == Destination.WEIGHT_TRANSPOSED) | (n.destination == Destination.BYTES_TRANSPOSED)
+                ),
                 least_prologue.eq(Mux(resume, CONTINUE_PROLOGUE - 1, own_words)),
                 final_column.eq(n.columns - 1),
                 final_tile.eq(n.tiles - 1),
@@ -130,6 +137,11 @@ class Issue(wiring.Component):
             group_ends.eq(column[:group_bits].all()),
             ends.eq(sub == subwords - 1),
         ]
+
+        # The mask: lane r of this column is hidden where r < ahead, or where r >= ahead + window.
+        ahead, row_ahead = Signal(signed(DISTANCE_BITS)), Signal(signed(DISTANCE_BITS))
+        masked, windowed = Signal(), Signal()
+        m.d.sync += [masked.eq(i.mask == Mask.CAUSAL), windowed.eq(i.window.any())]
 
         # Fetching PARAMETER words, the lowest needed first.
         needed = Signal(6)
@@ -196,6 +208,7 @@ class Issue(wiring.Component):
                     *(tile.eq(0), column.eq(0), sub.eq(0), group.eq(0), late.eq(0), read_y.eq(shares)),
                     *(x_row.eq(i.x), x_address.eq(i.x), y_row.eq(i.y), y_address.eq(i.y)),
                     *(needed.eq(row_needs), least.eq(least_prologue), row_wait.eq(0), group_wait.eq(0)),
+                    *(row_ahead.eq(-i.first_row.as_signed()), ahead.eq(-i.first_row.as_signed())),
                 ]
                 m.next = "FETCH"
             with m.State("FETCH"):
@@ -222,6 +235,7 @@ class Issue(wiring.Component):
                     with m.If(ends):
                         m.d.sync += [
                             *(sub.eq(0), column.eq(column + 1), read_y.eq(shares), x_address.eq(x_address + 1)),
+                            ahead.eq(ahead + 1),
                         ]
                         with m.If(~shares):
                             m.d.sync += y_address.eq(y_address + 1)
@@ -234,6 +248,7 @@ class Issue(wiring.Component):
                                 *(x_row.eq(x_row + i.x_stride), x_address.eq(x_row + i.x_stride)),
                                 *(y_row.eq(y_row + i.y_stride), y_address.eq(y_row + i.y_stride)),
                                 *(needed.eq(row_needs), least.eq(least_prologue)),
+                                *(row_ahead.eq(row_ahead - rows), ahead.eq(row_ahead - rows)),
                             ]
                             m.next = "FETCH"
                             with m.If(tile == final_tile):
@@ -268,6 +283,21 @@ class Issue(wiring.Component):
             self.parameter_read.address.eq(Mux(fetching, fetch_address, x_address)),
         ]
 
+        # Stages 0 and 1: the mask. The first lane of the beat that is not hidden, and the first one behind it that is.
+        issued_ahead = Signal.like(ahead)
+        seen, unseen = Signal(range(rows + 1)), Signal(range(rows + 1))
+
+        def clamped(value):
+            return Mux(value < 0, 0, Mux(value > rows, rows, value))
+
+        with m.If(issues & masked):
+            m.d.sync += issued_ahead.eq(ahead)
+        with m.If(self.beat & masked):
+            m.d.sync += [
+                seen.eq(clamped(issued_ahead)),
+                unseen.eq(Mux(windowed, clamped(issued_ahead + i.window), rows)),
+            ]
+
         # Stage 0: reads. The accumulators' answer waits for the others.
         accumulator_read = Signal()
         accumulated = Signal(word)
@@ -299,6 +329,10 @@ class Issue(wiring.Component):
             self.lane0.eq(lane_words[0].word_select(sub1, taken)),
             self.lane1.eq(lane_words[1].word_select(sub1, taken)),
         ]
+        hidden = Signal(rows)
+        m.d.comb += hidden.eq(Cat((seen > r) | (unseen <= r) for r in range(rows)))
+        with m.If(beat1 & masked):
+            m.d.sync += self.hidden.eq(hidden.word_select(sub1, config.lanes))
         for kind, port in enumerate((self.column0, self.column1, self.column2)):
             chosen = Mux(parity1, column_words[kind][1], column_words[kind][0])
             with m.If(beat1 & column_needs[kind]):

@@ -68,6 +68,7 @@ def lane_signature(subwords: int) -> wiring.Signature:
             "column0": In(32),
             "column1": In(32),
             "column2": In(32),
+            "hidden": In(1),
             "sums": In(SumControls(subwords)),
             "sum": Out(32),
             "maximum_first": In(1),
@@ -88,7 +89,7 @@ def lane_signature(subwords: int) -> wiring.Signature:
 class Lane(wiring.Component):
     """The datapath of one lane; every control bit comes from outside, the same for all lanes.
 
-        stage 1   take x, y, lane words        19  x4 = x3 + {column1, immediate1}
+        stage 1   take x, y, lane words        19  x4 = x3 + {column1, immediate1, y}
               2   int32 to fp32                24  x5 = f(x4)
               6   x1 = x + {lane0, y}          53  x6 = x5 * {column2, y};  row sum takes x5
              11   x2 = x1 * {lane1, ...}       57  ``result``: x5 or x6;  row maximum takes x6 or n
@@ -98,8 +99,8 @@ class Lane(wiring.Component):
     -----
     mode : In(LaneMode), holds still during a pass.
     valid : In(DEPTH), bit i: a beat is in stage i. ``time`` : In(6), counts cycles.
-    x, y, lane0, lane1 : In(32), in stage 1; ``column0``, ``column2`` : In(32), in stage 2; ``column1`` : In(32), in
-        stage ADD2, already chosen between the column and the immediate.
+    x, y, lane0, lane1 : In(32), in stage 1; ``column0`` to ``column2`` : In(32), in stage 2, ``column1`` already
+        chosen between the column and the immediate. ``hidden`` : In(1), in stage FUNCTION.
     sums : In(SumControls); ``sum`` : Out(32), the row sum, when the controls say so.
     maximum_* : In, see RunningMaximum; ``maximum`` : Out(32 * subwords).
     write_* : In, fill the function table.
@@ -129,7 +130,7 @@ class Lane(wiring.Component):
         m.submodules.convert = convert = IntToFloat()
         m.d.comb += [
             convert.a.eq(x),
-            convert.bypass.eq(mode.source != Source.ACCUMULATOR),
+            convert.bypass.eq(~mode.source.matches(Source.ACCUMULATOR, Source.INTEGER)),
             convert.enables.eq(valid[CONVERT:ADD1]),
         ]
         add1_y = mode.add1 == FirstAdd.Y
@@ -143,6 +144,11 @@ class Lane(wiring.Component):
         mul1_b = wait("mul1", Mux(mul1_lane, lane1, self.column0), CONVERT, MUL1, mul1_waits)
         mul2_b = wait("mul2", Mux(mul2_lane, lane0, self.column0), CONVERT, MUL2, mode.mul2 != SecondMultiply.NONE)
         scale = wait("scale", lane0, CONVERT, scale_stage, exp2)
+        # From a stage later on, its memory is half as deep.
+        add2_b = Signal(32)
+        with m.If(valid[CONVERT] & (mode.add2 != SecondAdd.NONE)):
+            m.d.sync += add2_b.eq(Mux(mode.add2 == SecondAdd.Y, y, self.column1))
+        add2_b = wait("add2", add2_b, CONVERT + 1, ADD2, mode.add2 != SecondAdd.NONE)
         mul3_b = wait("mul3", Mux(mul3_y, y, self.column2), CONVERT, MUL3, mode.mul3 != ThirdMultiply.NONE)
 
         # Stages 6 to 23.
@@ -172,7 +178,7 @@ class Lane(wiring.Component):
         m.submodules.add2 = add2 = FloatAdd()
         m.d.comb += [
             add2.a.eq(mul2.z),
-            add2.b.eq(self.column1),
+            add2.b.eq(add2_b),
             add2.bypass.eq(mode.add2 == SecondAdd.NONE),
             add2.enables.eq(valid[ADD2:FUNCTION]),
         ]
@@ -182,6 +188,7 @@ class Lane(wiring.Component):
         m.d.comb += [
             function.mode.eq(mode.function),
             function.x.eq(add2.z),
+            function.hidden.eq(self.hidden),
             function.scale.eq(scale),
             function.valid.eq(valid[FUNCTION:MUL3]),
             function.time.eq(time),

@@ -1,6 +1,6 @@
 """Where results go: the vector unit's writes."""
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import VECTOR, Destination, Maximum
@@ -61,7 +61,9 @@ class ResultWriter(wiring.Component):
         to_parameter = i.destination == Destination.PARAMETER
         to_activation = i.destination == Destination.ACTIVATION
         to_weight = i.destination == Destination.WEIGHT
-        transposed = i.destination == Destination.WEIGHT_TRANSPOSED
+        to_bytes = i.destination == Destination.BYTES
+        transposes_bytes = i.destination == Destination.BYTES_TRANSPOSED
+        transposed = (i.destination == Destination.WEIGHT_TRANSPOSED) | transposes_bytes
         is_float = to_vector | to_parameter
 
         # Result addresses: column by column, row tile by row tile.
@@ -114,18 +116,15 @@ class ResultWriter(wiring.Component):
             m.d.comb += [port.address.eq(address), port.data.eq(self.result.replicate(subwords)), port.mask.eq(mask)]
 
         m.d.comb += [
-            self.vector_write.enable.eq(to_vector & self.result_valid),
-            self.vector_write.address.eq(address),
-            self.vector_write.data.eq(self.result.replicate(subwords)),
-            self.vector_write.mask.eq(mask),
             self.activation_write.enable.eq(to_activation & self.rounded_valid),
             self.activation_write.address.eq(address),
             self.activation_write.data.eq(self.rounded.replicate(subwords)),
             self.activation_write.mask.eq(mask),
         ]
 
-        # WEIGHT takes columns as they are, or transposed.
+        # WEIGHT and, as bytes, VECTOR take columns as they are, or transposed.
         m.submodules.transposer = transposer = Transposer(config)
+        packed = Signal(8 * rows)
         m.d.comb += [
             transposer.begin.eq(self.begin),
             transposer.to.eq(i.to),
@@ -135,10 +134,27 @@ class ResultWriter(wiring.Component):
             transposer.last.eq(self.rounded_last),
             transposer.sub.eq(self.rounded_sub),
             transposer.bytes.eq(self.rounded),
-            self.weight_write.enable.eq(transposer.write.enable | (to_weight & self.rounded_valid)),
+            packed.eq(Mux(transposed, transposer.write.data, self.rounded.replicate(subwords))),
+            self.weight_write.enable.eq(
+                (transposer.write.enable & ~transposes_bytes) | (to_weight & self.rounded_valid)
+            ),
             self.weight_write.address.eq(Mux(transposed, transposer.write.address, address)),
-            self.weight_write.data.eq(Mux(transposed, transposer.write.data, self.rounded.replicate(subwords))),
+            self.weight_write.data.eq(packed),
             self.weight_write.mask.eq(Mux(transposed, transposer.write.mask, mask)),
+            self.vector_write.enable.eq(
+                (to_vector & self.result_valid)
+                | (to_bytes & self.rounded_valid)
+                | (transposes_bytes & transposer.write.enable)
+            ),
+            self.vector_write.address.eq(self.weight_write.address),
+            self.vector_write.data.eq(
+                Mux(
+                    to_vector,
+                    self.result.replicate(subwords),
+                    Cat(Cat(packed.word_select(r, 8), Const(0, 24)) for r in range(rows)),
+                )
+            ),
+            self.vector_write.mask.eq(self.weight_write.mask),
             self.idle.eq(~sum_waits & transposer.idle),
         ]
         return m

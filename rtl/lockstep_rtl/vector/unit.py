@@ -5,7 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import ConfigurationError
-from lockstep_isa.instructions import VECTOR, Destination, SecondAdd
+from lockstep_isa.instructions import VECTOR, Destination, Function, Mask, SecondAdd
 
 from ..generate import instantiate, lane_module
 from ..interfaces import AccumulatorPort, ReadPort, WritePort, instruction_stream
@@ -15,7 +15,7 @@ from .issue import Issue
 from .lane import lane_mode, lane_signature
 from .reduce import SumControl
 from .result import ResultWriter
-from .timing import ADD2, CONVERT, DEPTH, RESULT, ROUNDED, SUM
+from .timing import CONVERT, DEPTH, FUNCTION, RESULT, ROUNDED, SUM
 
 #: Rows whose maximum continues and that are in the pipeline at once: DEPTH over the least pitch of such rows.
 CONTINUED_ROWS = 16
@@ -110,8 +110,9 @@ class VectorUnit(wiring.Component):
         # What holds still during a pass.
         rounded = fields.destination >= Destination.ACTIVATION
         mode = lane_mode(m, fields, rounded)
-        column1 = delayed(m, "delay_column1", issue.column1, CONVERT, ADD2, valid, time)
-        add2_b = Mux(fields.add2 == SecondAdd.IMMEDIATE1, fields.immediate1, column1)
+        column1 = Mux(fields.add2 == SecondAdd.IMMEDIATE1, fields.immediate1, issue.column1)
+        masks = (fields.function == Function.SCORE) & (fields.mask != Mask.NONE)
+        hidden = delayed(m, "delay_hidden", issue.hidden, CONVERT, FUNCTION, valid, time, masks)
 
         # Row sums.
         m.submodules.sum_control = sum_control = SumControl(subwords)
@@ -153,8 +154,9 @@ class VectorUnit(wiring.Component):
                 lane.lane0.eq(issue.lane0.word_select(n, 32)),
                 lane.lane1.eq(issue.lane1.word_select(n, 32)),
                 lane.column0.eq(issue.column0),
-                lane.column1.eq(add2_b),
+                lane.column1.eq(column1),
                 lane.column2.eq(issue.column2),
+                lane.hidden.eq(hidden[n] & masks),
                 lane.maximum_first.eq(first[RESULT + 1]),
                 lane.maximum_sub.eq(sub_at(RESULT + 1)),
                 lane.maximum_start.eq(start.word_select(n, 32)),
@@ -172,8 +174,13 @@ class VectorUnit(wiring.Component):
 
         # Writes.
         m.submodules.writer = writer = ResultWriter(config)
-        for port in ("vector_write", "parameter_write", "activation_write", "weight_write"):
-            wiring.connect(m, getattr(writer, port), wiring.flipped(getattr(self, port)))
+        for name in ("vector_write", "parameter_write", "activation_write", "weight_write"):
+            # Registers, so that who else wants the port learns of it at the start of a cycle. A write is one cycle
+            # later than the pipeline's last stage, and still before any unit that got a token for it can read.
+            inner, port = getattr(writer, name), getattr(self, name)
+            m.d.sync += port.enable.eq(inner.enable)
+            with m.If(inner.enable):
+                m.d.sync += [port.address.eq(inner.address), port.data.eq(inner.data), port.mask.eq(inner.mask)]
         m.d.comb += [
             writer.fields.eq(fields),
             writer.begin.eq(issue.begin),

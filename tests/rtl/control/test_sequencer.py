@@ -4,27 +4,33 @@ import random
 
 import cocotb
 import numpy as np
+import pytest
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import (
     INSTRUCTION_BYTES,
     INSTRUCTION_TYPES,
     LOAD,
     MATRIX,
+    OPERANDS,
     STORE,
     VECTOR,
     Instruction,
     Memory,
     encode,
+    selector,
 )
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
-from lockstep_rtl.control.queue import INDEX_BITS
+from lockstep_rtl.control.queue import INDEX_BITS, queue_entry
 from lockstep_rtl.control.sequencer import Sequencer
 from lockstep_rtl.generate import component_verilog
 from rtl.axi_models import Probe, ReadMemory, Sink, bench, never, random_stalls, small
-from rtl.harness import run_cocotb, stalls
+from rtl.harness import parameters, run_cocotb, stalls
 
-CONFIG = small()
-RING, SLOTS, PROGRAMS, SIZE = 0x800, 4, 0x1000, 1 << 15
+RING, SLOTS, VALUES, PROGRAMS, SIZE = 0x400, 4, 0x800, 0x1000, 1 << 15
+
+
+def config_of(rows, bus_bytes):
+    return small(rows=rows, columns=rows, lanes=rows, bus_bytes=bus_bytes)
 
 
 def instructions(count, seed=0):
@@ -47,6 +53,49 @@ def instructions(count, seed=0):
     return [encode(one()) for _ in range(count)]
 
 
+def with_operands(count, seed=0):
+    """Like ``instructions``, but with operands at random in fields that may have one; many counts become zero."""
+    rand = random.Random(seed)
+    result = []
+    for type in (rand.choice(INSTRUCTION_TYPES) for _ in range(count)):
+        values = {"memory": Memory.VECTOR} if type in (LOAD, STORE) else {}
+        for field in type.variable:
+            if rand.random() < 0.6:
+                values[field.name] = rand.choice((0, 1, rand.randrange(1 << field.width), (1 << field.width) - 1))
+                values[selector(field.name)] = rand.randrange(1, OPERANDS)
+            else:
+                values[field.name] = rand.randrange(field.minimum, 1 << field.width)
+        values |= {"wait": rand.randrange(16), "signal": rand.randrange(16)}
+        result.append(encode(Instruction(type, **values)))
+    return result
+
+
+def some_operands(seed=0):
+    """64 words: small ones, big ones, and those that make 1 and 2^16 - 1 to 0; word 0 is never looked at."""
+    rand = random.Random(seed)
+    words = [rand.choice((0, 0, 1, 0xFFFF, 0xFFFFFFFF, rand.randrange(1 << 32))) for _ in range(OPERANDS)]
+    return np.array([0xBAD0BAD0, *words[1:]], "<u4")
+
+
+def entry(index, word, operands):
+    """What a queue ought to get of an instruction: its fields with operands added, and whether it is skipped."""
+    number, result, skip = int.from_bytes(word, "little"), 0, False
+    type = next(t for t in INSTRUCTION_TYPES if t.opcode == number & 15)
+    layout = queue_entry(type)
+    for name, (offset, field) in type.layout.items():
+        value = number >> offset & (1 << field.width) - 1
+        if name.endswith("_operand"):
+            assert value < OPERANDS
+            continue
+        if field.operand:
+            start, chosen = type.layout[selector(name)]
+            choice = number >> start & (1 << chosen.width) - 1
+            value = (value + int(operands[choice] if choice else 0)) % (1 << field.width)
+            skip |= value < field.minimum
+        result |= value << offset
+    return index | skip << INDEX_BITS | result << layout["instruction"].offset
+
+
 class World:
     """A sequencer, its memory with a ring, and the four queues."""
 
@@ -54,9 +103,11 @@ class World:
     async def start(cls, dut, gap=never, limit=SIZE, **knobs):
         self = cls()
         self.dut = dut
+        self.config = config_of(**parameters())
+        self.operands = np.zeros(OPERANDS, "<u4")
         self.memory = np.zeros(SIZE, np.uint8)
         self.bench = await bench(dut)
-        self.bus = self.bench.add(ReadMemory(dut, "bus", self.memory, CONFIG.bus_bytes, **knobs))
+        self.bus = self.bench.add(ReadMemory(dut, "bus", self.memory, self.config.bus_bytes, **knobs))
         self.queues = {t: self.bench.add(Sink(dut, f"push_{t.name.lower()}", gap)) for t in INSTRUCTION_TYPES}
         names = (
             "busy",
@@ -79,9 +130,10 @@ class World:
         self.memory[address : address + len(content)] = np.frombuffer(content, np.uint8)
 
     def submit(self, code, fence, **changes):
-        """Put a program of encoded instructions into the ring and ring the doorbell."""
+        """Put a program of encoded instructions into the ring and ring the doorbell; operands lie at VALUES."""
         self.write(self.place, b"".join(code))
-        fields = {"program": self.place, "count": len(code), "config_crc": CONFIG.crc, "fence": fence} | changes
+        fields = {"program": self.place, "count": len(code), "config_crc": self.config.crc, "fence": fence}
+        fields |= {"operands": 0} | changes
         words = np.array([fields[n] for n, _ in DESCRIPTOR_FIELDS], "<u4")
         self.write(RING + self.tail % SLOTS * DESCRIPTOR_BYTES, words.tobytes())
         self.place += len(code) * INSTRUCTION_BYTES
@@ -89,13 +141,9 @@ class World:
         self.dut.ring_tail.value = self.tail
 
     def check(self, program):
-        """Every queue got its part of the program, in order, with its indices."""
+        """Every queue got its part of the program, in order, with its indices and operands."""
         for type, queue in self.queues.items():
-            expected = [
-                n | int.from_bytes(word, "little") << INDEX_BITS
-                for n, word in enumerate(program)
-                if word[0] & 15 == type.opcode
-            ]
+            expected = [entry(n, w, self.operands) for n, w in enumerate(program) if w[0] & 15 == type.opcode]
             assert len(queue.items) == len(expected), f"{type.name}: {len(queue.items)} of {len(expected)} instructions"
             for n, (found, wanted) in enumerate(zip(queue.items, expected, strict=True)):
                 assert found == wanted, f"{type.name} {n}: {found:#x}, expected {wanted:#x}"
@@ -126,8 +174,86 @@ async def a_program_reaches_the_queues_in_order(dut):
     assert int(dut.ring_head.value) == 1
     assert not int(dut.busy.value)
     assert world.probe.count("dispatched") == 50
-    beats = INSTRUCTION_BYTES // CONFIG.bus_bytes
+    beats = INSTRUCTION_BYTES // world.config.bus_bytes
     assert np.all(np.diff(world.bus.beats[beats:]) == 1), "the bus never pauses within a program"
+
+
+@cocotb.test()
+async def operands_are_added_on_the_way(dut):
+    for seed in range(4):
+        world = await World.start(dut)
+        world.operands = some_operands(seed)
+        world.write(VALUES, world.operands.tobytes())
+        program = with_operands(100, seed)
+        world.submit(program, 9, operands=VALUES)
+        await world.fence(9)
+        world.check(program)
+        skipped = sum(entry(0, w, world.operands) >> INDEX_BITS & 1 for w in program)
+        assert 10 < skipped < 50, "some are skipped, some are not"
+        beats = INSTRUCTION_BYTES // world.config.bus_bytes
+        fetched = np.diff(world.bus.beats[beats : 12 * beats])
+        assert np.all(fetched == 1), "operands and the first instructions come without a pause"
+
+
+@cocotb.test()
+async def operands_are_those_of_their_descriptor(dut):
+    for seed in range(3):
+        knobs = random_stalls(seed)
+        world = await World.start(
+            dut, stalls(0.8, seed), stall_ar=knobs["stall_ar"], stall_r=knobs["stall_r"], latency=1 + 9 * seed
+        )
+        programs = [with_operands(n, seed + n) for n in (12, 0, 9, 10)]
+        # The third program has none: its operands are zero, whatever those of the second one were.
+        blocks = [some_operands(seed), some_operands(seed + 9), np.zeros(OPERANDS, "<u4"), some_operands(seed + 20)]
+        for n, (program, block) in enumerate(zip(programs, blocks, strict=True)):
+            world.write(VALUES + 256 * n, block.tobytes())
+            world.submit(program, 1 + n, operands=0 if n == 2 else VALUES + 256 * n)
+        await world.fence(len(programs))
+        for type, queue in world.queues.items():
+            expected = [
+                entry(n, word, block)
+                for program, block in zip(programs, blocks, strict=True)
+                for n, word in enumerate(program)
+                if word[0] & 15 == type.opcode
+            ]
+            assert queue.items == expected, type.name
+
+
+@cocotb.test()
+async def an_operand_costs_a_cycle_and_the_first_one_two_more(dut):
+    closed = True
+    world = await World.start(dut, lambda: closed)
+    counts = (0, 2, 0, 5, 1, 0, 0)
+    names = [selector(f.name) for f in STORE.variable]
+    program = [
+        encode(Instruction(STORE, memory=Memory.VECTOR, **dict.fromkeys(names[:count], 1 + n)))
+        for n, count in enumerate(counts)
+    ]
+    world.operands = some_operands()
+    world.write(VALUES, world.operands.tobytes())
+    world.submit(program, 1, operands=VALUES)
+    await world.bench.step(400)
+    closed = False
+    await world.fence(1)
+    world.check(program)
+    taken = np.diff(world.probe.cycles("dispatched"))
+    assert taken.tolist() == [2 + (count + 2 if count else 0) for count in counts[1:]]
+
+
+@cocotb.test()
+async def operands_outside_the_window_or_misaligned_are_refused(dut):
+    for operands, code, at in (
+        (VALUES + 4, ErrorCode.MISALIGNED, VALUES + 4),
+        (SIZE - 128, ErrorCode.OUT_OF_WINDOW, SIZE),
+    ):
+        world = await World.start(dut)
+        world.submit(instructions(3), 1, operands=operands)
+        assert await world.failure() == (code, at, 0)
+        assert not world.probe.count("dispatched")
+    world = await World.start(dut, bad=[VALUES + 64])
+    world.submit(instructions(3), 1, operands=VALUES)
+    assert (await world.failure())[0] == ErrorCode.BUS_READ
+    assert not world.probe.count("dispatched")
 
 
 @cocotb.test()
@@ -184,7 +310,7 @@ async def the_ring_wraps_and_fences_follow_the_units(dut):
 @cocotb.test()
 async def a_program_for_another_core_is_refused(dut):
     world = await World.start(dut)
-    world.submit(instructions(3), 1, config_crc=CONFIG.crc ^ 1)
+    world.submit(instructions(3), 1, config_crc=config_of(**parameters()).crc ^ 1)
     code, _, _ = await world.failure()
     assert code == ErrorCode.WRONG_CONFIGURATION
     assert not world.probe.count("dispatched")
@@ -223,6 +349,10 @@ async def counts_of_zero_and_stray_bits_are_refused(dut):
         for field in type.fields:
             if field.minimum:
                 await refused(dut, with_field(good, field.name, 0), ErrorCode.BAD_FIELD)
+        if type.variable:
+            # Whatever its operands: it is malformed in itself.
+            stray = good.replace(**{selector(f.name): 3 for f in type.variable})
+            await refused(dut, encode(stray)[:-1] + b"\x80", ErrorCode.BAD_FIELD)
         for bit in (type.width, 8 * INSTRUCTION_BYTES - 1):
             word = int.from_bytes(encode(good), "little") | 1 << bit
             await refused(dut, word.to_bytes(INSTRUCTION_BYTES, "little"), ErrorCode.BAD_FIELD)
@@ -263,7 +393,7 @@ async def fetches_outside_the_window_are_refused(dut):
 
 @cocotb.test()
 async def a_bus_error_in_a_fetch_stops_the_core(dut):
-    world = await World.start(dut, bad=[PROGRAMS + 2 * INSTRUCTION_BYTES + 8])
+    world = await World.start(dut, bad=[PROGRAMS + 2 * INSTRUCTION_BYTES + 16])
     program = instructions(5)
     world.submit(program, 1)
     code, _, _ = await world.failure()
@@ -288,5 +418,8 @@ async def halt_lets_the_bus_run_dry(dut):
         dut.halt.value = 0
 
 
-def test_sequencer_dispatches_programs_and_refuses_what_is_malformed():
-    run_cocotb(component_verilog(Sequencer(CONFIG), "top"), __name__, "sequencer")
+@pytest.mark.parametrize(("rows", "bus_bytes"), [(4, 4), (16, 16)])
+def test_sequencer_dispatches_programs_and_refuses_what_is_malformed(rows, bus_bytes):
+    given = {"rows": rows, "bus_bytes": bus_bytes}
+    verilog = component_verilog(Sequencer(config_of(rows, bus_bytes)), "top")
+    run_cocotb(verilog, __name__, f"sequencer_{bus_bytes}", given)

@@ -45,6 +45,22 @@ class World:
         assert_equal(self.memory, self.expected, "device memory, byte ")
 
 
+def store(**fields):
+    return Instruction(STORE, memory=Memory.VECTOR, **fields)
+
+
+#: Bytes, and first rows that begin at some lane; 9 and 63 are beyond the last one.
+PARTIAL = [
+    store(bytes=1, rows=3, words=7, address=0x1014, stride=0x40, local=5, local_stride=9),
+    store(bytes=1, words=50, address=0x2000, local=2),
+    store(rows=3, words=2, lane=1, address=0x3000, stride=0x20, local=1, local_stride=3),
+    store(rows=2, words=3, lane=3, address=0x4000, stride=0x40, local=1, local_stride=3),
+    store(bytes=1, rows=3, words=2, lane=2, address=0x5000, stride=0x40, local=1, local_stride=3),
+    store(bytes=1, rows=1, words=3, lane=ROWS - 1, address=0x6000, local=9),
+    store(bytes=1, rows=2, words=3, lane=9, address=0x7000, stride=0x20, local=9),
+    store(rows=2, words=1, lane=63, address=0x7100, stride=0x100, local=9),
+]
+
 STORES = [
     Instruction(STORE, memory=Memory.VECTOR, rows=1, words=20, address=0x0FF0, local=3),
     Instruction(STORE, memory=Memory.VECTOR, rows=5, words=3, address=0x2004, stride=0x1010, local=2, local_stride=7),
@@ -61,12 +77,19 @@ async def blocks_without_stalls(dut):
 
 
 @cocotb.test()
+async def bytes_and_parts_of_rows_without_stalls(dut):
+    world = await World.start(dut, PARTIAL)
+    await world.finish(PARTIAL)
+
+
+@cocotb.test()
 async def every_channel_stalls(dut):
     for seed in range(4):
         knobs = random_stalls(seed)
         knobs = {name: knobs[name] for name in ("stall_aw", "stall_w", "stall_b")}
-        world = await World.start(dut, STORES, stalls(0.5, seed), stalls(0.5, seed), latency=1 + 7 * seed, **knobs)
-        await world.finish(STORES)
+        stores = STORES + PARTIAL
+        world = await World.start(dut, stores, stalls(0.5, seed), stalls(0.5, seed), latency=1 + 7 * seed, **knobs)
+        await world.finish(stores)
 
 
 @cocotb.test()
@@ -76,6 +99,11 @@ async def a_word_takes_its_beats_and_two_cycles(dut):
     await world.finish([store])
     first = np.array(world.bus.beats[::BEATS])
     assert_equal(np.diff(first), np.full(31, BEATS + 2), "cycles between the first beats of word ")
+    store = store.replace(bytes=1)
+    world = await World.start(dut, [store])
+    await world.finish([store])
+    first = np.array(world.bus.beats[:: ROWS // BUS])
+    assert_equal(np.diff(first), np.full(31, ROWS // BUS + 2), "cycles between the first beats of packed word ")
 
 
 @cocotb.test()

@@ -12,6 +12,7 @@ from lockstep_isa.instructions import (
     FirstMultiply,
     Function,
     Instruction,
+    Mask,
     Maximum,
     SecondAdd,
     SecondMultiply,
@@ -35,6 +36,12 @@ TABLES = {
 }
 # Where random passes read and write PARAMETER (512 words): operands, results, row statistics.
 OPERANDS, RESULTS, SUMS, MAXIMA = 256, 256, 480, 496
+STARTS = {
+    Destination.VECTOR: 600,
+    Destination.BYTES: 600,
+    Destination.BYTES_TRANSPOSED: 600,
+    Destination.PARAMETER: RESULTS,
+}
 
 
 async def machine_of(dut, seed, probability=0.0):
@@ -64,12 +71,12 @@ def random_pass(random, config, function=None):
     destination = choose(Destination, 0)
     columns = int(random.choice([1, 2, 3, rows, rows + 1, 2 * rows, 15, 31, 63, 64, 65, 70]))
     tiles = int(random.integers(1, 4))
-    if source == Source.PARAMETER or destination not in (Destination.NONE, Destination.VECTOR):
+    if source in (Source.PARAMETER, Source.INTEGER) or destination not in (Destination.NONE, Destination.VECTOR):
         columns = min(columns, 66)
     function = choose(Function, 0.2) if function is None else function
     maximum = choose(Maximum, 0.5)
     to_stride = columns + upto(3)
-    if destination == Destination.WEIGHT_TRANSPOSED:
+    if destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED):
         to_stride = -(-columns // rows) * rows + upto(3)
     return Instruction(
         VECTOR,
@@ -92,7 +99,7 @@ def random_pass(random, config, function=None):
         x_stride=upto(70),
         y=upto(100),
         y_stride=upto(100),
-        to={Destination.VECTOR: 600, Destination.PARAMETER: RESULTS}.get(destination, 0) + upto(3),
+        to=STARTS.get(destination, 0) + upto(3),
         to_stride=to_stride,
         to_group=rows,
         lane0=upto(OPERANDS - 4),
@@ -104,6 +111,9 @@ def random_pass(random, config, function=None):
         max_to=MAXIMA + upto(8),
         immediate0=float_bits(random.standard_normal() * 2.0 ** random.integers(-4, 5)),
         immediate1=float_bits(random.standard_normal()),
+        mask=choose(Mask, 0.3),
+        first_row=int(random.integers(-columns - 20, columns + 20)) % (1 << 20),
+        window=int(random.choice([0, 0, 1, 2, rows, columns, 65535])),
     )
 
 
@@ -146,6 +156,64 @@ async def random_passes_wait_for_late_accumulator_tiles(dut):
         await check(machine, instruction, exact_cycles=False)
         stalled += machine.stalled
     assert stalled > 50, "the stalls of this test did not happen"
+
+
+@cocotb.test()
+async def masks_hide_the_scores_that_golden_hides(dut):
+    machine = await machine_of(dut, 6, probability=0.3)
+    random = machine.random
+    # Around the diagonal, far in front of it, far behind it; the last ones at the ends of 20 bits.
+    ends = [(1 << 19) - 1, -(1 << 19), 65534, -65536]
+    cases = [(int(random.integers(-60, 60)), int(random.choice([0, 1, 2, 5, 64, 65535]))) for _ in range(24)]
+    hidden = 0
+    for first_row, window in [*cases, *((e, w) for e in ends for w in (0, 1, 65535))]:
+        score = Instruction(
+            VECTOR,
+            source=random.choice([Source.ACCUMULATOR, Source.VECTOR]),
+            destination=Destination.VECTOR,
+            function=Function.SCORE,
+            mul1=FirstMultiply.IMMEDIATE0,
+            immediate0=float_bits(2.0**-20),
+            tiles=3,
+            columns=int(random.integers(1, 70)),
+            x_stride=70,
+            to=600,
+            to_stride=70,
+            maximum=Maximum.EXPONENT,
+            max_to=MAXIMA,
+            mask=Mask.CAUSAL,
+            first_row=first_row % (1 << 20),
+            window=window,
+        )
+        await check(machine, score, exact_cycles=False)
+        words = machine.memories["vector"][600 : 600 + 3 * 70]
+        hidden += int((words == 0xFF800000).sum())
+        # A row that sees nothing has the least exponent.
+        nothing = [(words[70 * t :][: score.columns] == 0xFF800000).all(0) for t in range(3)]
+        least = machine.memories["parameter"][MAXIMA : MAXIMA + 3].view(np.int32) == -32000
+        assert (least | ~np.array(nothing)).all()
+    assert hidden > 1000
+
+
+@cocotb.test()
+async def hidden_scores_have_no_weight_whatever_the_maximum(dut):
+    machine = await machine_of(dut, 7)
+    for scale in (0, 5, -32000, 31999, -(2**31), 2**31 - 1):
+        machine.memories["vector"][0:2] = 0xFF800000
+        machine.golden.vector[0:2] = -np.inf
+        machine.memories["parameter"][7] = scale & 0xFFFFFFFF
+        machine.golden.parameter.view(np.int32)[7] = scale
+        exp2 = Instruction(
+            VECTOR,
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            function=Function.EXP2,
+            columns=2,
+            lane0=7,
+            to=600,
+        )
+        await check(machine, exp2)
+        assert not machine.memories["vector"][600:602].any()
 
 
 @cocotb.test()
