@@ -357,7 +357,12 @@ def test_a_generation_config_that_makes_no_sense_is_named(folder: Path, tmp_path
 
 def grown(model: Model, tokens: int, settle: int) -> int:
     """Bytes of Python's memory that tokens behind the first ``settle`` ones have taken."""
+    import gc
     import tracemalloc
+
+    def held() -> int:
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
 
     stream = Generator(model, model.executor).stream("x", model.options(max_new_tokens=tokens))
     tracemalloc.start()
@@ -365,8 +370,8 @@ def grown(model: Model, tokens: int, settle: int) -> int:
         before = 0
         for number, _ in enumerate(_tokens(stream)):
             if number == settle:
-                before = tracemalloc.get_traced_memory()[0]
-        return tracemalloc.get_traced_memory()[0] - before
+                before = held()
+        return held() - before
     finally:
         tracemalloc.stop()
 
