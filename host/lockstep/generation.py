@@ -271,9 +271,9 @@ def room(model: Model, prompt_tokens: int, options: Options) -> tuple[int, int]:
         raise SequenceLengthError(f"a context of {context} tokens is too long: the model has positions for {most}")
     limit = most if context is None else context
     if prompt_tokens >= limit:
-        what = "positions" if context is None else "a context"
+        what = "the model has positions for" if context is None else "the context holds"
         raise SequenceLengthError(
-            f"the prompt has {prompt_tokens} tokens, but there are {what} for {limit}, of which at least one must be "
+            f"the prompt has {prompt_tokens} tokens, but {what} {limit}, of which at least one must be "
             "left for a new token; shorten the prompt" + ("" if limit == most else " or give a longer context")
         )
     new = min(options.max_new_tokens, limit - prompt_tokens)
