@@ -264,6 +264,8 @@ class StageCompiler:
         reader = self._only_reader(node.value)
         if node.value in self.deferred:
             return True
+        if node.value in self.chains:
+            return False
         if isinstance(node, Linear) and (chain := self._feed_forward_chain(node)):
             self.chains[chain.second.value] = chain
             self.deferred |= {n.value: n for n in (node, chain.activation, chain.quantise) if n is not None}

@@ -150,13 +150,14 @@ class DeviceExecutor:
         values: list[dict[Value, Any]] = [
             {node.value: arrays[name] for name, node in inputs.items()} for arrays in batch
         ]
-        lengths = tuple(_tokens(arrays) for arrays in batch)
         for number, stage in enumerate(self._stages):
             for known in values:
                 for node in stage.host:
                     if node.value not in known:
                         known[node.value] = self.host_value(graph, node, [known[v] for v in node.inputs])
             if stage.device:
+                # What the host hands over says how many rows there are: an image has no tokens of its own.
+                lengths = tuple(max(len(_rows(known[value])) for value in stage.inputs) for known in values)
                 compiled = self._compile(graph, number, lengths, values)
                 self._run_stage(stage, compiled, lengths, values)
         return [known[graph.output] for known in values]
@@ -192,6 +193,8 @@ class DeviceExecutor:
                 for other in (*node.inputs, node.value):
                     if other in self._features:
                         return self._features[other]
+                    if other in known and np.ndim(known[other]) == 2 and known[other].shape[1] > 1:
+                        return known[other].shape[1]
         raise ModelError(f"the number of features of value {value} is not known; this graph cannot run on a device")
 
     def _run_stage(
@@ -211,10 +214,6 @@ class DeviceExecutor:
             raw = compiled.buffers[value].data.view(np.float32).reshape(-1, features, rows)
             for known, sequence in zip(values, sequences_of(lengths, rows), strict=True):
                 known[value] = from_panels(raw[sequence.first : sequence.first + sequence.tiles], sequence.tokens)
-
-
-def _tokens(arrays: dict[str, np.ndarray]) -> int:
-    return next(iter(arrays.values())).shape[0]
 
 
 def _rows(array: Any) -> np.ndarray:
