@@ -119,8 +119,11 @@ class CausalAttentionLowering:
         self._preloaded: list[_Tile] = []
 
     def preload(self) -> None:
-        """Load the first tile of keys, while the queries are still being made ready."""
-        self._preloaded = [self._load(0, self.window.sections[0])]
+        """Load the first tile of keys of as many heads as fit, while the queries are still being made ready."""
+        for head in range(self.node.kv_heads):
+            if not self._room_for_tile():
+                break
+            self._preloaded.append(self._load(head, self.window.sections[0]))
 
     def attend(self, q: Panels, into: Panels, maxima: int | None) -> None:
         """Attend with ``q``, write to ``into``; :meth:`append_keys` and :meth:`append_values` come before.
@@ -350,7 +353,8 @@ class CausalAttentionLowering:
         """Tile of keys by tile of keys, head by head: consecutive turns are those of different heads."""
         for section in self.window.sections:
             for kv_head in range(self.node.kv_heads):
-                shared, self._preloaded = self._preloaded, []
+                shared = self._preloaded[:1]
+                del self._preloaded[:1]
                 for number in range(self.group):
                     yield _Turn(section, kv_head * self.group + number, shared, number == self.group - 1)
 
