@@ -17,7 +17,6 @@ import numpy as np
 from lockstep_isa.instructions import (
     LOAD,
     MATRIX,
-    STORE,
     Destination,
     FirstAdd,
     FirstMultiply,
@@ -30,18 +29,14 @@ from lockstep_isa.instructions import (
     Source,
     Tap,
     ThirdMultiply,
-    selector,
 )
 
 from lockstep.graph import Attention
 
+from .append import CacheAppend
 from .context import Context, LayerCache, Section, Window
+from .heads import head_scales, round_heads, varying
 from .lowering import SLOTS, Lowering, Panels, float_bits, head_groups
-
-
-def varying(name: str, value: int, operand: int) -> dict[str, int]:
-    """A field that is ``value``, or a run-time operand if there is one."""
-    return {name: 0, selector(name): operand} if operand else {name: value}
 
 
 @dataclass(frozen=True)
@@ -116,6 +111,7 @@ class CausalAttentionLowering:
         self.value_groups = -(-node.head_dim // self.rows)
         self.window: Window = context.window(node.window, node.tile, node.head_dim)
         self.most_keys = min(node.tile, context.capacity)
+        self.append = CacheAppend(low, context, node, cache)
         self._preloaded: list[_Tile] = []
 
     def preload(self) -> None:
@@ -125,10 +121,8 @@ class CausalAttentionLowering:
                 break
             self._preloaded.append(self._load(head, self.window.sections[0]))
 
-    def attend(self, q: Panels, into: Panels, maxima: int | None) -> None:
-        """Attend with ``q``, write to ``into``; :meth:`append_keys` and :meth:`append_values` come before.
-
-        ``maxima`` : PARAMETER words with the absolute maxima of each head and row tile of q, where known already.
+    def attend(self, q: Panels, into: Panels) -> None:
+        """Attend with ``q``, write to ``into``; ``append`` has brought the new keys and values to the cache before.
 
         The scores of the next head stand between a softmax and its product with the values, so that neither unit
         waits for the other:
@@ -137,7 +131,7 @@ class CausalAttentionLowering:
             VECTOR   softmax 0, softmax 1, drain 0, softmax 2, drain 1, ...
         """
         low = self.low
-        queries, factors = self._queries(q, maxima)
+        queries, factors = self._queries(q)
         state = self._state()
         turns = self._turns()
         scored = None if (turn := next(turns, None)) is None else self._score(turn, queries)
@@ -167,135 +161,21 @@ class CausalAttentionLowering:
         low.parameters.give(queries.scales)
         low.parameters.give(factors)
 
-    # --- Quantisation and the cache ----------------------------------------------------------------------------
+    # --- Operands ----------------------------------------------------------------------------------------------
 
-    def _scales(self, x: Panels, heads: int, maxima: int | None = None) -> tuple[int, int]:
-        """PARAMETER words of scales and their inverses, one per head and row tile; ``maxima`` if they are known."""
-        low = self.low
-        count, d = heads * x.tiles, x.features // heads
-        scale, inverse = low.parameters.take(count), low.parameters.take(count)
-        if maxima is not None:
-            low.scale_and_inverse(maxima, count, 127, scale, inverse)
-            return scale, inverse
-        for group in head_groups(x, heads):
-            low.emit_pass(
-                source=Source.VECTOR,
-                tiles=group.count,
-                columns=d,
-                x=group.start,
-                x_stride=group.stride,
-                maximum=Maximum.ABSOLUTE,
-                max_to=inverse + group.first,
-            )
-        low.scale_and_inverse(inverse, count, 127, scale, inverse)
-        return scale, inverse
-
-    def _round(self, x: Panels, heads: int, inverse: int, destination: Destination, to: int, head_words: int) -> None:
-        """8-bit values of every head to ``to``, ``head_words`` words a head."""
-        low = self.low
-        d = x.features // heads
-        for group in head_groups(x, heads):
-            transposed = destination == Destination.BYTES_TRANSPOSED
-            words = self.rows if transposed else d
-            fields = {"to_group": x.tiles * self.rows} if transposed else {}
-            low.emit_pass(
-                source=Source.VECTOR,
-                destination=destination,
-                mul2=SecondMultiply.LANE0,
-                lane0=inverse + group.first,
-                tiles=group.count,
-                columns=d,
-                x=group.start,
-                x_stride=group.stride,
-                to=to + group.first // x.tiles * head_words,
-                to_stride=head_words if x.tiles == 1 else words,
-                **fields,
-            )
-
-    def _queries(self, q: Panels, maxima: int | None) -> tuple[_Quantised, int]:
+    def _queries(self, q: Panels) -> tuple[_Quantised, int]:
         """Queries as left operands, and PARAMETER words of the factors that turn scores into exponents of 2."""
         low, node = self.low, self.node
-        scale, inverse = self._scales(q, node.heads, maxima)
+        scale, inverse = head_scales(low, q, node.heads)
         words = self.tiles * node.head_dim
         start = low.activations.take(node.heads * words)
-        self._round(q, node.heads, inverse, Destination.ACTIVATION, start, words)
+        round_heads(low, q, node.heads, inverse, Destination.ACTIVATION, start, words)
         low.parameters.give(inverse)
         count = node.heads * self.tiles
         factors = low.parameters.take(count)
         factor = np.float32(np.log2(np.e) * node.scale)
         low.scalars(scale, factors, count, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(factor))
         return _Quantised(start, words, scale), factors
-
-    def append_keys(self, k: Panels) -> None:
-        """Quantise the new keys and store them where they belong in the cache."""
-        node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
-        d, capacity = node.head_dim, context.capacity
-        values, head_words = self._new_bytes(k, Destination.BYTES, tiles * d, self.cache.key_scales)
-        for head in range(node.kv_heads):
-            self.low.builder.emit(
-                STORE,
-                memory=Memory.VECTOR,
-                bytes=1,
-                rows=tiles,
-                words=d,
-                stride=d * rows,
-                address=self.cache.keys + head * capacity * d,
-                address_operand=context.aligned(d),
-                local=values + head * head_words,
-                local_stride=d,
-                lane_operand=context.lane,
-            )
-        self.low.vectors.give(values)
-
-    def append_values(self, v: Panels) -> None:
-        """Quantise the new values and store them where they belong in the cache."""
-        node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
-        groups, capacity = self.value_groups, context.capacity
-        values, head_words = self._new_bytes(
-            v, Destination.BYTES_TRANSPOSED, groups * tiles * rows, self.cache.value_scales
-        )
-        for head in range(node.kv_heads):
-            self.low.builder.emit(
-                STORE,
-                memory=Memory.VECTOR,
-                bytes=1,
-                rows=groups,
-                **varying("words", tiles * rows, context.new_words),
-                stride=capacity * rows,
-                address=self.cache.values + head * groups * capacity * rows,
-                address_operand=context.first(rows),
-                local=values + head * head_words,
-                local_operand=context.lane,
-                local_stride=tiles * rows,
-            )
-        self.low.vectors.give(values)
-
-    def _new_bytes(self, x: Panels, destination: Destination, head_words: int, scales: int) -> tuple[int, int]:
-        """VECTOR words with the 8-bit values of every head, ``head_words`` a head; stores the scales."""
-        low, heads, rows, tiles = self.low, self.node.kv_heads, self.rows, self.tiles
-        scale, inverse = self._scales(x, heads, x.head_maxima)
-        values, words = low.vectors.take(heads * head_words), low.vectors.take(heads * tiles)
-        self._round(x, heads, inverse, destination, values, head_words)
-        low.emit_pass(
-            source=Source.PARAMETER, destination=Destination.VECTOR, tiles=1, columns=heads * tiles, x=scale, to=words
-        )
-        for head in range(heads):
-            low.builder.emit(
-                STORE,
-                memory=Memory.VECTOR,
-                rows=tiles,
-                words=1,
-                stride=4 * rows,
-                address=scales + head * self.context.capacity * 4,
-                address_operand=self.context.aligned(4),
-                local=words + head * tiles,
-                local_stride=1,
-                lane_operand=self.context.lane,
-            )
-        low.vectors.give(words)
-        low.parameters.give(scale)
-        low.parameters.give(inverse)
-        return values, head_words
 
     def _load(self, kv_head: int, section: Section) -> _Tile:
         """One tile of keys and values of a head, with their scales."""

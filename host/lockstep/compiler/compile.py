@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lockstep_isa.config import CoreConfig
@@ -13,11 +13,7 @@ from lockstep.graph import (
     Activation,
     Add,
     Attention,
-    Constant,
-    Experts,
-    Gather,
     Graph,
-    Input,
     LayerNorm,
     Linear,
     Multiply,
@@ -29,70 +25,14 @@ from lockstep.graph import (
 )
 
 from .allocation import CapacityError
-from .attention import AttentionLowering, Projection, Sequence
-from .causal import CausalAttentionLowering
-from .context import CausalRun, Context
+from .attention import AttentionLowering, Projection
 from .image import Image, LinearImage
-from .layout import panel_count
-from .lowering import PARAMETER_RING, WEIGHT_RING, Fetched, Lowering, Panels, QuantisedPanels, rows_of
+from .lowering import WEIGHT_RING, Fetched, Lowering, Panels, QuantisedPanels, rows_of
 from .norms import layer_norm, rms_norm
 from .rotary import ColumnAngles, PanelAngles, rotary
+from .shapes import Binding, sequences_of
 from .stages import Stage
 
-
-@dataclass(frozen=True)
-class Binding:
-    """Where a value crosses between host and device: its byte address and features, panels of all sequences."""
-
-    address: int
-    features: int
-
-
-def sequences_of(lengths: tuple[int, ...], rows: int) -> list[Sequence]:
-    """Row tiles of a batch: each sequence begins on a row tile of its own."""
-    result, first = [], 0
-    for tokens in lengths:
-        tiles = panel_count(tokens, rows)
-        result.append(Sequence(first, tiles, tokens))
-        first += tiles
-    return result
-
-
-def feature_counts(graph: Graph) -> dict[Value, int]:
-    """Features of every value whose node tells them, or whose inputs do; those of fallbacks are not among them."""
-    features: dict[Value, int] = {}
-    for node in graph:
-        match node:
-            case Gather():
-                features[node.value] = graph.tensors[node.table].shape[1]
-            case Constant():
-                features[node.value] = graph.tensors[node.tensor].shape[1]
-            case Input(shape=(None, int(size))):
-                features[node.value] = size
-            case Linear():
-                features[node.value] = graph.tensors[node.weight].shape[0]
-                features.setdefault(node.quantised, graph.tensors[node.weight].shape[1])
-            case Attention():
-                features[node.value] = node.heads * node.head_dim
-            case Experts():
-                features[node.value] = graph.tensors[node.experts[0].down].shape[0]
-            case LayerNorm():
-                features[node.value] = graph.tensors[node.gamma].size
-            case RMSNorm() | Rotary():
-                if node.x in features:
-                    features[node.value] = features[node.x]
-            case Add() | Multiply():
-                known = [features[v] for v in node.inputs if v in features]
-                if known:
-                    features[node.value] = max(known)
-            case Activation() | Quantise():
-                if node.x in features:
-                    features[node.value] = features[node.x]
-    return features
-
-
-#: Share of the WEIGHT memory for streamed weights where the rest holds tiles of a key-value cache.
-_CACHED_WEIGHT_RING = 0.5
 #: Fewest row tiles in a block of a feed-forward layer: weights are streamed once per block.
 _LEAST_BLOCK = 3
 
@@ -111,12 +51,7 @@ class StageCompiler:
     Parameters
     ----------
     config : the core. graph, stage : what to compile. image : the parameters. lengths : tokens of each sequence.
-    bindings : where inputs and outputs lie in device memory. run : for new tokens of one cached sequence, which are
-    then all rows of its tiles.
-
-    Attributes
-    ----------
-    context : the program's run-time operands; none without ``run``.
+    bindings : where inputs and outputs lie in device memory. weight_ring : as for :class:`Lowering`.
     """
 
     def __init__(
@@ -127,16 +62,13 @@ class StageCompiler:
         image: Image,
         lengths: tuple[int, ...],
         bindings: Mapping[Value, Binding],
-        run: CausalRun | None = None,
+        weight_ring: float = WEIGHT_RING,
     ) -> None:
-        self.config, self.graph, self.stage, self.run = config, graph, stage, run
-        self.low = Lowering(config, image, WEIGHT_RING if run is None else _CACHED_WEIGHT_RING, PARAMETER_RING)
-        self.context = None if run is None else Context(self.low.builder, config, run.capacity, run.tiles, run.single)
+        self.config, self.graph, self.stage = config, graph, stage
+        self.low = Lowering(config, image, weight_ring)
         self.image = image
         self.angles: dict[tuple[str, str], PanelAngles | ColumnAngles] = {}
         self.fetched: dict[Value, list[Fetched]] = {}
-        self.attentions: dict[Value, CausalAttentionLowering] = {}
-        self.appended: set[Value] = set()
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
@@ -154,53 +86,18 @@ class StageCompiler:
 
     def compile(self) -> Program:
         """The program; raises :class:`CapacityError` where the batch does not fit the core."""
-        longest = max(s.tokens for s in self.sequences)
-        for node in self.stage.device:
-            if isinstance(node, Attention) and self.run is None and longest > node.tile:
-                raise CapacityError(
-                    f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core "
-                    "takes; split the text"
-                )
-        order = self._ordered()
-        last_products = {}
-        for node in order:
-            if isinstance(node, Linear):
-                product = node.value
-            elif isinstance(node, Attention) and self.run is not None:
-                last_products[product] = node
-        for node in order:
-            if not self._defer(node):
-                self._lower(node)
-            if node.value in last_products:
-                self._load_ahead(last_products[node.value])
+        for node in self.order():
+            self.emit(node)
         return self.low.builder.finish()
 
-    def _ordered(self) -> tuple[Node, ...]:
-        """The stage's nodes in the order of their emission.
+    def order(self) -> Iterable[Node]:
+        """The stage's nodes in the order of their emission."""
+        return self.stage.device
 
-        New keys and values go to the cache first, so that storing them hides behind the products of the queries: what
-        cached attention reads is visited depth first, values before keys before queries.
-        """
-        if self.run is None:
-            return self.stage.device
-        by_value = {node.value: node for node in self.stage.device}
-        ordered: dict[Value, Node] = {}
-
-        def visit(node: Node) -> None:
-            if node.value in ordered:
-                return
-            inputs = (node.v, node.k, node.q) if isinstance(node, Attention) else node.inputs
-            for value in inputs:
-                if value in by_value:
-                    visit(by_value[value])
-            ordered[node.value] = node
-
-        for node in self.stage.device:
-            if isinstance(node, Attention):
-                visit(node)
-        for node in self.stage.device:
-            visit(node)
-        return tuple(ordered.values())
+    def emit(self, node: Node) -> None:
+        """Emit a node, or leave it to its only reader."""
+        if not self._defer(node):
+            self._lower(node)
 
     # --- Values ------------------------------------------------------------------------------------------------
 
@@ -238,8 +135,6 @@ class StageCompiler:
     def _finish(self, node: Node, panels: Panels) -> None:
         """A result is there: store it if it leaves the device."""
         self.panels[node.value] = panels
-        if self.run is not None:
-            self._append(node.value, panels, self.run)
         if node.value in self.stage.outputs:
             self.low.store(panels, self.bindings[node.value].address)
             self._done(node.value)
@@ -296,7 +191,7 @@ class StageCompiler:
 
     def _per_head(self, node: Linear, reader: Attention) -> bool:
         heads = reader.heads if node.value == reader.q else reader.kv_heads
-        return self.run is None and self.graph.tensors[node.weight].shape[0] == heads * reader.head_dim
+        return self.graph.tensors[node.weight].shape[0] == heads * reader.head_dim
 
     def _rides(self, node: Linear, reader: Add | Multiply) -> bool:
         """Whether the other operand of a sum or product can meet this linear layer's results as they are drained."""
@@ -331,12 +226,8 @@ class StageCompiler:
                 self._done(node.x)
             case Linear() if node.value in self.chains:
                 self._feed_forward(self.chains[node.value])
-            case Linear() if self.run is not None and node.value == self.graph.output:
-                self._logits(node, self.run)
             case Linear():
                 self._linear(node, node, None)
-            case Attention() if self.run is not None:
-                self._causal_attention(node, self.run)
             case Attention():
                 self._attention(node)
             case _:
@@ -430,23 +321,11 @@ class StageCompiler:
         """The angles of the program's tokens, loaded at their first use."""
         key = (node.cos, node.sin)
         if key not in self.angles:
-            single = self.context is not None and self.context.single
-            self.angles[key] = self._column_angles(*key) if single else self._panel_angles(*key)
+            self.angles[key] = self._load_angles(*key)
         return self.angles[key]
 
-    def _column_angles(self, cos: str, sin: str) -> ColumnAngles:
-        assert self.context is not None
-        address, words, pairs = self.image.angle_columns(cos, sin)
-        start, rows = self.low.parameters.take(words), self.config.rows
-        block = words * self.config.vector_word_bytes
-        operand = self.context.first(block)
-        self.low.builder.emit(
-            LOAD, memory=Memory.PARAMETER, words=words, address=address, address_operand=operand, local=start
-        )
-        sines, half = start + -(-2 * pairs // rows), -(-pairs // rows)
-        return ColumnAngles(start, sines, sines + half, pairs)
-
-    def _panel_angles(self, cos: str, sin: str) -> PanelAngles:
+    def _load_angles(self, cos: str, sin: str, operand: int = 0) -> PanelAngles | ColumnAngles:
+        """Rows of a rotary table for every row tile; ``operand`` names the offset of the first in bytes."""
         address, pairs = self.image.angles(cos, sin)
         words = 2 * pairs
         start = self.low.vectors.take(self.tiles * words)
@@ -457,7 +336,7 @@ class StageCompiler:
                 rows=sequence.tiles,
                 words=words,
                 address=address,
-                address_operand=0 if self.context is None else self.context.aligned(4 * words),
+                address_operand=operand,
                 stride=words * self.config.vector_word_bytes,
                 local=start + sequence.first * words,
                 local_stride=words,
@@ -486,69 +365,6 @@ class StageCompiler:
         self.low.linear(q, image, into, self._wanted_maxima(result.value), activation, fetched=fetched)
         self._done(node.quantised)
         self._finish(result, into)
-
-    def _logits(self, node: Linear, run: CausalRun) -> None:
-        """The output layer, stored chunk by chunk: a vocabulary need not fit on chip."""
-        low, q = self.low, self.quantised[node.quantised]
-        if run.logits != "none":
-            if run.logits == "last":
-                q = rows_of(q, run.tiles - 1, 1)
-            image = self.image.linear(node.weight, node.scales, node.bias, None, low.panels_per_chunk(q.features))
-            binding = self.bindings[node.value]
-            for chunk in image.chunks:
-                into = Panels(low.vectors.take(q.tiles * chunk.columns), chunk.columns, q.tiles)
-                low.drain(q, image, chunk, low.product(q, image, chunk), into.start, into.features)
-                word = self.config.vector_word_bytes
-                low.store(into, binding.address + chunk.first * word, binding.features * word)
-                low.free(into)
-        self._done(node.quantised)
-
-    def _append(self, value: Value, panels: Panels, run: CausalRun) -> None:
-        """Put new keys or values into the cache as soon as they are there."""
-        for reader in self.readers.get(value, []):
-            if isinstance(reader, Attention) and value in (reader.k, reader.v):
-                attention = self._cached(reader, run)
-                self.appended.add(value)
-                if value == reader.v:
-                    attention.append_values(panels)
-                if value == reader.k:
-                    attention.append_keys(panels)
-
-    def _cached(self, node: Attention, run: CausalRun) -> CausalAttentionLowering:
-        assert self.context is not None
-        if node.value not in self.attentions:
-            cache = run.caches[node.value]
-            self.attentions[node.value] = CausalAttentionLowering(self.low, self.context, node, cache)
-        return self.attentions[node.value]
-
-    def _causal_attention(self, node: Attention, run: CausalRun) -> None:
-        attention = self._cached(node, run)
-        for value in (node.k, node.v):
-            if value in self.stage.inputs:
-                self._append(value, self._read(value), run)
-        q = self._read(node.q)
-        for value in (node.k, node.v):
-            self._done(value)
-        into = self._new(node.heads * node.head_dim)
-        attention.attend(q, into, q.head_maxima)
-        self._done(node.q)
-        self._finish(node, into)
-
-    def _load_ahead(self, node: Attention) -> None:
-        """While queries are made ready, the bus has nothing else to do."""
-        if {node.k, node.v} <= self.appended:
-            self.attentions[node.value].preload()
-        self._prefetch(node.value)
-
-    def _prefetch(self, value: Value) -> None:
-        """Load the first weights that will meet a value once it is quantised."""
-        quantised = self._only_reader(value)
-        if not isinstance(quantised, Quantise) or not (readers := self.readers.get(quantised.value)):
-            return
-        linear = readers[0]
-        if isinstance(linear, Linear) and linear.value != self.graph.output:
-            depth = self.graph.tensors[linear.weight].shape[1]
-            self.fetched[linear.value] = self.low.prefetch(self._image_of(linear, depth))
 
     def _image_of(self, linear: Linear, depth: int) -> LinearImage:
         most = self.low.panels_per_chunk(depth)
@@ -596,6 +412,12 @@ class StageCompiler:
         return Projection(q, image, None)
 
     def _attention(self, node: Attention) -> None:
+        longest = max(s.tokens for s in self.sequences)
+        if longest > node.tile:
+            raise CapacityError(
+                f"a sequence of {longest} tokens is longer than the {node.tile} keys that attention on a core takes; "
+                "split the text"
+            )
         if node.window is not None:
             raise CapacityError("windows of attention in both directions are not built for cores; run on the cpu")
         operands = (node.q, node.k, node.v)

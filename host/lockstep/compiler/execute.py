@@ -17,11 +17,12 @@ from lockstep.evaluate import check_inputs, host_node
 from lockstep.graph import Attention, Experts, Graph, Node, PositionBias, Value
 
 from .allocation import CapacityError
-from .compile import Binding, StageCompiler, feature_counts, sequences_of
+from .compile import StageCompiler
 from .experts import DeviceExperts, Run
 from .image import Image
 from .layout import from_panels, panel_count, to_panels
 from .session import DeviceSession
+from .shapes import Binding, feature_counts, sequences_of
 from .stages import Stage, split
 
 

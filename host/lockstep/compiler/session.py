@@ -13,9 +13,10 @@ from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBia
 from lockstep.session import check_graph, checked_ids
 
 from .allocation import CapacityError
-from .compile import Binding, StageCompiler, feature_counts
+from .compile_causal import CausalStageCompiler
 from .context import Cache, CausalRun, Context, rounded_capacity
 from .layout import from_panels, to_panels
+from .shapes import Binding, feature_counts
 from .stages import Stage, split
 
 if TYPE_CHECKING:
@@ -180,12 +181,10 @@ class DeviceSession:
                 buffers[value] = device.allocate(kept * features * device.config.vector_word_bytes)
                 bindings[value] = Binding(buffers[value].address, features)
             run = CausalRun(self._held, tiles, single, self._cache.layers, wanted)
-            lengths = (tiles * self._rows,)
-            compiler = StageCompiler(device.config, graph, stage, self._image, lengths, bindings, run)
+            compiler = CausalStageCompiler(device.config, graph, stage, self._image, bindings, run)
             loaded = device.load(compiler.compile())
         except Exception:
             for buffer in buffers.values():
                 device.free(buffer)
             raise
-        assert compiler.context is not None
         return _Compiled(loaded, compiler.context, buffers, bindings)

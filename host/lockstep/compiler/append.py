@@ -1,0 +1,95 @@
+"""Appending new keys and values to the cache in device memory."""
+
+from __future__ import annotations
+
+from lockstep_isa.instructions import STORE, Destination, Memory, Source
+
+from lockstep.graph import Attention
+
+from .context import Context, LayerCache
+from .heads import head_scales, round_heads, varying
+from .lowering import Lowering, Panels
+
+
+class CacheAppend:
+    """Emits what appends the new tokens of one attention to its cache.
+
+    Parameters
+    ----------
+    low : the program. context : its operands. node : heads and their features. cache : where keys and values lie.
+    """
+
+    def __init__(self, low: Lowering, context: Context, node: Attention, cache: LayerCache) -> None:
+        self.low, self.context, self.node, self.cache = low, context, node, cache
+        self.rows, self.tiles = low.config.rows, context.tiles
+
+    def keys(self, k: Panels) -> None:
+        """Quantise the new keys and store them where they belong in the cache."""
+        node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
+        d, capacity = node.head_dim, context.capacity
+        values, head_words = self._bytes(k, Destination.BYTES, tiles * d, self.cache.key_scales)
+        for head in range(node.kv_heads):
+            self.low.builder.emit(
+                STORE,
+                memory=Memory.VECTOR,
+                bytes=1,
+                rows=tiles,
+                words=d,
+                stride=d * rows,
+                address=self.cache.keys + head * capacity * d,
+                address_operand=context.aligned(d),
+                local=values + head * head_words,
+                local_stride=d,
+                lane_operand=context.lane,
+            )
+        self.low.vectors.give(values)
+
+    def values(self, v: Panels) -> None:
+        """Quantise the new values and store them where they belong in the cache."""
+        node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
+        groups, capacity = -(-node.head_dim // rows), context.capacity
+        values, head_words = self._bytes(
+            v, Destination.BYTES_TRANSPOSED, groups * tiles * rows, self.cache.value_scales
+        )
+        for head in range(node.kv_heads):
+            self.low.builder.emit(
+                STORE,
+                memory=Memory.VECTOR,
+                bytes=1,
+                rows=groups,
+                **varying("words", tiles * rows, context.new_words),
+                stride=capacity * rows,
+                address=self.cache.values + head * groups * capacity * rows,
+                address_operand=context.first(rows),
+                local=values + head * head_words,
+                local_operand=context.lane,
+                local_stride=tiles * rows,
+            )
+        self.low.vectors.give(values)
+
+    def _bytes(self, x: Panels, destination: Destination, head_words: int, scales: int) -> tuple[int, int]:
+        """VECTOR words with the 8-bit values of every head, ``head_words`` a head; stores the scales."""
+        low, heads, rows, tiles = self.low, self.node.kv_heads, self.rows, self.tiles
+        scale, inverse = head_scales(low, x, heads)
+        values, words = low.vectors.take(heads * head_words), low.vectors.take(heads * tiles)
+        round_heads(low, x, heads, inverse, destination, values, head_words)
+        low.emit_pass(
+            source=Source.PARAMETER, destination=Destination.VECTOR, tiles=1, columns=heads * tiles, x=scale, to=words
+        )
+        for head in range(heads):
+            low.builder.emit(
+                STORE,
+                memory=Memory.VECTOR,
+                rows=tiles,
+                words=1,
+                stride=4 * rows,
+                address=scales + head * self.context.capacity * 4,
+                address_operand=self.context.aligned(4),
+                local=words + head * tiles,
+                local_stride=1,
+                lane_operand=self.context.lane,
+            )
+        low.vectors.give(words)
+        low.parameters.give(scale)
+        low.parameters.give(inverse)
+        return values, head_words

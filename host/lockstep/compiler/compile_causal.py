@@ -1,0 +1,187 @@
+"""New tokens of one cached sequence as a program that serves every context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import LOAD, Memory
+
+from lockstep.graph import Attention, Graph, Linear, Node, Quantise, Value
+
+from .causal import CausalAttentionLowering
+from .compile import StageCompiler
+from .context import CausalRun, Context
+from .image import Image
+from .lowering import Panels, rows_of
+from .rotary import ColumnAngles, PanelAngles
+from .shapes import Binding
+from .stages import Stage
+
+#: Share of the WEIGHT memory for streamed weights; the rest holds tiles of the key-value cache.
+_WEIGHT_RING = 0.5
+
+
+class CausalStageCompiler(StageCompiler):
+    """Compiles the device work of a stage for new tokens behind a cache.
+
+    Parameters
+    ----------
+    config, graph, stage, image, bindings : as for :class:`StageCompiler`. run : the cache, and how many tokens.
+
+    Attributes
+    ----------
+    context : the program's run-time operands.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        graph: Graph,
+        stage: Stage,
+        image: Image,
+        bindings: Mapping[Value, Binding],
+        run: CausalRun,
+    ) -> None:
+        super().__init__(config, graph, stage, image, (run.tiles * config.rows,), bindings, _WEIGHT_RING)
+        self.run = run
+        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single)
+        self.attentions: dict[Value, CausalAttentionLowering] = {}
+        self.appended: set[Value] = set()
+        # The last product before an attention: behind it, queries are made ready and the bus is free.
+        self.last_products: dict[Value, Attention] = {}
+
+    def order(self) -> Iterable[Node]:
+        """The stage's nodes in the order of their emission.
+
+        New keys and values go to the cache first, so that storing them hides behind the products of the queries: what
+        cached attention reads is visited depth first, values before keys before queries.
+        """
+        by_value = {node.value: node for node in self.stage.device}
+        ordered: dict[Value, Node] = {}
+
+        def visit(node: Node) -> None:
+            if node.value in ordered:
+                return
+            inputs = (node.v, node.k, node.q) if isinstance(node, Attention) else node.inputs
+            for value in inputs:
+                if value in by_value:
+                    visit(by_value[value])
+            ordered[node.value] = node
+
+        for node in self.stage.device:
+            if isinstance(node, Attention):
+                visit(node)
+        for node in self.stage.device:
+            visit(node)
+        product = None
+        for node in ordered.values():
+            if isinstance(node, Linear):
+                product = node.value
+            elif isinstance(node, Attention) and product is not None:
+                self.last_products[product] = node
+        return ordered.values()
+
+    def emit(self, node: Node) -> None:
+        super().emit(node)
+        if node.value in self.last_products:
+            self._load_ahead(self.last_products[node.value])
+
+    def _lower(self, node: Node) -> None:
+        if isinstance(node, Linear) and node.value == self.graph.output:
+            self._logits(node)
+        else:
+            super()._lower(node)
+
+    def _finish(self, node: Node, panels: Panels) -> None:
+        self.panels[node.value] = panels
+        self._append(node.value, panels)
+        super()._finish(node, panels)
+
+    def _per_head(self, node: Linear, reader: Attention) -> bool:
+        return False
+
+    # --- Positions ---------------------------------------------------------------------------------------------
+
+    def _load_angles(self, cos: str, sin: str, operand: int = 0) -> PanelAngles | ColumnAngles:
+        if self.context.single:
+            return self._column_angles(cos, sin)
+        _, pairs = self.image.angles(cos, sin)
+        return super()._load_angles(cos, sin, self.context.aligned(8 * pairs))
+
+    def _column_angles(self, cos: str, sin: str) -> ColumnAngles:
+        address, words, pairs = self.image.angle_columns(cos, sin)
+        start, rows = self.low.parameters.take(words), self.config.rows
+        block = words * self.config.vector_word_bytes
+        operand = self.context.first(block)
+        self.low.builder.emit(
+            LOAD, memory=Memory.PARAMETER, words=words, address=address, address_operand=operand, local=start
+        )
+        sines, half = start + -(-2 * pairs // rows), -(-pairs // rows)
+        return ColumnAngles(start, sines, sines + half, pairs)
+
+    # --- Attention ---------------------------------------------------------------------------------------------
+
+    def _append(self, value: Value, panels: Panels) -> None:
+        """Put new keys or values into the cache as soon as they are there."""
+        for reader in self.readers.get(value, []):
+            if isinstance(reader, Attention) and value in (reader.k, reader.v):
+                attention = self._cached(reader)
+                self.appended.add(value)
+                if value == reader.v:
+                    attention.append.values(panels)
+                if value == reader.k:
+                    attention.append.keys(panels)
+
+    def _cached(self, node: Attention) -> CausalAttentionLowering:
+        if node.value not in self.attentions:
+            cache = self.run.caches[node.value]
+            self.attentions[node.value] = CausalAttentionLowering(self.low, self.context, node, cache)
+        return self.attentions[node.value]
+
+    def _attention(self, node: Attention) -> None:
+        attention = self._cached(node)
+        for value in (node.k, node.v):
+            if value in self.stage.inputs:
+                self._append(value, self._read(value))
+        q = self._read(node.q)
+        for value in (node.k, node.v):
+            self._done(value)
+        into = self._new(node.heads * node.head_dim)
+        attention.attend(q, into)
+        self._done(node.q)
+        self._finish(node, into)
+
+    def _load_ahead(self, node: Attention) -> None:
+        """While queries are made ready, the bus has nothing else to do."""
+        if {node.k, node.v} <= self.appended:
+            self.attentions[node.value].preload()
+        self._prefetch(node.value)
+
+    def _prefetch(self, value: Value) -> None:
+        """Load the first weights that will meet a value once it is quantised."""
+        quantised = self._only_reader(value)
+        if not isinstance(quantised, Quantise) or not (readers := self.readers.get(quantised.value)):
+            return
+        linear = readers[0]
+        if isinstance(linear, Linear) and linear.value != self.graph.output:
+            depth = self.graph.tensors[linear.weight].shape[1]
+            self.fetched[linear.value] = self.low.prefetch(self._image_of(linear, depth))
+
+    # --- The output --------------------------------------------------------------------------------------------
+
+    def _logits(self, node: Linear) -> None:
+        """The output layer, stored chunk by chunk: a vocabulary need not fit on chip."""
+        low, q, run = self.low, self.quantised[node.quantised], self.run
+        if run.logits != "none":
+            if run.logits == "last":
+                q = rows_of(q, run.tiles - 1, 1)
+            image = self.image.linear(node.weight, node.scales, node.bias, None, low.panels_per_chunk(q.features))
+            binding = self.bindings[node.value]
+            for chunk in image.chunks:
+                into = Panels(low.vectors.take(q.tiles * chunk.columns), chunk.columns, q.tiles)
+                low.drain(q, image, chunk, low.product(q, image, chunk), into.start, into.features)
+                word = self.config.vector_word_bytes
+                low.store(into, binding.address + chunk.first * word, binding.features * word)
+                low.free(into)
+        self._done(node.quantised)
