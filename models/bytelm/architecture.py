@@ -15,7 +15,7 @@ def tiny_config(layers: int = 4, intermediate: int = 640) -> LlamaConfig:
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},

@@ -82,7 +82,7 @@ tokenizer = AutoTokenizer.from_pretrained("models/tiny")
 | --- | --- |
 | parameters | {facts.parameters:,} |
 | weights | bfloat16, {facts.weights_bytes:,} bytes; rounded once, at the end of training |
-| layers | {facts.layers}, with 4 query heads and 2 key and value heads of 64 features |
+| layers | {facts.layers}, with 4 heads of 64 features |
 | hidden and intermediate size | 256 and {facts.intermediate} |
 | positions | 1024 |
 | tokens | the 256 bytes, token = byte; 256 begins a text, 257 ends it, 258 pads; rows 259 to 271 are never used |

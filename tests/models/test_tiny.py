@@ -84,7 +84,7 @@ def test_the_folder_is_small_and_its_weights_are_as_the_card_says(model: LlamaFo
 def test_the_shape_suits_a_16_by_16_array(model: LlamaForCausalLM) -> None:
     config = model.config
     assert (config.hidden_size, config.head_dim) == (256, 64)
-    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 4)
     assert config.vocab_size % 16 == 0
     assert config.intermediate_size % 16 == 0
     assert config.tie_word_embeddings
