@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import CASES, LAST, captured, example_inputs
 from lockstep.errors import FallbackError
-from lockstep.evaluate import run_float
+from lockstep.evaluate import run_float, run_reference
 from lockstep.graph import (
     Attention,
     Dense,
@@ -26,6 +26,7 @@ from lockstep.graph import (
 )
 from lockstep.model import load
 from lockstep.quantise import quantise
+from lockstep_hls import kernels
 from sample_models import Between, Sine
 from torch import nn
 
@@ -53,6 +54,19 @@ def test_architectures_keep_their_values(kind: str) -> None:
             wanted = module(**inputs)[0][0].numpy()
         result = run_float(graph, {name: tensor[0].numpy() for name, tensor in inputs.items()})
         np.testing.assert_allclose(result, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_int8_keeps_the_direction_of_the_results(kind: str) -> None:
+    """The contract's numbers against transformers in float32, position by position."""
+    module, graph = captured(kind)
+    contract = quantise(graph)
+    inputs = example_inputs(kind, 40)
+    with torch.no_grad():
+        wanted = module(**inputs)[0][0].numpy()
+    found = run_reference(contract, {name: tensor[0].numpy() for name, tensor in inputs.items()}, kernels)
+    cosine = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosine.mean() >= 0.995, f"mean {cosine.mean():.4f}, least {cosine.min():.4f}"
 
 
 def test_heads_of_a_norm_on_queries_and_keys_are_its_groups() -> None:
