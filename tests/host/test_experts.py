@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lockstep.compiler.execute import DeviceExecutor
 from lockstep.compiler.stages import split
-from lockstep.evaluate import host_node, run_float, run_reference
+from lockstep.evaluate import run_float, run_reference
 from lockstep.experts import choose, route
 from lockstep.graph import Dense, Expert, Experts, Graph, Input, Route
 from lockstep.quantise import quantise
+from lockstep_driver import Counters, open_device
 from lockstep_hls import kernels
 from lockstep_isa import operations
 from support import assert_same_bits
@@ -62,14 +64,19 @@ def test_kernels_and_golden_operations_give_the_same_experts() -> None:
     assert_same_bits(run_reference(graph, {"x": x}, kernels), run_reference(graph, {"x": x}, operations))
 
 
-def test_devices_leave_experts_to_the_host() -> None:
-    graph, x = quantise(mixture()), rows(5)
+@pytest.mark.parametrize("tokens", [1, 5, 23])
+def test_devices_run_the_experts_that_are_chosen(tokens: int) -> None:
+    graph, x = quantise(mixture()), rows(tokens)
     host = [node for stage in split(graph) for node in stage.host]
     assert [type(node) for node in host if node.value in (2, 3)] == [Route, Experts]
     logits = run_reference(dataclasses.replace(graph, output=1), {"x": x}, operations)
-    route, experts = graph.of(Route)[0], graph.of(Experts)[0]
-    result = host_node(graph, experts, [x, host_node(graph, route, [logits])])
+    chosen, _ = route(graph.of(Route)[0], logits)
+    with open_device("fast:tiny") as device:
+        runs: list[Counters] = []
+        (result,) = DeviceExecutor(device, runs.append).run(graph, [{"x": x}])
     assert_same_bits(result, run_reference(graph, {"x": x}, operations))
+    # One program for the router, and one for each expert that some token chose.
+    assert len(runs) == 1 + len(np.unique(chosen))
 
 
 def test_experts_that_nobody_chooses_are_not_computed() -> None:
