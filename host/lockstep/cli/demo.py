@@ -21,7 +21,7 @@ SENTENCES = ("The cat sleeps on the sofa.", "A kitten naps on a couch.", "Shares
 #: The model that writes, what it goes on from, and how many tokens it adds.
 WRITER = "tiny"
 PROMPT = "def add(self, "
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 
 
 def register(app: typer.Typer) -> None:
