@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from command_line import Command
 from lockstep import Program, verification
+from lockstep.cli.demo import NEW_TOKENS
 from lockstep.model import Model
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.config import PRESETS, preset
@@ -265,8 +266,8 @@ def test_the_demo_compares_the_device_with_the_fast_core_and_the_cpu(
     assert 0.8 < report["utilisation"] < 1
     assert report["cycles"] < 3_000_000
     generation = report["generation"]
-    assert generation["text"] == models["tiny"].generate(generation["prompt"], max_new_tokens=16).text
-    assert generation["compared_with"] == {"cpu": {"values_compared": 16 * 272, "differences": 0}}
+    assert generation["text"] == models["tiny"].generate(generation["prompt"], max_new_tokens=NEW_TOKENS).text
+    assert generation["compared_with"] == {"cpu": {"values_compared": NEW_TOKENS * 272, "differences": 0}}
     assert generation["cycles"] > 1_000_000
     text = cli("demo", "--device", "cpu").out
     assert "fast:laptop" in text
