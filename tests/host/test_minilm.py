@@ -90,6 +90,6 @@ def test_golden_executor_runs_the_whole_program(minilm, expected) -> None:
     with open_device("fast:laptop") as device:
         core = GoldenCore(device.config, device._core.memory)
         executor = DeviceExecutor(device)
-        device.run = lambda loaded: core.run(next(iter(executor._compiled.values())).program)
+        device.run = lambda loaded, operands=None: core.run(next(iter(executor._compiled.values())).program)
         (hidden,) = executor.run(minilm.graph, [{minilm.input_name: tokens(5)}])
     assert_same_bits(hidden, expected[5])
