@@ -92,7 +92,9 @@ class Supervisor(wiring.Component):
                     ]
 
         resetting = Signal()
-        m.d.comb += self.soft_reset.eq(resetting & self.bus_quiet)
+        # A register too: it resets every flip-flop of the machine, and the quiet bus is known late in a cycle. Halted
+        # units leave the bus quiet for the cycle in between.
+        m.d.sync += self.soft_reset.eq(resetting & self.bus_quiet & ~self.soft_reset)
         with m.If(self.reset_request):
             m.d.sync += resetting.eq(1)
         # Halt is a register of its own, for every unit decides by it: it goes with the error, not behind it.
