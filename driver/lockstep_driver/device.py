@@ -24,6 +24,7 @@ from lockstep_isa.registers import (
     Status,
 )
 from lockstep_sim.core import SimulatedCore
+from lockstep_sim.timeline import Section, Timeline, timeline
 
 from .errors import DeviceError, DeviceTimeout, DriverError, IncompatibleDevice
 from .memory import Allocator, Buffer
@@ -62,12 +63,17 @@ class Counters:
 
 @dataclass(frozen=True)
 class LoadedProgram:
-    """A program in device memory, ready to be submitted any number of times, with the operands that each run gives."""
+    """A program in device memory, ready to be submitted any number of times, with the operands that each run gives.
+
+    ``program`` and its named ``sections`` are what a timeline shows of it.
+    """
 
     code: Buffer
     count: int
     config_crc: int
     operands: tuple[Operand, ...] = ()
+    program: Program | None = None
+    sections: tuple[Section, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class Device:
     Attributes
     ----------
     watch : if set, is told while waiting how many cycles have passed since it was last told, and in how many seconds.
+    on_timeline : if set, is given the timeline of each program that :meth:`run` runs.
     """
 
     def __init__(self, core: SimulatedCore, uri: str) -> None:
@@ -125,6 +132,7 @@ class Device:
         self._operands = self._allocator.allocate(RING_SLOTS * OPERAND_BYTES)
         self._submitted = 0
         self.watch: Callable[[int, float], None] | None = None
+        self.on_timeline: Callable[[Timeline], None] | None = None
         self._configure()
 
     def __enter__(self) -> Device:
@@ -187,7 +195,7 @@ class Device:
 
     # --- Programs ----------------------------------------------------------------------------------------------
 
-    def load(self, program: Program, check: bool = True) -> LoadedProgram:
+    def load(self, program: Program, check: bool = True, sections: tuple[Section, ...] = ()) -> LoadedProgram:
         """Copy a program to device memory; :meth:`unload` gives the memory back.
 
         Raises :class:`DriverError` for a program that is not for this core, or not valid. ``check=False`` leaves
@@ -201,7 +209,8 @@ class Device:
         code = program.encode()
         buffer = self.allocate(len(code))
         buffer.write(np.frombuffer(code, np.uint8))
-        return LoadedProgram(buffer, len(program.instructions), program.config_crc, program.operands)
+        count = len(program.instructions)
+        return LoadedProgram(buffer, count, program.config_crc, program.operands, program, sections)
 
     def unload(self, loaded: LoadedProgram) -> None:
         """Free a program's memory; it must not be running."""
@@ -291,11 +300,27 @@ class Device:
         loaded = self.load(program, check) if isinstance(program, Program) else program
         try:
             self.clear_counters()
+            if self.on_timeline is not None:
+                self._core.record(True)
             self.wait(self.submit(loaded, operands), timeout)
+            counters = self.counters()
+            if self.on_timeline is not None:
+                self._tell(loaded, operands or {}, counters.cycles)
         finally:
+            if self.on_timeline is not None:
+                self._core.record(False)
             if loaded is not program:
                 self.unload(loaded)
-        return self.counters()
+        return counters
+
+    def _tell(self, loaded: LoadedProgram, operands: OperandValues, cycles: int) -> None:
+        """Give the timeline of a run that was recorded."""
+        assert self.on_timeline is not None
+        if loaded.program is None:
+            raise DriverError("a program of which only the code is known has no timeline")
+        values = operand_values(loaded.operands, operands)
+        events = self._core.events()
+        self.on_timeline(timeline(self.config, loaded.program, values, events, cycles, loaded.sections))
 
     def reset(self) -> None:
         """Stop whatever runs and make the core ready again; device memory keeps its content."""

@@ -16,6 +16,8 @@ from lockstep_hls.toolchain import Progress
 from lockstep_isa.config import CoreConfig
 
 if TYPE_CHECKING:
+    from lockstep_sim.timeline import Timeline
+
     from lockstep.graph import Graph
     from lockstep.model import Executor, HostExecutor
     from lockstep.session import Session
@@ -83,6 +85,7 @@ class OpenExecutor:
         self.core_seconds = 0.0
         self.watch: Callable[[int], None] | None = None
         self._device = device
+        self._observer: Callable[[Counters], None] | None = None
         if device is not None:
             from lockstep.compiler.execute import DeviceExecutor
 
@@ -126,8 +129,18 @@ class OpenExecutor:
     ) -> None:
         self.close()
 
+    def observe(
+        self, counters: Callable[[Counters], None] | None, timeline: Callable[[Timeline], None] | None = None
+    ) -> None:
+        """Give the counters of each program that runs from now on to ``counters``, and its timeline to ``timeline``."""
+        self._observer = counters
+        if self._device is not None:
+            self._device.on_timeline = timeline
+
     def _ran(self, counters: Counters) -> None:
         assert self.config is not None
+        if self._observer is not None:
+            self._observer(counters)
         so_far, beats = self.totals, counters.read_beats + counters.write_beats
         self.totals = Totals(
             so_far.programs + 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from lockstep_isa.config import CoreConfig
@@ -47,6 +47,12 @@ class SimulatedCore(Protocol):
 
     def run(self, cycles: int) -> int:
         """Let at most ``cycles`` pass, fewer if the core falls idle or stops; returns how many passed."""
+
+    def record(self, on: bool) -> None:
+        """Forget what was recorded, and record from now on or not; see :mod:`lockstep_sim.recording`."""
+
+    def events(self) -> NDArray[Any]:
+        """``EVENT[n]``: what was recorded, in the order of time."""
 
     def close(self) -> None:
         """Give everything back; the core must not be used afterwards."""

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from .core import MemoryTiming, RegisterError
 from .native_header import instruction_header
+from .recording import Recorder
 
 NATIVE = Path(__file__).parent / "native"
 _ADDRESS_TO_NAME = {r.address: r.name for r in REGISTERS}
@@ -124,6 +125,8 @@ class FastCore:
         self._bus = _BusTiming(timing.latency, timing.refresh_interval, timing.refresh_cycles)
         self._library = _bind(build_fast_core(config, progress))
         self._core = self._library.lockstep_fast_create(memory_bytes)
+        recorder = Recorder(self._library, "lockstep_fast", self._core)
+        self.record, self.events = recorder.record, recorder.events
         self.memory: NDArray[np.uint8] = np.ctypeslib.as_array(
             self._library.lockstep_fast_memory(self._core), (memory_bytes,)
         )

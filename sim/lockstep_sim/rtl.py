@@ -10,6 +10,7 @@ from lockstep_hls.toolchain import Progress
 from lockstep_isa.config import CoreConfig
 
 from .core import MemoryTiming, RegisterError
+from .recording import Recorder
 from .verilate import build_core
 
 
@@ -39,6 +40,8 @@ class RtlCore:
         self._core = self._library.lockstep_rtl_create(
             memory_bytes, timing.latency, timing.refresh_interval, timing.refresh_cycles
         )
+        recorder = Recorder(self._library, "lockstep_rtl", self._core)
+        self.record, self.events = recorder.record, recorder.events
         pointer = self._library.lockstep_rtl_memory(self._core)
         self.memory = np.ctypeslib.as_array(pointer, (memory_bytes,))
         if wave is not None and self._library.lockstep_rtl_trace_open(self._core, str(wave).encode()):

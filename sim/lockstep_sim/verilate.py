@@ -34,6 +34,9 @@ VERILATOR_FLAGS = [
     "-Wno-fatal",
 ]
 COMPILER_FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-plt", "-w"]
+#: What rtl_core.cpp includes, and the signals that it looks at inside the core.
+INCLUDED = ("memory_model.hpp", "recording.hpp", "rtl_recorder.hpp")
+OBSERVED = "observed.vlt"
 #: Verilator's own sources that a core without threads needs.
 RUNTIME = ("verilated.cpp", "verilated_threads.cpp")
 #: What its writer of FST waveforms compresses with.
@@ -96,7 +99,7 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
     verilator, compiler = find_verilator(), find_compiler()
     if trace:
         _require_trace_headers(compiler)
-    sources = [NATIVE / "rtl_core.cpp", NATIVE / "memory_model.hpp"]
+    sources = [NATIVE / "rtl_core.cpp", *(NATIVE / name for name in INCLUDED), NATIVE / OBSERVED]
     flags = [*VERILATOR_FLAGS, *(["--trace-fst"] if trace else [])]
 
     def build(folder: Path) -> None:
@@ -145,7 +148,8 @@ def _build(
 ) -> None:
     source, generated = folder / f"{TOP}.v", folder / "verilated"
     source.write_text(verilog)
-    command = [verilator.executable, "--cc", source, "--top-module", TOP, *flags, "--Mdir", generated]
+    command = [verilator.executable, "--cc", NATIVE / OBSERVED, source]
+    command += ["--top-module", TOP, *flags, "--Mdir", generated]
     done = subprocess.run(
         [str(c) for c in command], env=verilator.environment, capture_output=True, text=True, check=False
     )

@@ -37,7 +37,8 @@ def fallbacks(model: Model) -> list[dict[str, str]]:
     return [{"operations": name, "reason": reason} for name, reason in model.report().fallbacks]
 
 
-def _check_texts(texts: list[str]) -> None:
+def check_texts(texts: list[str]) -> None:
+    """Raise unless every text has something in it."""
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise UsageError(f"text {number} of {len(texts)} is empty; give at least one word")
@@ -54,7 +55,7 @@ def embed(
     from lockstep.executors import check_uri, executor
 
     check_uri(device)
-    _check_texts(texts)
+    check_texts(texts)
     with Steps() as steps:
         loaded = open_model(model, steps)
         tokens = [len(ids) for ids in loaded.tokenize(texts)]
@@ -114,7 +115,7 @@ def verify(
     devices = device if len(device) > 1 else ["cpu", *device]
     for uri in devices:
         check_uri(uri)
-    _check_texts(text or [])
+    check_texts(text or [])
     with Steps() as steps:
         loaded = open_model(model, steps)
         from lockstep.verification import random_inputs, verify_generation

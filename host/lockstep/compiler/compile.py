@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import LOAD, Memory
 from lockstep_isa.program import Program
+from lockstep_sim.timeline import Section
 
 from lockstep.graph import (
     Activation,
@@ -27,6 +28,7 @@ from lockstep.graph import (
 from .allocation import CapacityError
 from .attention import AttentionLowering, Projection
 from .image import Image, LinearImage
+from .labels import Labels
 from .lowering import WEIGHT_RING, Fetched, Lowering, Panels, QuantisedPanels, rows_of
 from .norms import layer_norm, rms_norm
 from .rotary import ColumnAngles, PanelAngles, rotary
@@ -52,6 +54,10 @@ class StageCompiler:
     ----------
     config : the core. graph, stage : what to compile. image : the parameters. lengths : tokens of each sequence.
     bindings : where inputs and outputs lie in device memory. weight_ring : as for :class:`Lowering`.
+
+    Attributes
+    ----------
+    sections : the parts of the program, named after modules of the model.
     """
 
     def __init__(
@@ -76,6 +82,8 @@ class StageCompiler:
         for node in stage.device:
             for value in node.inputs:
                 self.readers.setdefault(value, []).append(node)
+        self.sections: list[Section] = []
+        self._labels = Labels(graph)
         self.panels: dict[Value, Panels] = {}
         self.quantised: dict[Value, QuantisedPanels] = {}
         self.deferred: dict[Value, Node] = {}
@@ -87,12 +95,22 @@ class StageCompiler:
     def compile(self) -> Program:
         """The program; raises :class:`CapacityError` where the batch does not fit the core."""
         for node in self.order():
+            first = len(self.low.builder)
             self.emit(node)
+            if len(self.low.builder) > first:
+                self._name(first, node)
         return self.low.builder.finish()
 
     def order(self) -> Iterable[Node]:
         """The stage's nodes in the order of their emission."""
         return self.stage.device
+
+    def _name(self, first: int, node: Node) -> None:
+        """Call the instructions from ``first`` on by what they compute."""
+        chain = self.chains.get(node.value)
+        name = self._labels.of(node) if chain is None else self._labels.of(chain.first, chain.second)
+        if not self.sections or self.sections[-1].name != name:
+            self.sections.append(Section(first, name))
 
     def emit(self, node: Node) -> None:
         """Emit a node, or leave it to its only reader."""

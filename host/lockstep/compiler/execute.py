@@ -176,8 +176,9 @@ class DeviceExecutor:
                     features = self._features.get(value) or self._infer(stage, value, values[0])
                     buffers[value] = self.device.allocate(tiles * features * config.vector_word_bytes)
                     bindings[value] = Binding(buffers[value].address, features)
-                program = StageCompiler(config, graph, stage, self._image, lengths, bindings).compile()
-                loaded = self.device.load(program)
+                compiler = StageCompiler(config, graph, stage, self._image, lengths, bindings)
+                program = compiler.compile()
+                loaded = self.device.load(program, sections=tuple(compiler.sections))
             except Exception:
                 for buffer in buffers.values():
                     self.device.free(buffer)

@@ -182,7 +182,8 @@ class DeviceSession:
                 bindings[value] = Binding(buffers[value].address, features)
             run = CausalRun(self._held, tiles, single, self._cache.layers, wanted)
             compiler = CausalStageCompiler(device.config, graph, stage, self._image, bindings, run)
-            loaded = device.load(compiler.compile())
+            program = compiler.compile()
+            loaded = device.load(program, sections=tuple(compiler.sections))
         except Exception:
             for buffer in buffers.values():
                 device.free(buffer)

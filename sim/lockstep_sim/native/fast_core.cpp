@@ -26,6 +26,15 @@ void lockstep_fast_destroy(void* core) { delete static_cast<FastCore*>(core); }
 
 uint8_t* lockstep_fast_memory(void* core) { return static_cast<FastCore*>(core)->memory.data(); }
 
+// Forget what was recorded, and record from now on or not.
+void lockstep_fast_record(void* core, int on) { static_cast<FastCore*>(core)->recording = {on != 0, {}}; }
+
+const Event* lockstep_fast_events(void* core, uint64_t* count) {
+    const auto& events = static_cast<FastCore*>(core)->recording.events;
+    *count = events.size();
+    return events.data();
+}
+
 // Execute `count` instructions at `address`. `shapes` has one row per instruction (used for VECTOR only), for the values
 // that fields have with the operands; `operands` has kOperands words, the first zero, or is null where there are none.
 void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const VectorShape* shapes,
@@ -37,7 +46,7 @@ void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const
     core.window_limit = window_limit;
     core.flags = 0;
     core.reset();
-    TimingModel timing(bus, operands != nullptr);
+    TimingModel timing(bus, operands != nullptr, core.recording.on ? &core.recording : nullptr);
     const uint32_t zeros[isa::kOperands] = {};
     if (!operands) operands = zeros;
     *outcome = Outcome{};

@@ -9,6 +9,7 @@
 
 #include "instructions.hpp"  // generated
 #include "lockstep/fused_pass.hpp"
+#include "recording.hpp"
 
 namespace lockstep {
 
@@ -50,6 +51,7 @@ class FastCore {
     std::vector<uint8_t> memory;
     uint64_t window_base = 0, window_limit = 0;
     uint32_t flags = 0;
+    Recording recording;
 
     void reset() { tiles_.clear(); }
 

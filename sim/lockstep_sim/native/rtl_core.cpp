@@ -8,9 +8,11 @@
 
 #include "Vlockstep_core.h"
 #include "memory_model.hpp"
+#include "rtl_recorder.hpp"
 
 namespace {
 
+using lockstep::Handshakes;
 using lockstep::MemoryModel;
 using lockstep::MemoryTiming;
 
@@ -57,6 +59,7 @@ struct RtlCore {
         const bool aw = top->memory_write_aw_valid && top->memory_write_aw_ready;
         const bool w = top->memory_write_w_valid && top->memory_write_w_ready;
         const bool b = top->memory_write_b_valid && top->memory_write_b_ready;
+        if (recorder.recording.on && !top->irq) record({ar, r, aw, w});
         if (r) model.beat_read();
         if (b) model.write_answered();
         if (ar) model.accept_read(top->memory_read_ar_addr, top->memory_read_ar_len, top->memory_read_ar_id);
@@ -119,6 +122,15 @@ struct RtlCore {
         return -1;
     }
 
+    void record(Handshakes bus) {
+        constexpr uint8_t kLoad = 0;
+        bus.reader = top->memory_read_ar_id ? lockstep::kFetch : kLoad;
+        bus.receiver = top->memory_read_r_id ? lockstep::kFetch : kLoad;
+        bus.ar_beats = top->memory_read_ar_len + 1u, bus.aw_beats = top->memory_write_aw_len + 1u;
+        bus.r_last = top->memory_read_r_last, bus.w_last = top->memory_write_w_last;
+        recorder.sample(*top->rootp, bus);
+    }
+
     void trace_close() {
 #ifdef LOCKSTEP_TRACE
         if (trace) trace->close();
@@ -129,6 +141,7 @@ struct RtlCore {
     std::unique_ptr<VerilatedContext> context;
     std::unique_ptr<Vlockstep_core> top;
     MemoryModel model;
+    lockstep::RtlRecorder recorder;
     uint64_t cycles = 0;
 #ifdef LOCKSTEP_TRACE
     std::unique_ptr<VerilatedFstC> trace;
@@ -162,6 +175,19 @@ uint64_t lockstep_rtl_run(void* core, uint64_t cycles) {
     const uint64_t start = c.cycles;
     while (c.cycles - start < cycles && !c.top->irq) c.step();
     return c.cycles - start;
+}
+
+// Forget what was recorded, and record from now on or not.
+void lockstep_rtl_record(void* core, int on) {
+    lockstep::RtlRecorder& recorder = static_cast<RtlCore*>(core)->recorder;
+    recorder.start();
+    recorder.recording.on = on;
+}
+
+const lockstep::Event* lockstep_rtl_events(void* core, uint64_t* count) {
+    const auto& events = static_cast<RtlCore*>(core)->recorder.events();
+    *count = events.size();
+    return events.data();
 }
 
 // Begin a waveform; 0, or -1 where this build has none.

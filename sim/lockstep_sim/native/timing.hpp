@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "instructions.hpp"  // generated
+#include "recording.hpp"
 
 namespace lockstep {
 
@@ -36,7 +37,9 @@ class TimingModel {
   public:
     using Time = int64_t;
 
-    TimingModel(BusTiming bus, bool operands) : bus_(bus), operands_(operands) {}
+    // `recording`, where there is one, is told what happens, in the order of its computation and not of time.
+    TimingModel(BusTiming bus, bool operands, Recording* recording = nullptr)
+        : bus_(bus), operands_(operands), recording_(recording) {}
 
     // An instruction that only exchanges its tokens.
     template <class Type>
@@ -81,6 +84,7 @@ class TimingModel {
             result_.read_beats += uint64_t(kOperandWords * fetch);
         }
         bus_free_ = now;
+        if (recording_) record_start(fetch);
         Time arrived = now;
         size_t dispatched = 0, done = 0;
         std::vector<Time> dispatch_times;
@@ -122,6 +126,7 @@ class TimingModel {
         for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
         result_.instructions = items_.size();
         result_.read_beats += (items_.size() + 1) * uint64_t(fetch);
+        if (recording_) record_rest();
         for (UnitCycles& u : result_.units) u.idle = result_.cycles - u.busy - u.wait_token - u.wait_data;
         return true;
     }
@@ -161,7 +166,7 @@ class TimingModel {
         bool idle = false;
         uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, depth = 0, tiles = 0, columns = 0;
         VectorShape shape{};
-        Time dispatched = 0, start = -1, end = -1;
+        Time dispatched = 0, accepted = -1, start = -1, end = -1;
         // Progress of an instruction that waits in its middle.
         uint32_t row = 0, tile = 0;
         Time now = 0;
@@ -200,6 +205,9 @@ class TimingModel {
             const Time earliest = std::max(item.dispatched, lane.free);
             item.start = item.now = std::max(earliest, ready);
             cycles.wait_token += uint64_t(item.start - earliest);
+            // A unit that is at work counts as that, and not as waiting for its next instruction.
+            span(unit, kWaitToken, std::max(earliest, lane.ended), item.start);
+            item.accepted = item.start;
         }
         const uint32_t row = item.row, tile = item.tile;
         if (!work(item, lane, cycles)) {
@@ -208,6 +216,10 @@ class TimingModel {
         }
         for (int target = 0; target < 4; target++)
             if (item.signal >> target & 1) lane.given[target].push_back(item.end);
+        if (recording_) {
+            recording_->add(uint64_t(item.accepted), kAccept, unit);
+            recording_->add(uint64_t(item.end), kEnd, unit);
+        }
         lane.next++;
         lane.ended = std::max(lane.ended, item.end);
         return true;
@@ -220,6 +232,7 @@ class TimingModel {
             item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
             lane.free = item.start + 1;
             cycles.busy += uint64_t(item.end - begin);
+            span(item.unit, kBusy, begin, item.end);
             return true;
         }
         switch (isa::Unit(item.unit)) {
@@ -245,7 +258,11 @@ class TimingModel {
     // Instruction words that were fetched until `now` took their beats.
     void charge_fetches(Time now) {
         const uint64_t beats = isa::kInstructionBytes / isa::kBusBytes;
-        for (; charged_ < fetched_.size() && fetched_[charged_] <= now; charged_++) bus_free_ = transfer(bus_free_, beats);
+        for (; charged_ < fetched_.size() && fetched_[charged_] <= now; charged_++) {
+            const Time begin = bus_free_;
+            bus_free_ = transfer(bus_free_, beats);
+            if (recording_) burst(kFetch, begin - bus_.latency, begin, bus_free_, beats);
+        }
     }
 
     template <class Visit>
@@ -263,20 +280,25 @@ class TimingModel {
     void load(Item& item, Lane& lane, UnitCycles& cycles) {
         if (lane.next >= kLoadsInFlight)
             item.start = std::max(item.start, items_[lane.queue[lane.next - kLoadsInFlight]].end + 1);
-        Time asked = item.start + 1, first_beat = -1;
+        Time asked = item.start + 1;
+        const Time begin = std::max(item.start, lane.ended);
+        Time told = begin;
         bursts(item, [&](uint32_t length) {
             if (burst_ends_.size() >= kOutstandingBursts)
                 asked = std::max(asked, burst_ends_[burst_ends_.size() - kOutstandingBursts] + 1);
             charge_fetches(asked);
-            const Time begin = std::max(asked + Time(bus_.latency), bus_free_);
-            bus_free_ = transfer(begin, length);
+            const Time first = std::max(asked + Time(bus_.latency), bus_free_);
+            bus_free_ = transfer(first, length);
+            if (recording_) {
+                burst(item.unit, asked, first, bus_free_, length);
+                told = beats(item.unit, told, first, length);
+            }
             burst_ends_.push_back(bus_free_);
-            if (first_beat < 0) first_beat = begin;
             asked++;
         });
         item.end = bus_free_ + kLoadLatency;
         lane.free = asked;
-        const Time begin = std::max(item.start, lane.ended);
+        span(item.unit, kWaitData, told, item.end);
         const uint64_t useful = uint64_t(item.rows) * item.beats;
         const uint64_t span = item.end > begin ? uint64_t(item.end - begin) : 0;
         cycles.busy += std::min(useful, span);
@@ -286,10 +308,13 @@ class TimingModel {
     void store(Item& item, Lane& lane, UnitCycles& cycles) {
         const uint64_t word_beats = item.words ? item.beats / item.words : 0;
         Time now = item.start + 2;
+        if (recording_) record_store(item, word_beats);
         for (uint32_t n = 0; n < item.rows * item.words; n++) now = transfer(now + 2, word_beats);
         item.end = now + Time(bus_.latency) + 1;
         cycles.busy += uint64_t(now - item.start);
         cycles.wait_data += uint64_t(item.end - now);
+        span(item.unit, kBusy, item.start, now);
+        span(item.unit, kWaitData, now, item.end);
         lane.free = item.end + 1;
     }
 
@@ -302,12 +327,12 @@ class TimingModel {
                 if (before >= popped_.size()) return false;
                 if (popped_[before] > item.now) {
                     cycles.wait_data += uint64_t(popped_[before] - item.now);
+                    span(item.unit, kWaitData, item.now, popped_[before]);
                     item.now = popped_[before];
                 }
             }
             available_.push_back(item.now + period + kArrayLatency + 2 * isa::kRows - 2);
-            item.now += period;
-            cycles.busy += uint64_t(period);
+            work_on(item, cycles, period);
         }
         item.end = item.now;  // done pulses in the last cycle of the last tile
         lane.free = item.now;
@@ -318,34 +343,119 @@ class TimingModel {
         for (; item.row < item.rows; item.row++) {
             const Time row_cycles = item.row ? item.shape.other_row : item.shape.first_row;
             if (!item.tiles) {
-                item.now += row_cycles;
-                cycles.busy += uint64_t(row_cycles);
+                work_on(item, cycles, row_cycles);
                 continue;
             }
             const Time prologue = row_cycles - Time(item.columns) * item.shape.column;
-            if (item.tile == 0) item.now += prologue, cycles.busy += uint64_t(prologue);
+            if (item.tile == 0) work_on(item, cycles, prologue);
             for (; item.tile < item.tiles; item.tile++) {
                 const size_t number = popped_.size();
                 if (number >= available_.size()) return false;
                 if (available_[number] > item.now) {
                     cycles.wait_data += uint64_t(available_[number] - item.now);
+                    span(item.unit, kWaitData, item.now, available_[number]);
                     item.now = available_[number];
                 }
                 const Time columns = std::min<Time>(isa::kRows, Time(item.columns) - Time(item.tile) * isa::kRows);
-                item.now += columns * item.shape.column;
-                cycles.busy += uint64_t(columns * item.shape.column);
+                work_on(item, cycles, columns * item.shape.column);
                 popped_.push_back(item.now);
             }
             item.tile = 0;
         }
-        item.end = item.now + item.shape.tail;
-        cycles.busy += uint64_t(item.shape.tail);
+        work_on(item, cycles, item.shape.tail);
+        item.end = item.now;
         lane.free = item.end + 1;
         return true;
     }
 
+    void work_on(Item& item, UnitCycles& cycles, Time length) {
+        span(item.unit, kBusy, item.now, item.now + length);
+        item.now += length, cycles.busy += uint64_t(length);
+    }
+
+    // --- What a recording is told ---
+
+    void span(int unit, UnitState state, Time begin, Time end) {
+        if (!recording_ || begin >= end) return;
+        Span& last = spans_[unit];
+        if (last.state != state || last.end != begin) {
+            tell(unit);
+            last = {begin, end, state};
+        }
+        last.end = end;
+    }
+    void tell(int unit) {
+        const Span& s = spans_[unit];
+        if (s.begin < s.end) recording_->add(uint64_t(s.begin), kSpan, unsigned(unit), uint64_t(s.end - s.begin), s.state);
+    }
+
+    void burst(int source, Time asked, Time first, Time end, uint64_t count) {
+        recording_->add(uint64_t(std::max<Time>(asked, 0)), kAsk, unsigned(source), count);
+        recording_->add(uint64_t(first), kFirst, unsigned(source));
+        recording_->add(uint64_t(end), kLast, unsigned(source));
+    }
+
+    // Busy in the cycles of `count` beats from `first` on, waiting for data in the others; nothing before `told`.
+    Time beats(int unit, Time told, Time first, uint64_t count) {
+        while (count) {
+            const Time begin = transfer(first, 1) - 1;
+            const Time rest = bus_.refresh_interval ? bus_.refresh_interval - begin % bus_.refresh_interval : Time(count);
+            const Time end = begin + std::min(Time(count), rest);
+            span(unit, kWaitData, told, begin);
+            span(unit, kBusy, std::max(told, begin), end);
+            told = std::max(told, end), count -= uint64_t(end - begin), first = end;
+        }
+        return told;
+    }
+
+    void record_start(Time fetch) {
+        const Time latency = bus_.latency;
+        burst(kFetch, 1, 1 + latency, 1 + latency + fetch, uint64_t(fetch));
+        if (operands_) burst(kFetch, bus_free_ - latency - kOperandWords * fetch, bus_free_ - kOperandWords * fetch, bus_free_, uint64_t(kOperandWords * fetch));
+    }
+
+    void record_store(const Item& item, uint64_t word_beats) {
+        Time now = item.start + 2, asked = item.start + 1, first = -1;
+        uint64_t done = 0;
+        bursts(item, [&](uint32_t length) {
+            uint64_t wanted = length;
+            while (done < wanted) {
+                now = transfer(now + 2, word_beats), done += word_beats;
+                if (first < 0) first = now - Time(word_beats);
+            }
+            burst(item.unit, asked, first, now, length);
+            done -= wanted, asked = now, first = -1;
+        });
+    }
+
+    // Instruction words that met no load, spans that are still open, and result tiles in the order of time.
+    void record_rest() {
+        const Time fetch = isa::kInstructionBytes / isa::kBusBytes;
+        for (; charged_ < fetched_.size(); charged_++) {
+            const Time end = std::max<Time>(fetched_[charged_] - 2, 0);
+            burst(kFetch, end - fetch - bus_.latency, end - fetch, end, uint64_t(fetch));
+        }
+        for (int unit = 0; unit < 4; unit++) tell(unit);
+        uint32_t tiles = 0;
+        for (size_t in = 0, out = 0; in < available_.size();) {
+            const bool leaves = out < popped_.size() && out < in && popped_[out] <= available_[in];
+            tiles += leaves ? -1 : 1;
+            recording_->add(uint64_t(leaves ? popped_[out++] : available_[in++]), kTiles, unsigned(isa::Unit::kMatrix), tiles);
+            if (in == available_.size())
+                for (; out < popped_.size(); out++)
+                    recording_->add(uint64_t(popped_[out]), kTiles, unsigned(isa::Unit::kMatrix), --tiles);
+        }
+    }
+
+    struct Span {
+        Time begin = 0, end = 0;
+        UnitState state = kIdle;
+    };
+
     BusTiming bus_;
     bool operands_;
+    Recording* recording_;
+    Span spans_[4];
     std::vector<Item> items_;
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded

@@ -1,0 +1,178 @@
+"""Timelines: the RTL and the fast core tell the same story of a program, and viewers can draw it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lockstep_driver import Counters, Device, open_device
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_isa.config import preset
+from lockstep_isa.instructions import LOAD, MATRIX, STORE, VECTOR, Destination, Memory, Source, Unit
+from lockstep_isa.program import Program
+from lockstep_sim import perfetto
+from lockstep_sim.recording import FETCH
+from lockstep_sim.timeline import Interval, Section, Timeline, match_tokens
+
+CONFIG = preset("tiny")
+#: Without refresh, whose phase the fast core does not know.
+OPTIONS = "memory=1M&refresh=0"
+#: What the fast core leaves out of a load: which of its beats meet those of instruction fetch, in cycles.
+FETCH_ERROR = 64
+
+
+def vector_program() -> Program:
+    builder = ProgramBuilder(CONFIG)
+    for n in range(4):
+        builder.emit(VECTOR, source=Source.VECTOR, destination=Destination.VECTOR, columns=32 + n, sum=n % 2, to=100)
+    return builder.finish()
+
+
+def matrix_program() -> Program:
+    """More result tiles than the queue holds, taken by one pass behind them."""
+    builder = ProgramBuilder(CONFIG)
+    for n in range(4):
+        builder.emit(MATRIX, depth=40 + n, inner=8)
+    builder.emit(VECTOR, source=Source.ACCUMULATOR, destination=Destination.NONE, columns=4 * 32)
+    return builder.finish()
+
+
+def mixed_program() -> Program:
+    builder = ProgramBuilder(CONFIG)
+    for n, memory in enumerate((Memory.WEIGHT, Memory.ACTIVATION)):
+        builder.emit(LOAD, memory=memory, words=64, address=0x10000 + 0x1000 * n)
+    builder.emit(MATRIX, depth=64)
+    builder.emit(VECTOR, source=Source.ACCUMULATOR, destination=Destination.VECTOR, columns=4)
+    builder.emit(STORE, memory=Memory.VECTOR, words=4, address=0x20000)
+    return builder.finish()
+
+
+def recorded(device: Device, program: Program, sections: tuple[Section, ...] = ()) -> tuple[Timeline, Counters]:
+    found: list[Timeline] = []
+    device.on_timeline = found.append
+    loaded = device.load(program, sections=sections)
+    counters = device.run(loaded)
+    device.unload(loaded)
+    return found[0], counters
+
+
+def cycles(intervals: tuple[Interval, ...]) -> int:
+    return sum(end - start for start, end in intervals)
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[Device]:
+    with open_device(f"fast:tiny?{OPTIONS}") as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def rtl() -> Iterator[Device]:
+    with open_device(f"rtl:tiny?{OPTIONS}") as device:
+        yield device
+
+
+@pytest.mark.parametrize("program", [vector_program, matrix_program])
+def test_without_transfers_every_instruction_takes_the_same_cycles_on_both(fast, rtl, program) -> None:
+    (predicted, _), (counted, _) = recorded(fast, program()), recorded(rtl, program())
+    assert [s.name for s in predicted.slices] == [s.name for s in counted.slices]
+    shift = predicted.slices[0].start - counted.slices[0].start
+    assert shift in (0, 1), "the doorbell is one cycle, counted or not"
+    for a, b in zip(predicted.slices, counted.slices, strict=True):
+        assert (a.end - shift, a.index) == (b.end, b.index)
+    stalled = [[cycles(s.stalls) for s in t.of(Unit.MATRIX)] for t in (predicted, counted)]
+    assert stalled[0] == stalled[1]
+
+
+def test_with_transfers_they_differ_by_what_the_prediction_leaves_out(fast, rtl) -> None:
+    (predicted, _), (counted, _) = recorded(fast, mixed_program()), recorded(rtl, mixed_program())
+    for a, b in zip(predicted.slices, counted.slices, strict=True):
+        assert (a.name, a.waited_for) == (b.name, b.waited_for)
+        assert abs(a.start - b.start) <= FETCH_ERROR
+        assert abs(a.end - b.end) <= FETCH_ERROR
+    assert predicted.tokens == counted.tokens
+    for source in (*Unit, FETCH):
+        beats = [[b.beats for b in t.bursts if b.source == source] for t in (predicted, counted)]
+        assert beats[0] == beats[1]
+    assert [n for _, n in predicted.tiles] == [n for _, n in counted.tiles] == [1, 0]
+
+
+@pytest.mark.parametrize("program", [vector_program, matrix_program, mixed_program])
+def test_stalls_and_waits_add_up_to_the_counters_of_the_rtl(rtl, program) -> None:
+    found, counters = recorded(rtl, program())
+    assert found.cycles == counters.cycles
+    for unit in Unit:
+        waits = sum(cycles(s.waits) for s in found.of(unit))
+        stalls = sum(cycles(s.stalls) for s in found.of(unit))
+        assert (waits, stalls) == (counters.units[unit.name]["wait_token"], counters.units[unit.name]["wait_data"])
+
+
+@pytest.mark.parametrize("core", ["fast", "rtl"])
+def test_slices_of_a_unit_follow_each_other_and_tokens_go_forward(core, request) -> None:
+    found, counters = recorded(request.getfixturevalue(core), mixed_program())
+    for unit in Unit:
+        ends = 0
+        for each in found.of(unit):
+            assert ends <= each.start <= each.end <= found.cycles
+            assert all(each.start <= start < end <= each.end for start, end in each.stalls)
+            assert all(ends <= start < end <= each.start for start, end in each.waits)
+            ends = each.end
+    for giver, taker in found.tokens:
+        assert found.slices[giver].end <= found.slices[taker].start
+    assert {found.slices[t.taker].unit for t in found.tokens} == {Unit.MATRIX, Unit.STORE}
+    assert sum(b.beats for b in found.bursts) == counters.read_beats + counters.write_beats
+
+
+@pytest.mark.parametrize("core", ["fast", "rtl"])
+def test_bus_beats_of_all_windows_are_those_of_the_counters(core, request) -> None:
+    found, counters = recorded(request.getfixturevalue(core), mixed_program())
+    read, written = perfetto.beats_per_window(found, 64)
+    assert (round(read.sum()), round(written.sum())) == (counters.read_beats, counters.write_beats)
+    # The fast core does not say when fetches and loads meet.
+    assert core == "fast" or (read + written).max() <= 64.001
+
+
+def test_recording_changes_nothing_and_is_off_without_a_listener(rtl: Device) -> None:
+    _, counters = recorded(rtl, mixed_program())
+    rtl.on_timeline = None
+    assert rtl.run(mixed_program()) == counters
+    assert len(rtl._core.events()) == 0
+
+
+def test_a_trace_names_instructions_causes_and_flows(fast: Device, tmp_path: Path) -> None:
+    found, _ = recorded(fast, mixed_program(), (Section(0, "loads"), Section(2, "product")))
+    perfetto.write(tmp_path / "out.json", [found, found], "fast:tiny", ["first", "second"])
+    trace = json.loads((tmp_path / "out.json").read_text())
+    assert trace["otherData"]["scale"] == "1 cycle = 1 us"
+    assert trace["otherData"]["cycles"] == 2 * found.cycles
+    events = trace["traceEvents"]
+    tracks = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    named = [(tracks[e["tid"]], e["name"]) for e in events if e["ph"] == "X"]
+    assert named.count(("MATRIX", "MATRIX depth=64 1 tile")) == 2
+    assert named.count(("MATRIX", "waits for LOAD")) == 2
+    assert ("VECTOR", "stall: a result tile") in named
+    assert [name for track, name in named if track == "layers"] == ["loads", "product"] * 2
+    assert [name for track, name in named if track == "programs"] == ["first", "second"]
+    assert not perfetto.slices_overlap(events)
+    flows = {phase: [e for e in events if e["ph"] == phase] for phase in "sf"}
+    assert [e["id"] for e in flows["s"]] == [e["id"] for e in flows["f"]] == list(range(2 * len(found.tokens)))
+    assert all(a["ts"] <= b["ts"] for a, b in zip(flows["s"], flows["f"], strict=True))
+    flying = [e["args"]["bytes"] for e in events if e["name"] == "bytes in flight"]
+    assert min(flying) == flying[-1] == 0
+    assert max(flying) >= 128
+
+
+def test_overlapping_slices_are_noticed() -> None:
+    def events(*spans: tuple[int, int]) -> list[dict[str, object]]:
+        return [{"ph": "X", "tid": 1, "ts": start, "dur": end - start} for start, end in spans]
+
+    assert not perfetto.slices_overlap(events((0, 10), (2, 4), (4, 10), (10, 12)))
+    assert perfetto.slices_overlap(events((0, 10), (5, 12)))
+
+
+def test_the_nth_token_between_two_units_goes_to_the_nth_taker() -> None:
+    program = mixed_program()
+    pairs = {(program.instructions[a].type.name, program.instructions[b].type.name) for a, b in match_tokens(program)}
+    assert pairs == {("LOAD", "MATRIX"), ("VECTOR", "STORE")}
