@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,20 +131,32 @@ def run_model(
 ) -> Profile:
     """Run a model on its texts, or on a random input of ``tokens`` tokens, and say what it cost."""
     from lockstep.profile import profile
+
+    work = work_of(model, texts, tokens, generate)
+    steps(f"running on {device.uri}")
+    with profile(device, timelines) as found:
+        work(device)
+    return found
+
+
+def work_of(model: Model, texts: list[str], tokens: int, generate: int | None) -> Callable[[OpenExecutor], None]:
+    """What runs a model on any executor, always with the same inputs and the same tokens behind them."""
     from lockstep.verification import generated_logits, random_inputs
 
     if texts:
         sequences = [{model.input_name: ids} for ids in model.tokenize(texts)]
     else:
         sequences = [random_inputs(model.graph, tokens, 0)]
-    steps(f"running on {device.uri}")
-    with profile(device, timelines) as found:
+    chosen: list[list[int]] = [[] for _ in sequences]
+
+    def work(device: OpenExecutor) -> None:
         if generate is None:
             device.run(model.graph, sequences)
-        else:
-            for inputs in sequences:
-                generated_logits(device, model.graph, next(iter(inputs.values())), generate, [])
-    return found
+            return
+        for inputs, taken in zip(sequences, chosen, strict=True):
+            generated_logits(device, model.graph, next(iter(inputs.values())), generate, taken)
+
+    return work
 
 
 def _run_program(path: Path, uri: str, given: list[str], timelines: bool, steps: Steps) -> Profile:
