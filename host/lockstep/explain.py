@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from lockstep_driver import Counters, Device, DriverError, parse
 from lockstep_hls.toolchain import Progress
 from lockstep_isa.config import ConfigurationError, CoreConfig
@@ -21,8 +22,8 @@ from lockstep.profile import Profile, profile
 BUS = "bus"
 #: Share of the cycles below which something is not worth a sentence, and below which a change does not help.
 _WORTH = 0.005
-#: Runs the same inputs on any executor.
-Work = Callable[[OpenExecutor], None]
+#: Runs the same inputs on any executor and gives its results.
+Work = Callable[[OpenExecutor], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,13 @@ def explain(uri: str, work: Work, progress: Progress = None) -> Explanation:
         except (CapacityError, ConfigurationError, DriverError) as error:
             changes.append(Change(name, None, _reason(error)))
     changes.sort(key=lambda change: (change.cycles is None, change.cycles))
-    return Explanation(
-        uri,
-        len(found.runs),
-        found.total,
-        busy_cycles(found.total),
-        tuple(causes(found)),
-        base,
-        tuple(changes),
-    )
+    return replace(explanation(uri, found), predicted=base, changes=tuple(changes))
+
+
+def explanation(uri: str, found: Profile) -> Explanation:
+    """What a run says by itself, without predictions; ``found`` has timelines."""
+    total = found.total
+    return Explanation(uri, len(found.runs), total, busy_cycles(total), tuple(causes(found)), total.cycles, ())
 
 
 def variations(config: CoreConfig, timing: MemoryTiming) -> list[tuple[str, Callable[[], CoreConfig], MemoryTiming]]:

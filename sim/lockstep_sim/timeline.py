@@ -98,7 +98,8 @@ class Timeline:
 
     Attributes
     ----------
-    config : the core. program : with its tokens. cycles : of the run, as its counter says.
+    config : the core. program : with its tokens. operands : values that the run had.
+    cycles : of the run, as its counter says.
     slices : of all instructions, in the order of the program. tokens, bursts : in the order of time.
     tiles : int64[n, 2], cycle and number of complete tiles in the accumulator queue from then on.
     sections : named parts of the program.
@@ -106,12 +107,17 @@ class Timeline:
 
     config: CoreConfig
     program: Program
+    operands: tuple[int, ...]
     cycles: int
     slices: tuple[Slice, ...]
     tokens: tuple[Token, ...]
     bursts: tuple[Burst, ...]
     tiles: NDArray[np.int64]
     sections: tuple[Section, ...] = ()
+
+    def resolved(self, index: int) -> Instruction | None:
+        """An instruction with the operands of this run; none where it had nothing to do."""
+        return resolve(self.program.instructions[index], self.operands)
 
     def of(self, unit: Unit) -> list[Slice]:
         """The slices of one unit, in order."""
@@ -173,6 +179,7 @@ def timeline(
     return Timeline(
         config,
         program,
+        tuple(operands),
         cycles,
         tuple(slices[n] for n in range(len(program.instructions))),
         tuple(sorted(tokens, key=lambda t: ends[t.giver])),

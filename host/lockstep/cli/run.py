@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +12,13 @@ from .models import check_texts, fallbacks, open_model, show_fallbacks
 from .output import JsonOption, Steps, emit, results, table
 
 if TYPE_CHECKING:
+    import numpy as np
     from lockstep_driver import Counters
     from lockstep_isa.config import CoreConfig
     from lockstep_isa.program import Program
 
     from lockstep.executors import OpenExecutor
+    from lockstep.explain import Work
     from lockstep.model import Model
     from lockstep.profile import Profile
 
@@ -139,7 +140,7 @@ def run_model(
     return found
 
 
-def work_of(model: Model, texts: list[str], tokens: int, generate: int | None) -> Callable[[OpenExecutor], None]:
+def work_of(model: Model, texts: list[str], tokens: int, generate: int | None) -> Work:
     """What runs a model on any executor, always with the same inputs and the same tokens behind them."""
     from lockstep.verification import generated_logits, random_inputs
 
@@ -149,12 +150,14 @@ def work_of(model: Model, texts: list[str], tokens: int, generate: int | None) -
         sequences = [random_inputs(model.graph, tokens, 0)]
     chosen: list[list[int]] = [[] for _ in sequences]
 
-    def work(device: OpenExecutor) -> None:
+    def work(device: OpenExecutor) -> list[np.ndarray]:
         if generate is None:
-            device.run(model.graph, sequences)
-            return
-        for inputs, taken in zip(sequences, chosen, strict=True):
-            generated_logits(device, model.graph, next(iter(inputs.values())), generate, taken)
+            return device.run(model.graph, sequences)
+        prompts = [next(iter(inputs.values())) for inputs in sequences]
+        return [
+            generated_logits(device, model.graph, prompt, generate, taken)
+            for prompt, taken in zip(prompts, chosen, strict=True)
+        ]
 
     return work
 
