@@ -25,6 +25,7 @@ from lockstep_isa.registers import (
 )
 from lockstep_sim.core import SimulatedCore
 from lockstep_sim.timeline import Section, Timeline, timeline
+from numpy.typing import NDArray
 
 from .errors import DeviceError, DeviceTimeout, DriverError, IncompatibleDevice
 from .memory import Allocator, Buffer
@@ -192,6 +193,10 @@ class Device:
     def free(self, buffer: Buffer) -> None:
         """Give a buffer back."""
         self._allocator.free(buffer)
+
+    def memory_at(self, address: int, size: int) -> NDArray[np.uint8]:
+        """uint8[size]: a view of device memory, whoever allocated it."""
+        return self._core.memory[address : address + size]
 
     # --- Programs ----------------------------------------------------------------------------------------------
 

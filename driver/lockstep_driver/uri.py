@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,10 +31,11 @@ class DeviceUri:
     memory_bytes: int = DEFAULT_MEMORY
     timing: MemoryTiming = field(default_factory=MemoryTiming)
     wave: str | None = None
+    window: tuple[int, int] = (0, 0)
 
 
 def _open_rtl(uri: DeviceUri, progress: Progress) -> SimulatedCore:
-    return RtlCore(uri.config, uri.memory_bytes, uri.timing, uri.wave, progress)
+    return RtlCore(uri.config, uri.memory_bytes, uri.timing, uri.wave, progress, uri.window)
 
 
 def _open_fast(uri: DeviceUri, progress: Progress) -> SimulatedCore:
@@ -91,11 +93,16 @@ def parse(text: str) -> DeviceUri:
     return DeviceUri(scheme, config, memory, timing, wave)
 
 
-def open_device(uri: str, progress: Progress = None) -> Device:
+def open_device(
+    uri: str, progress: Progress = None, wave: str | None = None, window: tuple[int, int] = (0, 0)
+) -> Device:
     """The device behind a URI, ready to run programs.
 
-    progress : told in one line when a simulator is built. Raises :class:`DeviceNotFound`,
+    progress : told in one line when a simulator is built. wave, window : in place of a ``wave`` of the URI, the
+    waveform to write and its part, as :class:`lockstep_sim.rtl.RtlCore` takes them. Raises :class:`DeviceNotFound`,
     :class:`lockstep_hls.toolchain.ToolchainError`, :class:`lockstep_isa.config.ConfigurationError`.
     """
     parsed = parse(uri)
+    if wave is not None:
+        parsed = dataclasses.replace(parsed, wave=wave, window=window)
     return Device(SCHEMES[parsed.scheme][0](parsed, progress), uri)

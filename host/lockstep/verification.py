@@ -150,6 +150,27 @@ def generated_logits(
         session.close()
 
 
+def replay(
+    graph: Graph, sequences: Sequence[Inputs], generate: int | None
+) -> Callable[[OpenExecutor], list[np.ndarray]]:
+    """What runs ``sequences`` on any executor, always the same way.
+
+    generate : tokens to generate behind each sequence; the first executor chooses them, all others take them too.
+    """
+    chosen: list[list[int]] = [[] for _ in sequences]
+
+    def run(device: OpenExecutor) -> list[np.ndarray]:
+        if generate is None:
+            return device.run(graph, list(sequences))
+        prompts = [next(iter(inputs.values())) for inputs in sequences]
+        return [
+            generated_logits(device, graph, prompt, generate, taken)
+            for prompt, taken in zip(prompts, chosen, strict=True)
+        ]
+
+    return run
+
+
 def _compare(
     devices: Sequence[str], run: Callable[[OpenExecutor], list[np.ndarray]], progress: Progress
 ) -> Verification:

@@ -20,6 +20,7 @@ class Kind(enum.IntEnum):
     FIRST = 4  #: its first beat
     LAST = 5  #: behind its last beat
     TILES = 6  #: ``value`` complete tiles in the accumulator queue, from now on
+    WRITE = 7  #: a beat is written to byte address ``value``; the RTL alone tells this
 
 
 class State(enum.IntEnum):

@@ -22,7 +22,8 @@ class RtlCore:
     config : any configuration that the RTL builds.
     memory_bytes : size of device memory.
     timing : of the memory model.
-    wave : path of an FST waveform to write from the first cycle on; needs a build of its own.
+    wave : path of an FST waveform to write; needs a build of its own.
+    window : its first cycle and how many, as CYCLES would count them if nobody cleared it; everything if not given.
     progress : told in one line when something is built.
     """
 
@@ -33,6 +34,7 @@ class RtlCore:
         timing: MemoryTiming | None = None,
         wave: Path | str | None = None,
         progress: Progress = None,
+        window: tuple[int, int] = (0, 0),
     ) -> None:
         timing = timing or MemoryTiming()
         self.config = config
@@ -44,7 +46,7 @@ class RtlCore:
         self.record, self.events = recorder.record, recorder.events
         pointer = self._library.lockstep_rtl_memory(self._core)
         self.memory = np.ctypeslib.as_array(pointer, (memory_bytes,))
-        if wave is not None and self._library.lockstep_rtl_trace_open(self._core, str(wave).encode()):
+        if wave is not None and self._library.lockstep_rtl_trace_open(self._core, str(wave).encode(), *window):
             raise RegisterError("this build of the core cannot write waveforms")
 
     def read_register(self, address: int) -> int:
@@ -85,7 +87,7 @@ def _bind(path: Path) -> ctypes.CDLL:
         "write_register": (ctypes.c_int, [handle, u32, u32]),
         "read_register": (ctypes.c_int, [handle, u32, ctypes.POINTER(u32)]),
         "run": (u64, [handle, u64]),
-        "trace_open": (ctypes.c_int, [handle, ctypes.c_char_p]),
+        "trace_open": (ctypes.c_int, [handle, ctypes.c_char_p, u64, u64]),
         "trace_close": (None, [handle]),
     }
     for name, (result, arguments) in signatures.items():

@@ -102,6 +102,7 @@ class Timeline:
     cycles : of the run, as its counter says.
     slices : of all instructions, in the order of the program. tokens, bursts : in the order of time.
     tiles : int64[n, 2], cycle and number of complete tiles in the accumulator queue from then on.
+    writes : int64[n, 2], cycle and byte address of each beat that was written; of the RTL alone.
     sections : named parts of the program.
     """
 
@@ -113,6 +114,7 @@ class Timeline:
     tokens: tuple[Token, ...]
     bursts: tuple[Burst, ...]
     tiles: NDArray[np.int64]
+    writes: NDArray[np.int64]
     sections: tuple[Section, ...] = ()
 
     def resolved(self, index: int) -> Instruction | None:
@@ -184,7 +186,8 @@ def timeline(
         tuple(slices[n] for n in range(len(program.instructions))),
         tuple(sorted(tokens, key=lambda t: ends[t.giver])),
         _bursts(events),
-        _tiles(events),
+        _values(events, Kind.TILES),
+        _values(events, Kind.WRITE),
         tuple(sections),
     )
 
@@ -238,6 +241,7 @@ def _bursts(events: NDArray[Any]) -> tuple[Burst, ...]:
     return tuple(sorted(found, key=lambda burst: burst.asked))
 
 
-def _tiles(events: NDArray[Any]) -> NDArray[np.int64]:
-    chosen = events[events["kind"] == Kind.TILES]
+def _values(events: NDArray[Any], kind: Kind) -> NDArray[np.int64]:
+    """int64[n, 2]: times and values of the events of a kind."""
+    chosen = events[events["kind"] == kind]
     return np.stack([chosen["time"].astype(np.int64), chosen["value"].astype(np.int64)], axis=1)

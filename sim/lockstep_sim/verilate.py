@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, cpu_identity, find_compiler, run_command
 from lockstep_isa.config import CoreConfig
 from lockstep_rtl.generate import TOP, core_identity, core_verilog, require_buildable
+
+from .signals import hierarchy
 
 NATIVE = Path(__file__).parent / "native"
 #: Oldest Verilator whose output is known to be right here.
@@ -37,6 +40,8 @@ COMPILER_FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-plt", "
 #: What rtl_core.cpp includes, and the signals that it looks at inside the core.
 INCLUDED = ("memory_model.hpp", "recording.hpp", "rtl_recorder.hpp")
 OBSERVED = "observed.vlt"
+#: Beside a core that writes waveforms: the signals of which they consist.
+SIGNALS = "signals.json"
 #: Verilator's own sources that a core without threads needs.
 RUNTIME = ("verilated.cpp", "verilated_threads.cpp")
 #: What its writer of FST waveforms compresses with.
@@ -100,6 +105,8 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
     if trace:
         _require_trace_headers(compiler)
     sources = [NATIVE / "rtl_core.cpp", *(NATIVE / name for name in INCLUDED), NATIVE / OBSERVED]
+    if trace:
+        sources.append(Path(__file__).with_name("signals.py"))
     flags = [*VERILATOR_FLAGS, *(["--trace-fst"] if trace else [])]
 
     def build(folder: Path) -> None:
@@ -148,6 +155,8 @@ def _build(
 ) -> None:
     source, generated = folder / f"{TOP}.v", folder / "verilated"
     source.write_text(verilog)
+    if trace:
+        (folder / SIGNALS).write_text(json.dumps(hierarchy(verilog)))
     command = [verilator.executable, "--cc", NATIVE / OBSERVED, source]
     command += ["--top-module", TOP, *flags, "--Mdir", generated]
     done = subprocess.run(

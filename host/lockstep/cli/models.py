@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .failures import DIFFERENT, UsageError, guarded
 from .output import JsonOption, Steps, emit, results, table
+from .waves import check_wave, described, show_wave, write_difference
 
 if TYPE_CHECKING:
     from lockstep.model import Model
@@ -102,11 +104,18 @@ def verify(
         int | None,
         typer.Option(help="Generate so many tokens behind each input, and compare the logits of each.", min=1),
     ] = None,
+    wave: Annotated[
+        Path | None,
+        typer.Option(help="Where an rtl device differs, write the waveform around its first wrong value here (.fst)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the same inputs on several devices and compare all output values bit for bit.
 
     With --generate the first device chooses tokens, which all others take too, each with its own key-value cache.
+
+    With --wave a core that differs runs twice more: beside the fast core, to find the first wrong value that it writes
+    to memory, and then for the 2,000 cycles around it. A .gtkw for GTKWave and a .sucl for Surfer come with them.
 
     Exit status: 0 if all are identical, 1 if one differs.
     """
@@ -116,9 +125,11 @@ def verify(
     for uri in devices:
         check_uri(uri)
     check_texts(text or [])
+    if wave is not None:
+        check_wave(wave, devices)
     with Steps() as steps:
         loaded = open_model(model, steps)
-        from lockstep.verification import random_inputs, verify_generation
+        from lockstep.verification import random_inputs, replay, verify_generation
         from lockstep.verification import verify as compare
 
         if text:
@@ -130,6 +141,9 @@ def verify(
         else:
             prompts = [next(iter(inputs.values())) for inputs in sequences]
             found = verify_generation(loaded.graph, prompts, generate, devices, steps)
+        written, why = None, None
+        if wave is not None:
+            written, why = write_difference(found, replay(loaded.graph, sequences, generate), wave, steps)
     first = found.first_difference
     report: dict[str, Any] = {
         "model": model,
@@ -141,6 +155,8 @@ def verify(
         "differences": found.differences,
         "first_difference": None if first is None else dataclasses.asdict(first),
         "cycles": found.cycles,
+        "wave": None if written is None else described(written),
+        "no_wave": why,
         "fallbacks": fallbacks(loaded),
     }
     if as_json:
@@ -153,6 +169,10 @@ def verify(
             console.print(f"identical: {found.values_compared:,} values compared", highlight=False)
         else:
             console.print(f"different, first in {first}", highlight=False, soft_wrap=True)
+        if written is not None:
+            show_wave(written)
+        if why is not None:
+            console.print(f"no waveform: {why}", highlight=False, markup=False, soft_wrap=True)
         show_fallbacks(loaded)
     if not found.identical:
         raise typer.Exit(DIFFERENT)

@@ -12,7 +12,6 @@ from .models import check_texts, fallbacks, open_model, show_fallbacks
 from .output import JsonOption, Steps, emit, results, table
 
 if TYPE_CHECKING:
-    import numpy as np
     from lockstep_driver import Counters
     from lockstep_isa.config import CoreConfig
     from lockstep_isa.program import Program
@@ -142,24 +141,11 @@ def run_model(
 
 def work_of(model: Model, texts: list[str], tokens: int, generate: int | None) -> Work:
     """What runs a model on any executor, always with the same inputs and the same tokens behind them."""
-    from lockstep.verification import generated_logits, random_inputs
+    from lockstep.verification import random_inputs, replay
 
     if texts:
-        sequences = [{model.input_name: ids} for ids in model.tokenize(texts)]
-    else:
-        sequences = [random_inputs(model.graph, tokens, 0)]
-    chosen: list[list[int]] = [[] for _ in sequences]
-
-    def work(device: OpenExecutor) -> list[np.ndarray]:
-        if generate is None:
-            return device.run(model.graph, sequences)
-        prompts = [next(iter(inputs.values())) for inputs in sequences]
-        return [
-            generated_logits(device, model.graph, prompt, generate, taken)
-            for prompt, taken in zip(prompts, chosen, strict=True)
-        ]
-
-    return work
+        return replay(model.graph, [{model.input_name: ids} for ids in model.tokenize(texts)], generate)
+    return replay(model.graph, [random_inputs(model.graph, tokens, 0)], generate)
 
 
 def _run_program(path: Path, uri: str, given: list[str], timelines: bool, steps: Steps) -> Profile:

@@ -33,6 +33,8 @@ class MemoryModel {
     uint32_t r_resp() const { return r_error_ ? 2 : 0; }
     bool w_ready() const { return w_ready_; }
     bool b_valid() const { return !answers_.empty() && answers_.front().when <= now_; }
+    // Where the next beat will be written; there is one where w_ready().
+    uint64_t write_address() const { return writes_.front().addr + uint64_t(writes_.front().beat) * bus_bytes_; }
     uint32_t b_resp() const { return answers_.front().error ? 2 : 0; }
 
     // Decide what to show in this cycle. `w_waits`: the core shows write data.

@@ -9,7 +9,7 @@ namespace lockstep {
 // Python reads these bytes: see recording.py.
 struct Event {
     uint64_t time;   // cycle of the counter CYCLES
-    uint32_t value;  // SPAN: length in cycles; ASK: beats; TILES: how many
+    uint32_t value;  // SPAN: length in cycles; ASK: beats; TILES: how many; WRITE: address
     uint8_t kind, unit, state, unused;
 };
 static_assert(sizeof(Event) == 16);
@@ -22,6 +22,7 @@ enum EventKind : uint8_t {
     kFirst,   // its first beat
     kLast,    // behind its last beat
     kTiles,   // complete result tiles in the accumulator queue, from now on
+    kWrite,   // a beat is written to byte address `value` (the RTL alone tells this)
 };
 
 // As the counters of units are ordered.

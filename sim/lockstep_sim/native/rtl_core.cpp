@@ -5,6 +5,7 @@
 #endif
 
 #include <memory>
+#include <string>
 
 #include "Vlockstep_core.h"
 #include "memory_model.hpp"
@@ -73,12 +74,19 @@ struct RtlCore {
         }
         model.next_cycle();
 #ifdef LOCKSTEP_TRACE
-        if (trace) trace->dump(2 * cycles);
+        const bool counts = !top->irq;
+        if (counts && wave_cycles && busy_cycles == wave_first) trace_open(wave_path.c_str());
+        // A part of a run has the time of the counter CYCLES.
+        const uint64_t time = 2 * (wave_cycles ? busy_cycles : cycles);
+        const bool shown = trace && (counts || !wave_cycles);
+        if (shown) trace->dump(time);
 #endif
         top->clk = 1;
         top->eval();
 #ifdef LOCKSTEP_TRACE
-        if (trace) trace->dump(2 * cycles + 1);
+        if (shown) trace->dump(time + 1);
+        busy_cycles += counts;
+        if (wave_cycles && busy_cycles == wave_first + wave_cycles) trace_close();
 #endif
         cycles++;
     }
@@ -128,8 +136,18 @@ struct RtlCore {
         bus.receiver = top->memory_read_r_id ? lockstep::kFetch : kLoad;
         bus.ar_beats = top->memory_read_ar_len + 1u, bus.aw_beats = top->memory_write_aw_len + 1u;
         bus.r_last = top->memory_read_r_last, bus.w_last = top->memory_write_w_last;
+        bus.w_address = bus.w ? uint32_t(model.write_address()) : 0;
         recorder.sample(*top->rootp, bus);
     }
+
+#ifdef LOCKSTEP_TRACE
+    void trace_open(const char* path) {
+        trace_close();
+        trace = std::make_unique<VerilatedFstC>();
+        top->trace(trace.get(), 99);
+        trace->open(path);
+    }
+#endif
 
     void trace_close() {
 #ifdef LOCKSTEP_TRACE
@@ -145,6 +163,8 @@ struct RtlCore {
     uint64_t cycles = 0;
 #ifdef LOCKSTEP_TRACE
     std::unique_ptr<VerilatedFstC> trace;
+    std::string wave_path;
+    uint64_t wave_first = 0, wave_cycles = 0, busy_cycles = 0;
 #endif
 };
 
@@ -190,17 +210,16 @@ const lockstep::Event* lockstep_rtl_events(void* core, uint64_t* count) {
     return events.data();
 }
 
-// Begin a waveform; 0, or -1 where this build has none.
-int lockstep_rtl_trace_open(void* core, const char* path) {
+// Begin a waveform: now where `cycles` is 0, else in the cycle `first` of the counter CYCLES, for so many cycles.
+// 0, or -1 where this build has none.
+int lockstep_rtl_trace_open(void* core, const char* path, uint64_t first, uint64_t cycles) {
 #ifdef LOCKSTEP_TRACE
     RtlCore& c = *static_cast<RtlCore*>(core);
-    c.trace_close();
-    c.trace = std::make_unique<VerilatedFstC>();
-    c.top->trace(c.trace.get(), 99);
-    c.trace->open(path);
+    c.wave_path = path, c.wave_first = first, c.wave_cycles = cycles;
+    if (!cycles) c.trace_open(path);
     return 0;
 #else
-    (void)core, (void)path;
+    (void)core, (void)path, (void)first, (void)cycles;
     return -1;
 #endif
 }

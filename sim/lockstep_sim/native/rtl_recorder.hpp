@@ -13,6 +13,7 @@ struct Handshakes {
     uint32_t ar_beats, aw_beats;
     uint8_t receiver;      // whose beat this is
     bool r_last, w_last;
+    uint32_t w_address;
 };
 
 class RtlRecorder {
@@ -42,7 +43,10 @@ class RtlRecorder {
         if (bus.ar) recording.add(now_, kAsk, bus.reader, bus.ar_beats);
         if (bus.aw) recording.add(now_, kAsk, kStore, bus.aw_beats);
         if (bus.r) beat(bus.receiver, bus.r_last);
-        if (bus.w) beat(kStore, bus.w_last);
+        if (bus.w) {
+            beat(kStore, bus.w_last);
+            recording.add(now_, kWrite, kStore, bus.w_address);
+        }
         now_++;
     }
 
