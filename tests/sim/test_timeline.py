@@ -31,8 +31,9 @@ def vector_program() -> Program:
 
 
 def matrix_program() -> Program:
-    """More result tiles than the queue holds, taken by one pass behind them."""
+    """More result tiles than the queue holds, taken by a pass that comes late."""
     builder = ProgramBuilder(CONFIG)
+    builder.emit(VECTOR, source=Source.VECTOR, destination=Destination.NONE, columns=1500)
     for n in range(4):
         builder.emit(MATRIX, depth=40 + n, inner=8)
     builder.emit(VECTOR, source=Source.ACCUMULATOR, destination=Destination.NONE, columns=4 * 32)
@@ -74,16 +75,19 @@ def rtl() -> Iterator[Device]:
         yield device
 
 
-@pytest.mark.parametrize("program", [vector_program, matrix_program])
-def test_without_transfers_every_instruction_takes_the_same_cycles_on_both(fast, rtl, program) -> None:
+# Where units meet, the dispatch of the second one may be a cycle off.
+@pytest.mark.parametrize(("program", "error"), [(vector_program, 0), (matrix_program, 1)])
+def test_without_transfers_every_instruction_takes_the_same_cycles_on_both(fast, rtl, program, error) -> None:
     (predicted, _), (counted, _) = recorded(fast, program()), recorded(rtl, program())
     assert [s.name for s in predicted.slices] == [s.name for s in counted.slices]
     shift = predicted.slices[0].start - counted.slices[0].start
     assert shift in (0, 1), "the doorbell is one cycle, counted or not"
     for a, b in zip(predicted.slices, counted.slices, strict=True):
-        assert (a.end - shift, a.index) == (b.end, b.index)
-    stalled = [[cycles(s.stalls) for s in t.of(Unit.MATRIX)] for t in (predicted, counted)]
-    assert stalled[0] == stalled[1]
+        assert a.index == b.index
+        assert abs(a.end - shift - b.end) <= error
+    stalls = [[cycles(s.stalls) for s in t.of(Unit.MATRIX)] for t in (predicted, counted)]
+    assert all(abs(a - b) <= error for a, b in zip(*stalls, strict=True))
+    assert program is vector_program or sum(stalls[1]) > 500
 
 
 def test_with_transfers_they_differ_by_what_the_prediction_leaves_out(fast, rtl) -> None:
@@ -123,6 +127,20 @@ def test_slices_of_a_unit_follow_each_other_and_tokens_go_forward(core, request)
         assert found.slices[giver].end <= found.slices[taker].start
     assert {found.slices[t.taker].unit for t in found.tokens} == {Unit.MATRIX, Unit.STORE}
     assert sum(b.beats for b in found.bursts) == counters.read_beats + counters.write_beats
+
+
+@pytest.mark.parametrize(("late", "giver"), [(8, Unit.VECTOR), (4096, Unit.LOAD)])
+def test_who_gives_the_last_token_is_the_one_waited_for(fast: Device, late: int, giver: Unit) -> None:
+    builder = ProgramBuilder(CONFIG)
+    passed = {"source": Source.VECTOR, "destination": Destination.ACTIVATION}
+    builder.emit(VECTOR, **passed, columns=1000)
+    builder.emit(LOAD, memory=Memory.WEIGHT, words=late, address=0x10000)
+    builder.emit(MATRIX, depth=8)
+    builder.emit(VECTOR, source=Source.ACCUMULATOR, destination=Destination.NONE, columns=4)
+    found, _ = recorded(fast, builder.finish())
+    (product,) = found.of(Unit.MATRIX)
+    assert sorted(found.slices[t.giver].unit for t in found.tokens) == [Unit.LOAD, Unit.VECTOR]
+    assert product.waited_for == giver
 
 
 @pytest.mark.parametrize("core", ["fast", "rtl"])
