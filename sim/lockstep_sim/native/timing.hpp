@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "instructions.hpp"  // generated
-#include "recording.hpp"
+#include "timing_recorder.hpp"
 
 namespace lockstep {
 
@@ -39,7 +39,7 @@ class TimingModel {
 
     // `recording`, where there is one, is told what happens, in the order of its computation and not of time.
     TimingModel(BusTiming bus, bool operands, Recording* recording = nullptr)
-        : bus_(bus), operands_(operands), recording_(recording) {}
+        : bus_(bus), operands_(operands), record_(recording) {}
 
     // An instruction that only exchanges its tokens.
     template <class Type>
@@ -84,7 +84,7 @@ class TimingModel {
             result_.read_beats += uint64_t(kOperandWords * fetch);
         }
         bus_free_ = now;
-        if (recording_) record_start(fetch);
+        if (record_.on()) record_start(fetch);
         Time arrived = now;
         size_t dispatched = 0, done = 0;
         std::vector<Time> dispatch_times;
@@ -126,7 +126,7 @@ class TimingModel {
         for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
         result_.instructions = items_.size();
         result_.read_beats += (items_.size() + 1) * uint64_t(fetch);
-        if (recording_) record_rest();
+        if (record_.on()) record_rest();
         for (UnitCycles& u : result_.units) u.idle = result_.cycles - u.busy - u.wait_token - u.wait_data;
         return true;
     }
@@ -206,7 +206,7 @@ class TimingModel {
             item.start = item.now = std::max(earliest, ready);
             cycles.wait_token += uint64_t(item.start - earliest);
             // A unit that is at work counts as that, and not as waiting for its next instruction.
-            span(unit, kWaitToken, std::max(earliest, lane.ended), item.start);
+            record_.span(unit, kWaitToken, std::max(earliest, lane.ended), item.start);
             item.accepted = item.start;
         }
         const uint32_t row = item.row, tile = item.tile;
@@ -216,10 +216,7 @@ class TimingModel {
         }
         for (int target = 0; target < 4; target++)
             if (item.signal >> target & 1) lane.given[target].push_back(item.end);
-        if (recording_) {
-            recording_->add(uint64_t(item.accepted), kAccept, unit);
-            recording_->add(uint64_t(item.end), kEnd, unit);
-        }
+        record_.instruction(unit, item.accepted, item.end);
         lane.next++;
         lane.ended = std::max(lane.ended, item.end);
         return true;
@@ -232,7 +229,7 @@ class TimingModel {
             item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
             lane.free = item.start + 1;
             cycles.busy += uint64_t(item.end - begin);
-            span(item.unit, kBusy, begin, item.end);
+            record_.span(item.unit, kBusy, begin, item.end);
             return true;
         }
         switch (isa::Unit(item.unit)) {
@@ -261,7 +258,7 @@ class TimingModel {
         for (; charged_ < fetched_.size() && fetched_[charged_] <= now; charged_++) {
             const Time begin = bus_free_;
             bus_free_ = transfer(bus_free_, beats);
-            if (recording_) burst(kFetch, begin - bus_.latency, begin, bus_free_, beats);
+            record_.burst(kFetch, begin - bus_.latency, begin, bus_free_, beats);
         }
     }
 
@@ -289,16 +286,14 @@ class TimingModel {
             charge_fetches(asked);
             const Time first = std::max(asked + Time(bus_.latency), bus_free_);
             bus_free_ = transfer(first, length);
-            if (recording_) {
-                burst(item.unit, asked, first, bus_free_, length);
-                told = beats(item.unit, told, first, length);
-            }
+            record_.burst(item.unit, asked, first, bus_free_, length);
+            if (record_.on()) told = record_beats(item.unit, told, first, length);
             burst_ends_.push_back(bus_free_);
             asked++;
         });
         item.end = bus_free_ + kLoadLatency;
         lane.free = asked;
-        span(item.unit, kWaitData, told, item.end);
+        record_.span(item.unit, kWaitData, told, item.end);
         const uint64_t useful = uint64_t(item.rows) * item.beats;
         const uint64_t span = item.end > begin ? uint64_t(item.end - begin) : 0;
         cycles.busy += std::min(useful, span);
@@ -308,13 +303,13 @@ class TimingModel {
     void store(Item& item, Lane& lane, UnitCycles& cycles) {
         const uint64_t word_beats = item.words ? item.beats / item.words : 0;
         Time now = item.start + 2;
-        if (recording_) record_store(item, word_beats);
+        if (record_.on()) record_store(item, word_beats);
         for (uint32_t n = 0; n < item.rows * item.words; n++) now = transfer(now + 2, word_beats);
         item.end = now + Time(bus_.latency) + 1;
         cycles.busy += uint64_t(now - item.start);
         cycles.wait_data += uint64_t(item.end - now);
-        span(item.unit, kBusy, item.start, now);
-        span(item.unit, kWaitData, now, item.end);
+        record_.span(item.unit, kBusy, item.start, now);
+        record_.span(item.unit, kWaitData, now, item.end);
         lane.free = item.end + 1;
     }
 
@@ -327,7 +322,7 @@ class TimingModel {
                 if (before >= popped_.size()) return false;
                 if (popped_[before] > item.now) {
                     cycles.wait_data += uint64_t(popped_[before] - item.now);
-                    span(item.unit, kWaitData, item.now, popped_[before]);
+                    record_.span(item.unit, kWaitData, item.now, popped_[before]);
                     item.now = popped_[before];
                 }
             }
@@ -353,7 +348,7 @@ class TimingModel {
                 if (number >= available_.size()) return false;
                 if (available_[number] > item.now) {
                     cycles.wait_data += uint64_t(available_[number] - item.now);
-                    span(item.unit, kWaitData, item.now, available_[number]);
+                    record_.span(item.unit, kWaitData, item.now, available_[number]);
                     item.now = available_[number];
                 }
                 const Time columns = std::min<Time>(isa::kRows, Time(item.columns) - Time(item.tile) * isa::kRows);
@@ -369,40 +364,20 @@ class TimingModel {
     }
 
     void work_on(Item& item, UnitCycles& cycles, Time length) {
-        span(item.unit, kBusy, item.now, item.now + length);
+        record_.span(item.unit, kBusy, item.now, item.now + length);
         item.now += length, cycles.busy += uint64_t(length);
     }
 
     // --- What a recording is told ---
 
-    void span(int unit, UnitState state, Time begin, Time end) {
-        if (!recording_ || begin >= end) return;
-        Span& last = spans_[unit];
-        if (last.state != state || last.end != begin) {
-            tell(unit);
-            last = {begin, end, state};
-        }
-        last.end = end;
-    }
-    void tell(int unit) {
-        const Span& s = spans_[unit];
-        if (s.begin < s.end) recording_->add(uint64_t(s.begin), kSpan, unsigned(unit), uint64_t(s.end - s.begin), s.state);
-    }
-
-    void burst(int source, Time asked, Time first, Time end, uint64_t count) {
-        recording_->add(uint64_t(std::max<Time>(asked, 0)), kAsk, unsigned(source), count);
-        recording_->add(uint64_t(first), kFirst, unsigned(source));
-        recording_->add(uint64_t(end), kLast, unsigned(source));
-    }
-
     // Busy in the cycles of `count` beats from `first` on, waiting for data in the others; nothing before `told`.
-    Time beats(int unit, Time told, Time first, uint64_t count) {
+    Time record_beats(int unit, Time told, Time first, uint64_t count) {
         while (count) {
             const Time begin = transfer(first, 1) - 1;
             const Time rest = bus_.refresh_interval ? bus_.refresh_interval - begin % bus_.refresh_interval : Time(count);
             const Time end = begin + std::min(Time(count), rest);
-            span(unit, kWaitData, told, begin);
-            span(unit, kBusy, std::max(told, begin), end);
+            record_.span(unit, kWaitData, told, begin);
+            record_.span(unit, kBusy, std::max(told, begin), end);
             told = std::max(told, end), count -= uint64_t(end - begin), first = end;
         }
         return told;
@@ -410,8 +385,9 @@ class TimingModel {
 
     void record_start(Time fetch) {
         const Time latency = bus_.latency;
-        burst(kFetch, 1, 1 + latency, 1 + latency + fetch, uint64_t(fetch));
-        if (operands_) burst(kFetch, bus_free_ - latency - kOperandWords * fetch, bus_free_ - kOperandWords * fetch, bus_free_, uint64_t(kOperandWords * fetch));
+        record_.burst(kFetch, 1, 1 + latency, 1 + latency + fetch, uint64_t(fetch));
+        const Time beats = kOperandWords * fetch, begin = bus_free_ - beats;
+        if (operands_) record_.burst(kFetch, begin - latency, begin, bus_free_, uint64_t(beats));
     }
 
     void record_store(const Item& item, uint64_t word_beats) {
@@ -423,39 +399,24 @@ class TimingModel {
                 now = transfer(now + 2, word_beats), done += word_beats;
                 if (first < 0) first = now - Time(word_beats);
             }
-            burst(item.unit, asked, first, now, length);
+            record_.burst(item.unit, asked, first, now, length);
             done -= wanted, asked = now, first = -1;
         });
     }
 
-    // Instruction words that met no load, spans that are still open, and result tiles in the order of time.
+    // Instruction words that met no load, and what is still open.
     void record_rest() {
         const Time fetch = isa::kInstructionBytes / isa::kBusBytes;
         for (; charged_ < fetched_.size(); charged_++) {
             const Time end = std::max<Time>(fetched_[charged_] - 2, 0);
-            burst(kFetch, end - fetch - bus_.latency, end - fetch, end, uint64_t(fetch));
+            record_.burst(kFetch, end - fetch - bus_.latency, end - fetch, end, uint64_t(fetch));
         }
-        for (int unit = 0; unit < 4; unit++) tell(unit);
-        uint32_t tiles = 0;
-        for (size_t in = 0, out = 0; in < available_.size();) {
-            const bool leaves = out < popped_.size() && out < in && popped_[out] <= available_[in];
-            tiles += leaves ? -1 : 1;
-            recording_->add(uint64_t(leaves ? popped_[out++] : available_[in++]), kTiles, unsigned(isa::Unit::kMatrix), tiles);
-            if (in == available_.size())
-                for (; out < popped_.size(); out++)
-                    recording_->add(uint64_t(popped_[out]), kTiles, unsigned(isa::Unit::kMatrix), --tiles);
-        }
+        record_.finish(int(isa::Unit::kMatrix), available_, popped_);
     }
-
-    struct Span {
-        Time begin = 0, end = 0;
-        UnitState state = kIdle;
-    };
 
     BusTiming bus_;
     bool operands_;
-    Recording* recording_;
-    Span spans_[4];
+    TimingRecorder record_;
     std::vector<Item> items_;
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
