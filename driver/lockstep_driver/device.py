@@ -325,6 +325,8 @@ class Device:
             raise DriverError("a program of which only the code is known has no timeline")
         values = operand_values(loaded.operands, operands)
         events = self._core.events()
+        if not len(events):
+            raise DriverError(f"'{self.uri}' records nothing, so its programs have no timelines")
         self.on_timeline(timeline(self.config, loaded.program, values, events, cycles, loaded.sections))
 
     def reset(self) -> None:

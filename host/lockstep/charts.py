@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 from lockstep_isa.config import CoreConfig
@@ -13,6 +14,9 @@ from lockstep_sim.perfetto import beats_per_window, sections
 from lockstep_sim.timeline import Interval, Timeline
 
 from .layers import Layer
+
+if TYPE_CHECKING:
+    from .explore import Outcome
 
 WIDTH, LEFT = 960, 70
 #: Columns of a timeline's summary.
@@ -92,8 +96,43 @@ def roofline_chart(config: CoreConfig, found: Sequence[Layer], whole: Layer) -> 
     return _svg(height, parts, "Roofline")
 
 
-def _powers(low: float, high: float) -> list[float]:
-    return [4.0**n for n in range(math.ceil(math.log(low, 4)), math.floor(math.log(high, 4)) + 1)]
+def pareto_chart(found: Sequence[Outcome], best: Sequence[Outcome]) -> str:
+    """Cycles over logic of many cores, those of the Pareto front joined: an SVG file of its own."""
+    ran = [(o, o.cycles) for o in found if o.cycles is not None]
+    height = 420
+    low_x, high_x = (f(o.logic for o, _ in ran) for f in (min, max)) if ran else (1, 2)
+    low_y, high_y = (f(cycles for _, cycles in ran) for f in (min, max)) if ran else (1, 2)
+
+    def at(logic: float, cycles: float) -> tuple[float, float]:
+        along = math.log(logic / low_x * 1.2) / math.log(high_x / low_x * 1.44)
+        up = math.log(cycles / low_y * 1.2) / math.log(high_y / low_y * 1.44)
+        return LEFT + along * (WIDTH - LEFT - 20), height - 40 - up * (height - 70)
+
+    front = " ".join("{:.1f},{:.1f}".format(*at(o.logic, o.cycles or 1)) for o in best)
+    parts = [
+        "<style>text { font: 11px sans-serif; fill: #59636e } circle { fill: #0969da; fill-opacity: 0.35 } "
+        ".best { fill: #cf222e; fill-opacity: 1 } polyline { fill: none; stroke: #cf222e } "
+        "@media (prefers-color-scheme: dark) { text { fill: #9198a1 } }</style>",
+        f'<polyline points="{front}"/>',
+    ]
+    for outcome, cycles in ran:
+        x, y = at(outcome.logic, cycles)
+        text = f"{outcome.point}: {cycles:,} cycles, {outcome.logic:,} sites of logic"
+        kind = ' class="best"' if outcome in best else ""
+        parts.append(f'<circle{kind} cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(text)}</title></circle>')
+        if outcome in best:
+            parts.append(f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{escape(str(outcome.point))}</text>')
+    for value in _powers(low_x / 1.2, high_x * 1.2, 2):
+        parts.append(f'<text x="{at(value, low_y)[0]:.1f}" y="{height - 24}" text-anchor="middle">{value:,.0f}</text>')
+    for value in _powers(low_y / 1.2, high_y * 1.2, 2):
+        parts.append(f'<text x="{LEFT - 6}" y="{at(low_x, value)[1] + 4:.1f}" text-anchor="end">{value:,.0f}</text>')
+    parts.append(f'<text x="{WIDTH - 20}" y="{height - 8}" text-anchor="end">sites of logic, estimated</text>')
+    parts.append(f'<text x="{LEFT}" y="14">cycles, predicted</text>')
+    return _svg(height, parts, "Cycles over logic").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def _powers(low: float, high: float, base: int = 4) -> list[float]:
+    return [float(base) ** n for n in range(math.ceil(math.log(low, base)), math.floor(math.log(high, base)) + 1)]
 
 
 def _covered(intervals: Iterable[Interval], offset: int, edges: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cache, demo, devices, doctor, explain, generate, inspect, models, programs, report, run, synth
+from . import cache, demo, devices, doctor, explain, explore, generate, inspect, models, programs, report, run, synth
 from .output import settings
 
 app = typer.Typer(
@@ -37,5 +37,5 @@ def _options(
     settings.debug = debug
 
 
-for group in (demo, generate, models, run, explain, report, inspect, devices, doctor, programs, synth, cache):
+for group in (demo, generate, models, run, explain, report, explore, inspect, devices, doctor, programs, synth, cache):
     group.register(app)
