@@ -115,13 +115,17 @@ def pareto_chart(found: Sequence[Outcome], best: Sequence[Outcome]) -> str:
         "@media (prefers-color-scheme: dark) { text { fill: #9198a1 } }</style>",
         f'<polyline points="{front}"/>',
     ]
+    named: list[tuple[float, float]] = []
     for outcome, cycles in ran:
         x, y = at(outcome.logic, cycles)
         text = f"{outcome.point}: {cycles:,} cycles, {outcome.logic:,} sites of logic"
         kind = ' class="best"' if outcome in best else ""
         parts.append(f'<circle{kind} cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(text)}</title></circle>')
-        if outcome in best:
-            parts.append(f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{escape(str(outcome.point))}</text>')
+        # A name that would lie on another one is left to the pointer.
+        if outcome in best and all(abs(y - other) > 12 or abs(x - along) > 160 for along, other in named):
+            named.append((x, y))
+            place = f'x="{x - 8:.1f}" text-anchor="end"' if x > WIDTH - 180 else f'x="{x + 8:.1f}"'
+            parts.append(f'<text {place} y="{y - 6:.1f}">{escape(str(outcome.point))}</text>')
     for value in _powers(low_x / 1.2, high_x * 1.2, 2):
         parts.append(f'<text x="{at(value, low_y)[0]:.1f}" y="{height - 24}" text-anchor="middle">{value:,.0f}</text>')
     for value in _powers(low_y / 1.2, high_y * 1.2, 2):
