@@ -1,0 +1,20 @@
+"""The cases of ``lockstep bench``. Adding one is one entry; its sizes become the options of its command."""
+
+from __future__ import annotations
+
+from . import sizes
+from .case import Bar, Case, Published
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case(
+            "gemm",
+            "Products of int8 matrices from 16 to 512, dequantised to float32.",
+            sizes.GemmSizes,
+            "gemm",
+            Bar("median 95 % of the limit, worst 80 %", 0.95, worst=0.80),
+            (Published("81.9 to 99.3 % of its peak", "OpenGeMM (Yi et al., 2025), GEMMs of its evaluation"),),
+        ),
+    )
+}
