@@ -19,8 +19,6 @@ EXACT_DEPTH = 1024
 OPENING = 3
 #: Words of depth in the pieces of the first block: less, and the vector unit adds pieces slower than they come.
 PIECE = 32
-#: Cycles that STORE needs for an instruction beside its words: it waits for the answer to its last burst.
-STORE_TURN = 44
 
 
 @dataclass(frozen=True)
@@ -42,77 +40,67 @@ class Box:
     columns: Span
     depth: Span
 
-    @property
-    def tiles(self) -> int:
-        return len(self.rows) * len(self.columns)
-
 
 def boxes(config: CoreConfig, m: int, n: int, k: int) -> Iterator[Box]:
     """The boxes of a product of ``m`` row panels, ``n`` column panels and depth ``k``, in order.
 
-    Boxes of the same tiles follow each other in depth, and each tile's boxes cover ``k`` once.
+    Boxes of the same tiles come in the order of their depths, and each tile's boxes cover ``k`` once.
     """
-    high, wide = min(OPENING, m), min(OPENING, n)
-    yield from _deep(Box(Span(0, high), Span(0, wide), Span(0, k)), _opening_pieces(config, k))
-    least = _least_tiles(config, k)
-    steps: list[Box] = []
+    stored = config.columns * (config.beats_per_vector_word + 2)
+    # Where results leave more slowly than they are made, the first one should come soon.
+    side = OPENING if k > stored else 1
+    high, wide = min(side, m), min(side, n)
+    yield from _opening(config, high, wide, k)
+    growth: list[Box] = []
     while high < m or wide < n:
-        if wide == n or (high < m and high <= wide):
-            group = min(m - high, max(1, least // wide))
-            steps.append(Box(Span(high, high + group), Span(0, wide), Span(0, k)))
-            high += group
+        if wide == n or high <= wide and high < m:
+            growth.append(Box(Span(high, high + 1), Span(0, wide), Span(0, k)))
+            high += 1
         else:
-            group = min(n - wide, max(1, least // high))
-            steps.append(Box(Span(0, high), Span(wide, wide + group), Span(0, k)))
-            wide += group
-    if not steps:
-        return
-    yield from steps[:-1]
-    yield from _ending(config, steps[-1], starved=(m + n) * k > 0.9 * m * n * max(k, config.rows))
+            growth.append(Box(Span(0, high), Span(wide, wide + 1), Span(0, k)))
+            wide += 1
+    yield from growth[:-1]
+    if growth:
+        yield from _ending(growth[-1], starved=(m + n) > 0.9 * m * n, fine=k > stored)
 
 
-def _least_tiles(config: CoreConfig, k: int) -> int:
-    """Fewest tiles in a box such that STORE does not lose more than a few per cent to its turns."""
-    per_tile = config.columns * (config.beats_per_vector_word + 2)
-    room = max(k, config.rows) - per_tile
-    if room >= STORE_TURN:
-        return 1
-    return 8 if room <= 0 else -(-STORE_TURN // room)
-
-
-def _opening_pieces(config: CoreConfig, k: int) -> list[int]:
+def _opening(config: CoreConfig, high: int, wide: int, k: int) -> Iterator[Box]:
+    """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
     least = max(PIECE, config.rows)
-    if k > EXACT_DEPTH or k < 2 * least:
-        return [k]
-    count = k // least
-    return _even(k, count)
+    ends = _cuts(k, k // least) if k <= EXACT_DEPTH and k >= 2 * least else [k]
+    begin = 0
+    for end in ends[:-1]:
+        yield Box(Span(0, high), Span(0, wide), Span(begin, end))
+        begin = end
+    for row in range(high):
+        yield Box(Span(row, row + 1), Span(0, wide), Span(begin, k))
 
 
-def _even(total: int, count: int) -> list[int]:
-    return [total * (n + 1) // count - total * n // count for n in range(count)]
+def _cuts(total: int, count: int) -> list[int]:
+    """The ends of ``count`` pieces of about the same size."""
+    return [total * (n + 1) // count for n in range(count)]
 
 
-def _deep(box: Box, pieces: list[int]) -> Iterator[Box]:
-    first = box.depth.start
-    for piece in pieces:
-        yield Box(box.rows, box.columns, Span(first, first + piece))
-        first += piece
+def _ending(box: Box, starved: bool, fine: bool) -> Iterator[Box]:
+    """The last box, in smaller and smaller parts: behind the last product come its drain and its store.
 
-
-def _ending(config: CoreConfig, box: Box, starved: bool) -> Iterator[Box]:
-    """The last box, smaller and smaller: what comes behind the last product is the drain and the store of one part."""
-    k = len(box.depth)
-    if starved and box.tiles <= 4:
-        pieces = max(1, min(4, k // 96)) if k <= EXACT_DEPTH else 1
-        yield from _deep(box, _even(k, pieces))
+    starved : the bus brings operands more slowly than the array takes them; the last ones are then taken piece by
+    piece. fine : a tile takes the array longer than STORE.
+    """
+    k = box.depth.end
+    if starved and k <= EXACT_DEPTH:
+        begin = 0
+        for end in _cuts(k, max(1, min(4, k // 96))):
+            yield Box(box.rows, box.columns, Span(begin, end))
+            begin = end
         return
-    if max(k, config.rows) < config.columns * (config.beats_per_vector_word + 2):
+    if not fine:
         yield box
         return
-    along_rows = len(box.rows) > len(box.columns)
-    span = box.rows if along_rows else box.columns
+    down = len(box.rows) > 1
+    span = box.rows if down else box.columns
     start = span.start
     while start < span.end:
         part = Span(start, start + max(1, (span.end - start) // 2))
-        yield Box(part, box.columns, box.depth) if along_rows else Box(box.rows, part, box.depth)
+        yield Box(part, box.columns, box.depth) if down else Box(box.rows, part, box.depth)
         start = part.end
