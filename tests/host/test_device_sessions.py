@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from architectures import CASES, LAST, captured, example_inputs
+from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.errors import SequenceLengthError
 from lockstep.evaluate import run_reference
@@ -17,7 +18,6 @@ from lockstep.quantise import quantise
 from lockstep.session import Session
 from lockstep_driver import Device, OutOfDeviceMemory, open_device
 from lockstep_hls import kernels
-from random_llama import LlamaShape, llama_graph, random_weights
 from support import assert_same_bits
 
 TOKENS = 70

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ class Case:
 
     Attributes
     ----------
-    help : one line. sizes : a frozen dataclass; its fields are the options of the command, with defaults, and their
-    help in ``metadata["help"]``. module : of this package; its ``run(sizes, bench)`` gives the measurements one by one.
+    help : one line. sizes : a frozen dataclass of :mod:`.sizes`; its fields are the options of the command.
+    module : of this package; its ``run(sizes, bench)`` gives the measurements one by one.
     """
 
     name: str
@@ -62,8 +62,3 @@ class Case:
     def run(self) -> Callable[[Any, Bench], Iterator[Measurement]]:
         """The measurements for sizes; the module is imported now."""
         return import_module(f"{__package__}.{self.module}").run
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of a case's sizes."""
-    return field(default=default, metadata={"help": help})

@@ -53,7 +53,7 @@ def boxes(config: CoreConfig, m: int, n: int, k: int) -> Iterator[Box]:
     yield from _opening(config, high, wide, k)
     growth: list[Box] = []
     while high < m or wide < n:
-        if wide == n or high <= wide and high < m:
+        if wide == n or (high <= wide and high < m):
             growth.append(Box(Span(high, high + 1), Span(0, wide), Span(0, k)))
             high += 1
         else:

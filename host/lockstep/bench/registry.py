@@ -16,5 +16,24 @@ CASES: dict[str, Case] = {
             Bar("median 95 % of the limit, worst 80 %", 0.95, worst=0.80),
             (Published("81.9 to 99.3 % of its peak", "OpenGeMM (Yi et al., 2025), GEMMs of its evaluation"),),
         ),
+        Case(
+            "minilm",
+            "MiniLM on one text, beside an array that is always busy.",
+            sizes.MiniLmSizes,
+            "minilm",
+            Bar("95 % of the array's slots", 0.95),
+        ),
+        Case(
+            "decode",
+            "One token of a language model with random weights, behind a cache.",
+            sizes.DecodeSizes,
+            "decode",
+            Bar("at most 1.05 times the limit", 1 / 1.05),
+            (
+                Published("1.02 times its limit", "Hummingbird"),
+                Published("1.13 times its limit", "llama-fpga"),
+                Published("up to 12 times its limit", "Allo"),
+            ),
+        ),
     )
 }

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from lockstep.bench.case import Case
     from lockstep.bench.measure import Measurement
 
-#: More measurements than this are summed up: the median, and the worst.
-MOST_ROWS = 12
-#: How many of the worst ones are shown then.
-WORST = 8
-
 DeviceOption = Annotated[
     str | None, typer.Option(help="A core: counted on rtl:CORE, predicted on fast:CORE.  [default: rtl:laptop]")
 ]
@@ -70,9 +65,10 @@ def _command(sizes: type | None, cases: list[Case]) -> Callable[..., None]:
     """A command whose options are the fields of ``sizes``, and those that all cases have."""
     options: dict[str, tuple[Any, Any]] = {}
     if sizes is not None:
-        hints = typing.get_type_hints(sizes)
+        hints = typing.get_type_hints(sizes, include_extras=True)
         for field in dataclasses.fields(sizes):
-            options[field.name] = (Annotated[hints[field.name], typer.Option(**field.metadata)], field.default)
+            kind, help = typing.get_args(hints[field.name])
+            options[field.name] = (Annotated[kind, typer.Option(help=help)], field.default)
     options |= _COMMON
 
     def command(**given: Any) -> None:
@@ -151,13 +147,17 @@ def _measurements(case: Case, sizes: Any, uri: str, steps: Steps) -> Iterator[Me
 
 
 def _show(case: Case, measured: list[Measurement]) -> None:
-    console = results()
-    one = measured[0]
+    """A table with the limits below it, what they sum up to, the bar, and what others have published."""
+    from lockstep.bench.summary import shown, sizes, summary, varying
+
+    console, one = results(), measured[0]
+    names, rows = varying(measured), shown(measured)
     kind = "counted" if one.counted else "predicted by the fast core"
-    worst = sorted(measured, key=lambda m: m.share)[:WORST] if len(measured) > MOST_ROWS else measured
-    which = f", the {len(worst)} farthest from their limits of {len(measured)}" if worst is not measured else ""
-    names = list(one.parameters)
-    rows = [
+    which = "" if len(rows) == len(measured) else f", the {len(rows)} that are farthest from their limits"
+    title = " ".join(filter(None, (case.name, sizes(one, names, rest=True), "on", one.device)))
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"cycles {kind}{which}", highlight=False, soft_wrap=True)
+    lines = [
         [
             *(str(m.parameters[name]) for name in names),
             f"{m.cycles:,}",
@@ -168,34 +168,12 @@ def _show(case: Case, measured: list[Measurement]) -> None:
             *([f"{m.predicted_cycles:,}"] if m.counted else []),
             "same" if m.identical else f"[bold red]{m.differences:,} differ[/]",
         ]
-        for m in worst
+        for m in rows
     ]
     columns = [*names, "cycles", "limit", "ratio", "of limit", "bytes", *(["predicted"] if one.counted else []), "bits"]
-    title = f"{case.name} on {one.device}, cycles {kind}{which}"
-    console.print(table(columns, rows, title, numbers=0))
-    console.print(f"limit = {one.limit.formula}", markup=False, highlight=False, soft_wrap=True)
-    for m in worst:
-        console.print(f"  {_sizes(m.parameters)}: {m.limit.numbers}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"bits compared with {one.reference}; {_rate(measured)}", highlight=False)
-    shares = [m.share for m in measured]
-    if len(measured) > 1:
-        from statistics import median
-
-        text = f"{len(measured)} measurements: median {median(shares):.1%} of the limit, worst {min(shares):.1%}"
-        console.print(text, highlight=False)
-    verdict = "reached" if case.bar.met(shares) else "not reached"
-    console.print(f"bar: {case.bar.text}: {verdict}", markup=False, highlight=False)
-    for published in case.published:
-        text = f"published, not measured here: {published.figure}, {published.source}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print()
-
-
-def _rate(measured: list[Measurement]) -> str:
-    from statistics import median
-
-    return f"{median(m.cycles_per_second for m in measured):,.0f} cycles simulated a second"
-
-
-def _sizes(parameters: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in parameters.items())
+    console.print(table(columns, lines, numbers=0))
+    text = [f"limit = {one.limit.formula}"]
+    text += [f"  {' '.join(filter(None, (sizes(m, names), m.limit.numbers)))}" for m in rows]
+    text += [*summary(case, measured), ""]
+    for line in text:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
