@@ -26,16 +26,19 @@ class Bar:
 
     Attributes
     ----------
-    text : in words. share : least share of the limit, of each measurement or, with ``median``, of their median.
-    worst : least share of the worst one.
+    text : in words. share : least share of the limit, of each measurement or, with ``worst``, of their median.
+    worst : least share of the worst one. sample : fewer measurements than this say nothing about the bar.
     """
 
     text: str
     share: float
     worst: float | None = None
+    sample: int = 1
 
-    def met(self, shares: Sequence[float]) -> bool:
-        """Whether these shares of the limit reach the bar."""
+    def met(self, shares: Sequence[float]) -> bool | None:
+        """Whether these shares of the limit reach the bar; none where they are too few to say."""
+        if len(shares) < self.sample:
+            return None
         if self.worst is None:
             return min(shares) >= self.share
         return median(shares) >= self.share and min(shares) >= self.worst

@@ -63,15 +63,14 @@ def graph_slots(config: CoreConfig, graph: Graph, lengths: Sequence[int]) -> int
 
     Row tiles are those of each sequence by itself. Attention takes all keys of its sequence, without a mask.
     """
-    rows, total = config.rows, 0
+    total = 0
     for tokens in lengths:
-        padded = ceil_div(tokens, rows) * rows
         for linear in graph.of(Linear):
             outputs, depth = graph.tensors[linear.weight].shape
             total += mac_slots(config, tokens, outputs, depth)
         for attention in graph.of(Attention):
             scores = mac_slots(config, tokens, tokens, attention.head_dim)
-            mixed = mac_slots(config, tokens, attention.head_dim, padded)
+            mixed = mac_slots(config, tokens, attention.head_dim, tokens)
             total += attention.heads * (scores + mixed)
     return total
 

@@ -125,12 +125,14 @@ def _run(
     else:
         for case, measured in found:
             _show(case, measured)
-    if plot is not None:
+    if plot is not None and everything:
+        from lockstep_driver import parse
+
         from lockstep.bench.plots import write_plots
 
-        for path in write_plots(plot, everything, uri):
+        for path in write_plots(plot, everything, parse(uri).config):
             messages().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-    if write is not None:
+    if write is not None and not failed:
         from lockstep.bench.report import page
 
         write.write_text(page(found, uri), encoding="utf-8")
