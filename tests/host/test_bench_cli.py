@@ -149,6 +149,7 @@ def test_pictures_and_the_page_are_written(cli: Command, tmp_path: Path) -> None
     for part in ("device `fast:laptop`", "**projected**", "**arithmetic**", "## gemm", "14 runs: **median", "OpenGeMM"):
         assert part in text
     assert "| LOAD |" in text
+    assert "](plots/roofline.svg)" in text
 
 
 def test_plots_without_matplotlib_name_the_extra(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = ("png", "svg")
+#: File name -> what the picture shows.
+PICTURES = {
+    "roofline": "Multiply-accumulates a cycle over those a byte, below the roof of array and bus",
+    "units": "Shares of the cycles of LOAD, MATRIX, VECTOR and STORE: busy, waiting for data or tokens, idle",
+}
 #: Colours that people with any kind of colour vision tell apart (Okabe and Ito), and what they stand for.
 STATES = {"busy": "#009E73", "wait_data": "#E69F00", "wait_token": "#56B4E9", "idle": "#DDDDDD"}
 CASES = ("#0072B2", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#F0E442", "#000000")

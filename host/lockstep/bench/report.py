@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -34,8 +34,12 @@ Every value that a case computes is compared bit for bit, in the same run, with 
 """
 
 
-def page(found: Sequence[tuple[Case, Sequence[Measurement]]], uri: str) -> str:
-    """The page for the measurements of some cases on one device."""
+def page(
+    found: Sequence[tuple[Case, Sequence[Measurement]]], uri: str, pictures: Mapping[str, str] | None = None
+) -> str:
+    """The page for the measurements of some cases on one device; ``pictures`` by what they show, as the page links
+    to them.
+    """
     from lockstep import __version__
 
     counted = parse(uri).scheme == "rtl"
@@ -49,6 +53,7 @@ def page(found: Sequence[tuple[Case, Sequence[Measurement]]], uri: str) -> str:
             how="counted by the core's own counters" if counted else "the timing model of the fast core",
         )
     ]
+    parts += [f"![{text}]({link})\n" for text, link in (pictures or {}).items()]
     parts += [_section(case, measured) for case, measured in found]
     return "\n".join(parts)
 

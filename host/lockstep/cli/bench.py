@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -126,19 +127,33 @@ def _run(
         for case, measured in found:
             _show(case, measured)
     if plot is not None and everything:
-        from lockstep_driver import parse
-
-        from lockstep.bench.plots import write_plots
-
-        for path in write_plots(plot, everything, parse(uri).config):
-            messages().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        _plot(plot, everything, uri)
     if write is not None and not failed:
-        from lockstep.bench.report import page
-
-        write.write_text(page(found, uri), encoding="utf-8")
-        messages().print(f"wrote {write}", markup=False, highlight=False, soft_wrap=True)
+        _write(write, found, uri, plot)
     if failed or not all(one.identical for one in everything):
         raise typer.Exit(DIFFERENT)
+
+
+def _plot(folder: Path, measured: Sequence[Measurement], uri: str) -> None:
+    from lockstep_driver import parse
+
+    from lockstep.bench.plots import write_plots
+
+    for path in write_plots(folder, measured, parse(uri).config):
+        messages().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(file: Path, found: Sequence[tuple[Case, Sequence[Measurement]]], uri: str, plots: Path | None) -> None:
+    from lockstep.bench.report import page
+
+    pictures = {}
+    if plots is not None:
+        from lockstep.bench.plots import PICTURES
+
+        folder = Path(os.path.relpath(plots, file.parent)).as_posix()
+        pictures = {text: f"{folder}/{name}.svg" for name, text in PICTURES.items()}
+    file.write_text(page(found, uri, pictures), encoding="utf-8")
+    messages().print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _measurements(case: Case, sizes: Any, uri: str, steps: Steps) -> Iterator[Measurement]:
