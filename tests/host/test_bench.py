@@ -117,14 +117,17 @@ def test_products_at_the_ends_of_the_range(shape: tuple[int, int, int]) -> None:
         check_product(device, *shape)
 
 
-def test_partial_sums_of_the_largest_products_stay_exact() -> None:
+@pytest.mark.parametrize(("depth", "least"), [(1024, -128), (1024, 100), (4096, 100)])
+def test_sums_of_large_values_are_rounded_once(depth: int, least: int) -> None:
+    rng = np.random.default_rng(0)
+    operands = random_operands(48, 48, depth, rng)
+    operands.a[:] = rng.integers(least, least + 28, operands.a.shape)
+    operands.b[:] = rng.integers(least, least + 28, operands.b.shape)
+    operands.a[0], operands.b[0] = -128, -128
     with open_device("fast:laptop") as device:
-        operands = random_operands(48, 48, 1024, np.random.default_rng(0))
-        operands.a[:], operands.b[:] = -128, -128
-        operands.b[0, ::7] = 127
         ran = run_gemm(device, operands)
-        expected = operations.linear(operands.a, operands.row_scales, operands.b, operands.column_scales)
-        assert_same_bits(expected, ran.values[0])
+    expected = operations.linear(operands.a, operands.row_scales, operands.b, operands.column_scales)
+    assert_same_bits(expected, ran.values[0])
 
 
 @settings(max_examples=6, deadline=None)
@@ -155,6 +158,20 @@ def test_measurements_count_values_that_differ() -> None:
     assert found.differences == 1
     assert not found.identical
     assert not found.counted
+
+
+def test_measurements_compare_integers_too() -> None:
+    operands = random_operands(4, 4, 4, np.random.default_rng(0))
+    with Bench("fast:tiny") as bench:
+        limit = limits.gemm_limit(bench.config, 4, 4, 4)
+
+        def work(device: Device) -> Ran:
+            return Ran([np.array([1, -2, 3], np.int8)], run_gemm(device, operands).counters)
+
+        found = bench.measure("gemm", {}, limit, work, [np.array([1, 2, 3], np.int8)])
+        assert (found.values, found.differences) == (3, 1)
+        with pytest.raises(ValueError, match="int8"):
+            bench.measure("gemm", {}, limit, work, [np.array([1, -2, 3], np.int32)])
 
 
 def test_a_device_with_more_memory_is_opened_where_it_must_be() -> None:

@@ -216,6 +216,12 @@ class Bench:
 
 
 def _differences(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> int:
+    """Values of float32 or integers that are not the same bits."""
     from lockstep.verification import differing
 
-    return sum(int(differing(e, f).sum()) for e, f in zip(expected, found, strict=True))
+    total = 0
+    for wanted, got in zip(expected, found, strict=True):
+        if wanted.dtype != got.dtype or wanted.shape != got.shape:
+            raise ValueError(f"{got.dtype}{list(got.shape)} cannot be {wanted.dtype}{list(wanted.shape)}")
+        total += int((differing(wanted, got) if wanted.dtype == np.float32 else wanted != got).sum())
+    return total

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from lockstep.bench.measure import Measurement
 
 DeviceOption = Annotated[
-    str | None, typer.Option(help="A core: counted on rtl:CORE, predicted on fast:CORE.  [default: rtl:laptop]")
+    str | None,
+    typer.Option(help="A core: cycles are counted on rtl:CORE, predicted on fast:CORE; rtl:laptop if none is given."),
 ]
 CoreOption = Annotated[str | None, typer.Option(help="Short for --device rtl:CORE.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a list of JSON objects and nothing else.")]
