@@ -25,6 +25,7 @@ TOKENS = 70
 SHAPES = {
     "grouped": LlamaShape(61, 32, 48, 2, 4, 2, 300, tile=16),
     "windowed": LlamaShape(61, 48, 40, 2, 3, 1, 300, tile=16, window=21, head_norm=True),
+    "one head": LlamaShape(61, 16, 48, 1, 1, 1, 300, tile=16),
     "one tile": LlamaShape(61, 32, 48, 1, 2, 2, 300),
 }
 IDS = np.random.default_rng(3).integers(0, 61, TOKENS)
