@@ -235,7 +235,7 @@ class CausalAttentionLowering:
         return self.low.weights.largest >= keys + values
 
     def _turns(self) -> Iterator[_Turn]:
-        """Tile of keys by tile of keys, head by head: with several heads, consecutive turns are those of different ones."""
+        """Tile by tile, head by head: with several heads, consecutive turns are those of different ones."""
         for section in self.window.sections:
             for kv_head in range(self.node.kv_heads):
                 shared = self._preloaded[:1]
