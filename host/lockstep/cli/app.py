@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cache, demo, devices, doctor, generate, inspect, models, programs, synth
+from . import bench, cache, demo, devices, doctor, generate, inspect, models, programs, synth
 from .output import settings
 
 app = typer.Typer(
@@ -37,5 +37,5 @@ def _options(
     settings.debug = debug
 
 
-for group in (demo, generate, models, inspect, devices, doctor, programs, synth, cache):
+for group in (demo, generate, models, inspect, devices, doctor, programs, bench, synth, cache):
     group.register(app)

@@ -88,6 +88,7 @@ class StageCompiler:
         """The program; raises :class:`CapacityError` where the batch does not fit the core."""
         for node in self.order():
             self.emit(node)
+        self.low.catch_up()
         return self.low.builder.finish()
 
     def order(self) -> Iterable[Node]:
