@@ -1,0 +1,1 @@
+"""Benchmark cases: programs with a known limit, checked bit for bit."""

@@ -1,0 +1,315 @@
+"""The schedules of the two blocks: which product runs while which passes do.
+
+The array is never given work whose operands VECTOR has yet to make, as long as there is other work:
+
+    mha   the scores of some heads, then half of the next heads' projections while VECTOR makes probabilities of them,
+          then the products with values, then the other half
+    ffn   the first products of the last layer, over the part that is quantised by then, while VECTOR quantises the rest
+
+Behind the last product nothing can overlap. What is left there is as little as the contract allows: the strided partial
+sums of all columns but the last 64 are there already, and every scale comes with the maximum it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from lockstep_isa.attention import score_factor
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import (
+    TABLE_ENTRIES,
+    Destination,
+    FirstAdd,
+    FirstMultiply,
+    Function,
+    Maximum,
+    Memory,
+    SecondAdd,
+    SecondMultiply,
+    Source,
+    Tap,
+    ThirdMultiply,
+)
+from lockstep_isa.numerics import F32, PARTIAL_SUMS
+from lockstep_isa.program import Program
+from lockstep_isa.tables import FUNCTIONS
+
+from lockstep.compiler.layout import column_words, panel_count
+from lockstep.compiler.lowering import float_bits
+
+from .resblock_emitter import CHUNK_COLUMNS, Chunk, Emitter, Image, Operand, early_pieces, pack
+from .resblock_reference import EPSILON, Parameters, Sizes
+
+#: Table slots.
+TABLES = {"exp2": 0, "recip": 1, "rsqrt": 2}
+INT8_SHARE, UINT8_SHARE = np.float32(1 / 127), np.float32(1 / 255)
+assert CHUNK_COLUMNS == PARTIAL_SUMS
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a block's operands and results lie on chip.
+
+    x : its int8 input. residual : VECTOR words of the same in float32, in the end of the result. result, result_scales :
+    ACTIVATION and PARAMETER words of the int8 result and its scales. Panels of ``d_model`` words for each row tile.
+    """
+
+    x: Operand
+    residual: int
+    result: int
+    result_scales: int
+
+
+def table_words(name: str) -> F32:
+    """A function table as LOAD wants it, float32[entries, 4]."""
+    function = FUNCTIONS[name]
+    entries = np.zeros((TABLE_ENTRIES, 4), np.float32)
+    for column, values in enumerate((function.c0, function.c1, function.c2)):
+        entries[: function.entries, column] = values
+    return entries
+
+
+class BlockBuilder:
+    """What both blocks have in common: constants, the last layer, residual, layer norm and quantisation."""
+
+    def __init__(self, config: CoreConfig, sizes: Sizes, parameters: Parameters, image: Image) -> None:
+        self.config, self.sizes, self.image = config, sizes, image
+        self.tiles = panel_count(sizes.seq, config.rows)
+        self.e = e = Emitter(config, self.tiles)
+        n, tiles = sizes.d_model, self.tiles
+        self.places = Places(
+            Operand(e.activations.take(tiles * n), n, e.parameters.take(tiles)),
+            e.vectors.take(tiles * n),
+            e.activations.take(tiles * n),
+            e.parameters.take(tiles),
+        )
+        self._gamma, self._beta = parameters.gamma, parameters.beta
+        self._last = parameters.last
+        self._sums = e.parameters.take(tiles * PARTIAL_SUMS)
+        self._parts: list[Operand] = []
+        self.share = self.factors = 0
+
+    # --- Constants ----------------------------------------------------------------------------------------------
+
+    def constants(self, widest: int, factors: F32) -> Callable[[], None]:
+        """Reserves words for constants; returns what loads them, with the function tables.
+
+        widest : most columns of a pass that leaves scales. factors : one value per column, for :attr:`factors`.
+        """
+        e, rows = self.e, self.config.rows
+        share = np.full((panel_count(max(widest, self.sizes.d_model), rows), rows), INT8_SHARE)
+        blocks = [share, column_words(factors, rows)]
+        blocks += [column_words(values, rows) for values in (self._last.bias, self._gamma, self._beta)]
+        words = np.concatenate(blocks)
+        local = e.parameters.take(len(words))
+        ends = local + np.cumsum([len(block) for block in blocks])
+        self.share, self.factors, self.bias, self.gamma, self.beta = (local, *map(int, ends[:-1]))
+        constants = self.image.place(words)
+        tables = {slot: self.image.place(table_words(name)) for name, slot in TABLES.items()}
+
+        def load() -> None:
+            e.load(Memory.PARAMETER, len(words), constants, local)
+            for slot, address in tables.items():
+                e.load(Memory.TABLE, TABLE_ENTRIES, address, slot * TABLE_ENTRIES)
+
+        return load
+
+    # --- The last layer's left operand --------------------------------------------------------------------------
+
+    def quantised_part(self, features: int) -> Operand:
+        """Room for the next part of the last product's left operand; its scales are made by whoever fills it."""
+        e = self.e
+        part = Operand(e.activations.take(self.tiles * features), features, e.parameters.take(self.tiles))
+        self._parts.append(part)
+        return part
+
+    def quantise(self, x: int, x_stride: int, into: Operand) -> None:
+        """VECTOR words as int8, with the scales that are there."""
+        e = self.e
+        inverse = e.parameters.take(self.tiles)
+        e.scalars(into.scales, inverse, self.tiles, function=Function.RECIP, table=TABLES["recip"])
+        e.vector(
+            source=Source.VECTOR,
+            destination=Destination.ACTIVATION,
+            mul2=SecondMultiply.LANE0,
+            lane0=inverse,
+            tiles=self.tiles,
+            columns=into.features,
+            x=x,
+            x_stride=x_stride,
+            to=into.start,
+            to_stride=into.features,
+        )
+        e.parameters.give(inverse)
+
+    # --- Residual, last product, layer norm ---------------------------------------------------------------------
+
+    def add_bias(self) -> None:
+        """residual += bias of the last layer, before there is a product to add."""
+        n = self.sizes.d_model
+        self.e.vector(
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            add2=SecondAdd.COLUMN1,
+            column1=self.bias,
+            tiles=self.tiles,
+            columns=n,
+            x=self.places.residual,
+            x_stride=n,
+            to=self.places.residual,
+            to_stride=n,
+        )
+
+    def last_chunks(self) -> list[list[Chunk]]:
+        """Chunks of the last layer for every part of its left operand."""
+        ends = np.cumsum(self.sizes.parts)
+        return [
+            pack(self.config, self.image, self._last.weight[:, end - k : end], self._last.scales, None)
+            for k, end in zip(self.sizes.parts, ends, strict=True)
+        ]
+
+    def last_product(self, part: int, number: int) -> None:
+        """Chunk ``number`` of the last layer over one part of its left operand, added to the residual."""
+        e, n = self.e, self.sizes.d_model
+        x = self._parts[part]
+        at = self.places.residual + number * CHUNK_COLUMNS
+
+        def drain(chunk: Chunk, parameters: int) -> None:
+            fields = {"add2": SecondAdd.Y, "y": at, "y_stride": n}
+            e.drain(chunk.columns, at, n, **e.scaled(x, chunk, parameters), **fields)
+            if part == len(self.sizes.parts) - 1:
+                self._add_partials(number, at, chunk.columns)
+
+        e.product(x, drain)
+
+    @property
+    def _blocks(self) -> int:
+        return panel_count(self.sizes.d_model, PARTIAL_SUMS)
+
+    def _add_partials(self, block: int, x: int, columns: int) -> None:
+        """The 64 partial sums of each row, over the blocks of 64 columns before the last one."""
+        if block == self._blocks - 1:
+            return
+        to = {"destination": Destination.PARAMETER, "to": self._sums, "to_stride": PARTIAL_SUMS}
+        where = {"tiles": self.tiles, "columns": columns}
+        n = self.sizes.d_model
+        if block == 0:
+            self.e.vector(source=Source.VECTOR, x=x, x_stride=n, **where, **to)
+            return
+        sums = {"source": Source.PARAMETER, "x": self._sums, "x_stride": PARTIAL_SUMS}
+        self.e.vector(**sums, add1=FirstAdd.Y, y=x, y_stride=n, **where, **to)
+
+    def _mean(self, to: int) -> None:
+        """PARAMETER words of minus the mean of each row."""
+        e, n, last = self.e, self.sizes.d_model, self._blocks - 1
+        columns = n - last * PARTIAL_SUMS
+        x = self.places.residual + last * PARTIAL_SUMS
+        share = {"mul1": FirstMultiply.IMMEDIATE0, "immediate0": float_bits(-np.float32(1 / n))}
+        # A power of two is exact wherever it is multiplied in, values near the least float32 excepted.
+        early = n & (n - 1) == 0
+        summed = {"sum": 1, "sum_to": to, "tiles": self.tiles, **(share if early else {})}
+        sums = {"source": Source.PARAMETER, "x": self._sums, "x_stride": PARTIAL_SUMS}
+        y = {"add1": FirstAdd.Y, "y": x, "y_stride": n}
+        if not last:
+            e.vector(source=Source.VECTOR, x=x, x_stride=n, columns=columns, **summed)
+        elif columns == PARTIAL_SUMS:
+            e.vector(**sums, **y, columns=columns, **summed)
+        else:
+            added = {"destination": Destination.PARAMETER, "to": self._sums, "to_stride": PARTIAL_SUMS}
+            e.vector(**sums, **y, **added, columns=columns, tiles=self.tiles)
+            e.vector(**sums, columns=PARTIAL_SUMS, **summed)
+        if not early:
+            e.scalars(to, to, self.tiles, **share)
+
+    def finish(self) -> None:
+        """Layer norm of what the last product left, in place, and its int8."""
+        e, n, places = self.e, self.sizes.d_model, self.places
+        mean, rstd = e.parameters.take(self.tiles), e.parameters.take(self.tiles)
+        x = {"source": Source.VECTOR, "x": places.residual, "x_stride": n, "tiles": self.tiles, "columns": n}
+        centred = {"add1": FirstAdd.LANE0, "lane0": mean}
+        self._mean(mean)
+        e.vector(**x, **centred, mul1=FirstMultiply.SELF, sum=1, sum_to=rstd)
+        e.scalars(
+            rstd,
+            rstd,
+            self.tiles,
+            mul1=FirstMultiply.IMMEDIATE0,
+            immediate0=float_bits(np.float32(1 / n)),
+            add2=SecondAdd.IMMEDIATE1,
+            immediate1=float_bits(EPSILON),
+            function=Function.RSQRT,
+            table=TABLES["rsqrt"],
+        )
+        e.vector(
+            **x,
+            **centred,
+            mul1=FirstMultiply.LANE1,
+            lane1=rstd,
+            mul2=SecondMultiply.COLUMN0,
+            column0=self.gamma,
+            add2=SecondAdd.COLUMN1,
+            column1=self.beta,
+            destination=Destination.VECTOR,
+            to=places.residual,
+            to_stride=n,
+            **e.scale_of(self.share, places.result_scales, False),
+        )
+        self.quantise(places.residual, n, Operand(places.result, n, places.result_scales))
+
+
+class FeedForward(BlockBuilder):
+    """x + W_2 relu(W_1 x), normalised and quantised."""
+
+    def emit(self, parameters: Parameters) -> None:
+        """The whole program."""
+        e, sizes, x = self.e, self.sizes, self.places.x
+        (layer,) = parameters.inner
+        load = self.constants(0, np.zeros(0, np.float32))
+        first = pack(self.config, self.image, layer.weight, layer.scales, layer.bias)
+        first[0] = replace(first[0], pieces=early_pieces(self.config, layer.weight[:CHUNK_COLUMNS]))
+        e.stream(first)
+        last = self.last_chunks()
+        for chunks in last:
+            e.stream(chunks)
+        wide = e.vectors.take(self.tiles * sizes.d_ff)
+        parts = [self.quantised_part(features) for features in sizes.parts]
+        ends = list(np.cumsum(sizes.parts))
+
+        def drain(number: int, chunk: Chunk, words: int, partial: int = -1) -> None:
+            column = number * CHUNK_COLUMNS
+            part = int(np.searchsorted(ends, column, "right"))
+            begin = int(ends[part]) - sizes.parts[part]
+            fields = {"add1": FirstAdd.Y, "y": partial, "y_stride": chunk.columns} if partial >= 0 else {}
+            e.drain(
+                chunk.columns,
+                wide + column,
+                sizes.d_ff,
+                function=Function.RELU,
+                **e.scaled(x, chunk, words),
+                **e.scale_of(self.share, parts[part].scales, column > begin),
+                **fields,
+            )
+            if number == 0:
+                self.add_bias()
+            if column + chunk.columns == ends[part]:
+                self.quantise(wide + begin, sizes.d_ff, parts[part])
+
+        e.first_product(x, load, lambda chunk, words, partial: drain(0, chunk, words, partial))
+        for number in range(1, len(first)):
+            e.product(x, lambda chunk, words, number=number: drain(number, chunk, words))
+        for part, chunks in enumerate(last):
+            for number in range(len(chunks)):
+                self.last_product(part, number)
+        e.settle()
+        self.finish()
+
+
+def build(config: CoreConfig, sizes: Sizes, parameters: Parameters, image: Image) -> tuple[Program, Places]:
+    """The counted program of a block, and where its operands and results lie."""
+    from .resblock_attention import MultiHead
+
+    builder = (MultiHead if sizes.kind == "mha" else FeedForward)(config, sizes, parameters, image)
+    builder.emit(parameters)
+    return builder.e.builder.finish(), builder.places
