@@ -97,7 +97,7 @@ def _parts(
         return (width,)
     # The last chunk may be narrower than the others.
     first = (width - last) // CHUNK_COLUMNS * CHUNK_COLUMNS if kind == "ffn" else width - last
-    return (first, width - first)
+    return (first, width - first) if first else (width,)
 
 
 def run_block(device: Device, block: Block) -> tuple[Counters, bool]:

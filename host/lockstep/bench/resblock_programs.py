@@ -89,6 +89,7 @@ class BlockBuilder:
         self._last = parameters.last
         self._sums = e.parameters.take(tiles * PARTIAL_SUMS)
         self._parts: list[Operand] = []
+        self._quantised: set[int] = set()  # first ACTIVATION words of what is quantised by now
         self.share = self.factors = 0
 
     # --- Constants ----------------------------------------------------------------------------------------------
@@ -143,6 +144,7 @@ class BlockBuilder:
             to_stride=into.features,
         )
         e.parameters.give(inverse)
+        self._quantised.add(into.start)
 
     # --- Residual, last product, layer norm ---------------------------------------------------------------------
 
@@ -174,6 +176,8 @@ class BlockBuilder:
         """Chunk ``number`` of the last layer over one part of its left operand, added to the residual."""
         e, n = self.e, self.sizes.d_model
         x = self._parts[part]
+        if x.start not in self._quantised:
+            e.settle()
         at = self.places.residual + number * CHUNK_COLUMNS
 
         def drain(chunk: Chunk, parameters: int) -> None:
