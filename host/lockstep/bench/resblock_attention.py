@@ -62,32 +62,20 @@ class MultiHead(BlockBuilder):
         chunks = [pack(self.config, self.image, *_fields(layer), d) for layer in parameters.inner]
         first = early_pieces(self.config, parameters.inner[0].weight[:d])
         chunks[0][0] = replace(chunks[0][0], pieces=first)
-        last = self.last_chunks()
         self._reserve()
         groups = range(sizes.heads // self.group)
         order = [[(name, group * self.group + h) for name in range(3) for h in range(self.group)] for group in groups]
         for group in groups:
             e.stream(chunks[name][head] for name, head in order[group])
-            if group == len(groups) - 2 or len(groups) == 1:
-                pass
-        for number in range(len(last)):
-            e.stream(last[number])
+        first_steps, rest = self.last_steps()
 
         steps = [[self._projection(name, head, load) for name, head in order[group]] for group in groups]
         for step in steps[0]:
             step()
         for group in groups:
-            if group + 1 < len(groups):
-                meanwhile = steps[group + 1]
-            else:
-                meanwhile = [
-                    lambda part=part, number=number: self.last_product(part, number)
-                    for part in range(len(last) - 1)
-                    for number in range(len(last[part]))
-                ]
-            self._attend(group, meanwhile)
-        for number in range(len(last[-1])):
-            self.last_product(len(last) - 1, number)
+            self._attend(group, steps[group + 1] if group + 1 < len(groups) else first_steps)
+        for step in rest:
+            step()
         e.settle()
         self.finish()
 

@@ -253,6 +253,8 @@ class Emitter:
             def product(first: int = first, depth: int = depth, last: bool = last) -> None:
                 self._multiply(x, chunk, weights, first, depth)
                 if last:
+                    # The next chunk is wanted before the first drain that needs what is loaded behind it.
+                    self._fetch_ahead(1)
                     behind()
                     self._fetch_ahead(CHUNKS_AHEAD)
 

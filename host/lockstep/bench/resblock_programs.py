@@ -44,6 +44,8 @@ from .resblock_reference import EPSILON, Parameters, Sizes
 
 #: Table slots.
 TABLES = {"exp2": 0, "recip": 1, "rsqrt": 2}
+#: Chunks of the last layer of which no product is formed before its left operand is complete.
+KEPT_CHUNKS = 2
 INT8_SHARE, UINT8_SHARE = np.float32(1 / 127), np.float32(1 / 255)
 assert CHUNK_COLUMNS == PARTIAL_SUMS
 
@@ -164,15 +166,30 @@ class BlockBuilder:
             to_stride=n,
         )
 
-    def last_chunks(self) -> list[list[Chunk]]:
-        """Chunks of the last layer for every part of its left operand."""
+    def last_steps(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """Announces the last layer's chunks. Its products as steps: those to run while the last part of the left
+        operand is made, and the others.
+
+        With a short last part its products would follow each other faster than VECTOR drains them; so those of the
+        last chunks are kept for the end, where they alternate.
+        """
+        parts, count = range(len(self.sizes.parts)), self._blocks
+        early = max(count - KEPT_CHUNKS, (count + 1) // 2)
+        first = [(part, number) for part in parts[:-1] for number in range(early)]
+        rest = [(parts[-1], number) for number in range(early)]
+        rest += [(part, number) for number in range(early, count) for part in parts]
         ends = np.cumsum(self.sizes.parts)
-        return [
+        chunks = [
             pack(self.config, self.image, self._last.weight[:, end - k : end], self._last.scales, None)
             for k, end in zip(self.sizes.parts, ends, strict=True)
         ]
+        self.e.stream(chunks[part][number] for part, number in (*first, *rest))
+        return (
+            [lambda part=part, number=number: self._last_product(part, number) for part, number in first],
+            [lambda part=part, number=number: self._last_product(part, number) for part, number in rest],
+        )
 
-    def last_product(self, part: int, number: int) -> None:
+    def _last_product(self, part: int, number: int) -> None:
         """Chunk ``number`` of the last layer over one part of its left operand, added to the residual."""
         e, n = self.e, self.sizes.d_model
         x = self._parts[part]
@@ -274,9 +291,7 @@ class FeedForward(BlockBuilder):
         first = pack(self.config, self.image, layer.weight, layer.scales, layer.bias)
         first[0] = replace(first[0], pieces=early_pieces(self.config, layer.weight[:CHUNK_COLUMNS]))
         e.stream(first)
-        last = self.last_chunks()
-        for chunks in last:
-            e.stream(chunks)
+        first_steps, rest = self.last_steps()
         wide = e.vectors.take(self.tiles * sizes.d_ff)
         parts = [self.quantised_part(features) for features in sizes.parts]
         ends = list(np.cumsum(sizes.parts))
@@ -303,9 +318,8 @@ class FeedForward(BlockBuilder):
         e.first_product(x, load, lambda chunk, words, partial: drain(0, chunk, words, partial))
         for number in range(1, len(first)):
             e.product(x, lambda chunk, words, number=number: drain(number, chunk, words))
-        for part, chunks in enumerate(last):
-            for number in range(len(chunks)):
-                self.last_product(part, number)
+        for step in (*first_steps, *rest):
+            step()
         e.settle()
         self.finish()
 
