@@ -200,9 +200,10 @@ class Emitter:
             chunk, weights, parameters = self._fetched.popleft()
             fetched.append((chunk, weights, parameters))
             self._multiply(x, chunk, weights, 0, chunk.depth)
-            self._fetch_ahead(ahead)
 
         self.step(emit, lambda: drain(fetched[0][0], fetched[0][2]))
+        # Behind the drain: while LOAD's queue is full, nothing is dispatched.
+        self._fetch_ahead(ahead)
 
     def _room(self) -> int:
         """Chunks like the next ones that the weight ring holds."""
@@ -250,13 +251,8 @@ class Emitter:
             if last:
                 self.load(Memory.PARAMETER, chunk.parameter_words, chunk.parameters, parameters)
 
-            def product(first: int = first, depth: int = depth, last: bool = last) -> None:
+            def product(first: int = first, depth: int = depth) -> None:
                 self._multiply(x, chunk, weights, first, depth)
-                if last:
-                    # The next chunk is wanted before the first drain that needs what is loaded behind it.
-                    self._fetch_ahead(1)
-                    behind()
-                    self._fetch_ahead(CHUNKS_AHEAD)
 
             def add(n: int = n, last: bool = last) -> None:
                 if last:
@@ -267,6 +263,10 @@ class Emitter:
 
             self.step(product, add)
             first += depth
+        # The next chunk is wanted before the first drain that needs what is loaded behind it.
+        self._fetch_ahead(1)
+        behind()
+        self._fetch_ahead(CHUNKS_AHEAD)
 
     # --- Passes -------------------------------------------------------------------------------------------------
 
