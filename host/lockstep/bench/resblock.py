@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from lockstep.compiler.layout import from_panels, panel_count, to_panels
 
+from .resblock_attention import MultiHead
+from .resblock_builder import Places
 from .resblock_emitter import CHUNK_COLUMNS, Image
-from .resblock_programs import Places, build
+from .resblock_feedforward import FeedForward
 from .resblock_reference import Kind, Parameters, Results, Sizes, expected, random_parameters
 
 
@@ -70,17 +72,21 @@ def build_block(
     Raises ValueError for sizes that make no block, :class:`CapacityError` for one that does not fit the core.
     """
     if min(seq, d_model, heads, d_ff) < 1 or d_model % heads:
-        raise ValueError(f"seq {seq}, d_model {d_model}, heads {heads}, d_ff {d_ff}: give counts, heads dividing d_model")
+        raise ValueError(
+            f"seq {seq}, d_model {d_model}, heads {heads}, d_ff {d_ff}: give counts, heads dividing d_model"
+        )
     sizes = Sizes(kind, seq, d_model, heads, d_ff, _parts(config, kind, seq, d_model, heads, d_ff, parts))
     parameters = random_parameters(sizes, seed)
     image = Image()
-    program, places = build(config, sizes, parameters, image)
-    setup = _setup(config, sizes, parameters, places, image)
+    builder = (MultiHead if kind == "mha" else FeedForward)(config, sizes, parameters, image)
+    builder.emit(parameters)
+    places = builder.places
+    setup = _setup(config, parameters, places, image)
     readback, outputs = _readback(config, sizes, places, image)
     limit = -(-sizes.macs // config.macs_per_cycle)
     formula = f"{sizes.macs_formula} / {config.macs_per_cycle} = {limit:,}"
     golden = expected(sizes, parameters)
-    return Block(config, sizes, setup, program, readback, image.bytes(), outputs, golden, limit, formula)
+    return Block(config, sizes, setup, builder.program, readback, image.bytes(), outputs, golden, limit, formula)
 
 
 def _parts(
@@ -102,6 +108,14 @@ def _parts(
 
 def run_block(device: Device, block: Block) -> tuple[Counters, bool]:
     """Run a block; returns the counters of its counted program, and whether every bit is the golden one."""
+    counters, results = execute(device, block)
+    golden = block.expected
+    pairs = (results.values, golden.values), (results.q, golden.q), (results.s, golden.s)
+    return counters, all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def execute(device: Device, block: Block) -> tuple[Counters, Results]:
+    """Run a block; returns the counters of its counted program, and what it left."""
     buffer = device.allocate(block.image.size)
     try:
         buffer.write(block.image)
@@ -111,7 +125,7 @@ def run_block(device: Device, block: Block) -> tuple[Counters, bool]:
         results = _results(block, buffer.data)
     finally:
         device.free(buffer)
-    return counters, all(_same(a, b) for a, b in zip(results, _arrays(block.expected), strict=True))
+    return counters, results
 
 
 def _moved(program: Program, base: int) -> Program:
@@ -122,26 +136,20 @@ def _moved(program: Program, base: int) -> Program:
     return Program(program.config_crc, instructions, program.operands)
 
 
-def _arrays(results: Results) -> tuple[NDArray[np.float32], ...]:
-    return results.values, results.q.astype(np.float32), results.s[:, None]
-
-
-def _same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
-    return bool(np.array_equal(a.view(np.uint32), b.view(np.uint32)))
-
-
-def _results(block: Block, memory: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
-    """Values, int8 as float32, and scales float32[seq, 1], from device memory."""
+def _results(block: Block, memory: NDArray[np.uint8]) -> Results:
+    """What :attr:`Block.readback` stored."""
     rows = block.config.rows
     tiles = panel_count(block.sizes.seq, rows)
-    found = []
-    for start, columns in zip(block.outputs, (block.sizes.d_model, block.sizes.d_model, 1), strict=True):
+
+    def panels(start: int, columns: int) -> NDArray[np.generic]:
         raw = memory[start : start + 4 * tiles * columns * rows].view(np.float32)
-        found.append(from_panels(raw.reshape(tiles, columns, rows), block.sizes.seq))
-    return tuple(found)
+        return from_panels(raw.reshape(tiles, columns, rows), block.sizes.seq)
+
+    values, q, s = map(panels, block.outputs, (block.sizes.d_model, block.sizes.d_model, 1))
+    return Results(values.astype(np.float32), q.astype(np.int8), s[:, 0].astype(np.float32))
 
 
-def _setup(config: CoreConfig, sizes: Sizes, parameters: Parameters, places: Places, image: Image) -> Program:
+def _setup(config: CoreConfig, parameters: Parameters, places: Places, image: Image) -> Program:
     """The input into the scratchpads: int8, its scales, and the residual."""
     builder = ProgramBuilder(config)
     rows = config.rows

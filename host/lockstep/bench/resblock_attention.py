@@ -1,4 +1,11 @@
-"""The schedule of multi-head attention: some heads at a time, their softmax behind the next heads' projections."""
+"""The schedule of the attention block: some heads at a time, their softmax behind other products.
+
+    scores of these heads | most of the next heads' projections | values of these heads | the rest of the projections
+
+While VECTOR turns scores into probabilities, the array works on the next heads' projections. Behind the last heads'
+scores it works on the output projection, over the heads that are complete by then: the attention's result is quantised
+in two parts, each in its own scales.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +30,8 @@ from lockstep_isa.instructions import (
 from lockstep.compiler.layout import panel_count
 from lockstep.compiler.lowering import float_bits
 
-from .resblock_emitter import Chunk, Operand, early_pieces, pack
-from .resblock_programs import INT8_SHARE, TABLES, UINT8_SHARE, BlockBuilder
+from .resblock_builder import TABLES, UINT8_SHARE, BlockBuilder
+from .resblock_emitter import Chunk, early_pieces, pack
 from .resblock_reference import Parameters
 
 Step = Callable[[], None]
@@ -59,7 +66,9 @@ class MultiHead(BlockBuilder):
         self.count = count = self.group * self.tiles
         factors = np.concatenate([np.full(count, UINT8_SHARE), np.ones(count, np.float32)])
         load = self.constants(d, factors)
-        chunks = [pack(self.config, self.image, *_fields(layer), d) for layer in parameters.inner]
+        chunks = [
+            pack(self.config, self.image, layer.weight, layer.scales, layer.bias, d) for layer in parameters.inner
+        ]
         first = early_pieces(self.config, parameters.inner[0].weight[:d])
         chunks[0][0] = replace(chunks[0][0], pieces=first)
         self._reserve()
@@ -105,8 +114,8 @@ class MultiHead(BlockBuilder):
         e, d, x = self.e, self.sizes.head_dim, self.places.x
         place = head % self.group
 
-        def drain(chunk: Chunk, words: int, partial: int = -1) -> None:
-            fields = {"add1": FirstAdd.Y, "y": partial, "y_stride": d} if partial >= 0 else {}
+        def drain(chunk: Chunk, words: int, begun: int = -1) -> None:
+            fields = {"add1": FirstAdd.Y, "y": begun, "y_stride": d} if begun >= 0 else {}
             scales = (self.words.q, self.words.k, self.words.v)[name] + place * self.tiles
             e.drain(
                 d,
@@ -153,9 +162,7 @@ class MultiHead(BlockBuilder):
     def _transpose_values(self) -> None:
         rows = self.config.rows
         e, w = self.e, self.words
-        e.scalars(
-            w.v, w.reciprocal + 2 * self.count, self.count, function=Function.RECIP, table=TABLES["recip"]
-        )
+        e.scalars(w.v, w.reciprocal + 2 * self.count, self.count, function=Function.RECIP, table=TABLES["recip"])
         self._round(
             2,
             destination=Destination.WEIGHT_TRANSPOSED,
@@ -167,24 +174,23 @@ class MultiHead(BlockBuilder):
     # --- Scores, probabilities, values --------------------------------------------------------------------------
 
     def _attend(self, group: int, meanwhile: list[Step]) -> None:
-        """The attention of one group of heads, with other products before and behind those with its values."""
+        """The attention of one group of heads; ``meanwhile`` are products that need nothing of it."""
         e = self.e
         e.step(self._scores, self._softmax)
-        half = (len(meanwhile) + 1) // 2
-        for step in meanwhile[:half]:
+        # VECTOR takes longer from scores to probabilities than from mixed values to what follows.
+        before = (2 * len(meanwhile) + 2) // 3
+        for step in meanwhile[:before]:
             step()
         e.settle()
         e.step(self._mix, lambda: self._drain_mixed(group))
-        for step in meanwhile[half:]:
+        for step in meanwhile[before:]:
             step()
 
     def _scores(self) -> None:
         d, tiles = self.sizes.head_dim, self.tiles
         for h in range(self.group):
             start = h * tiles * d
-            self.e.matrix(
-                depth=d, outer=tiles, inner=tiles, a=self.q8 + start, a_outer=d, w=self.k8 + start, w_inner=d
-            )
+            self.e.matrix(depth=d, outer=tiles, inner=tiles, a=self.q8 + start, a_outer=d, w=self.k8 + start, w_inner=d)
 
     def _softmax(self) -> None:
         """Scores of the group to uint8 probabilities."""
@@ -284,7 +290,3 @@ class MultiHead(BlockBuilder):
             )
             if offset + d == features:
                 self.quantise(self.mixed[part], features, self.parts[part])
-
-
-def _fields(layer):
-    return layer.weight, layer.scales, layer.bias

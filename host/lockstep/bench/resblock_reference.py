@@ -69,8 +69,8 @@ class Parameters:
     Attributes
     ----------
     residual : float32[seq, d_model]. q : int8[seq, d_model] and s : float32[seq], the same quantised.
-    inner : the layers in front of the last one: q, k and v, or the first of the feed-forward layer. last : the last one.
-    gamma, beta : float32[d_model].
+    inner : the layers in front of the last one, which are q, k and v, or the first of the feed-forward layer.
+    last : that last one. gamma, beta : float32[d_model].
     """
 
     residual: F32

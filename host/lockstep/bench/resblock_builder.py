@@ -1,22 +1,16 @@
-"""The schedules of the two blocks: which product runs while which passes do.
-
-The array is never given work whose operands VECTOR has yet to make, as long as there is other work:
-
-    mha   the scores of some heads, then half of the next heads' projections while VECTOR makes probabilities of them,
-          then the products with values, then the other half
-    ffn   the first products of the last layer, over the part that is quantised by then, while VECTOR quantises the rest
+"""What the schedules of both blocks have in common: constants, the last layer, residual, layer norm and quantisation.
 
 Behind the last product nothing can overlap. What is left there is as little as the contract allows: the strided partial
-sums of all columns but the last 64 are there already, and every scale comes with the maximum it is made of.
+sums of all columns but the last 64 are there already, and every scale comes with the maximum that it is made of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from lockstep_isa.attention import score_factor
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import (
     TABLE_ENTRIES,
@@ -24,13 +18,10 @@ from lockstep_isa.instructions import (
     FirstAdd,
     FirstMultiply,
     Function,
-    Maximum,
     Memory,
     SecondAdd,
     SecondMultiply,
     Source,
-    Tap,
-    ThirdMultiply,
 )
 from lockstep_isa.numerics import F32, PARTIAL_SUMS
 from lockstep_isa.program import Program
@@ -39,7 +30,7 @@ from lockstep_isa.tables import FUNCTIONS
 from lockstep.compiler.layout import column_words, panel_count
 from lockstep.compiler.lowering import float_bits
 
-from .resblock_emitter import CHUNK_COLUMNS, Chunk, Emitter, Image, Operand, early_pieces, pack
+from .resblock_emitter import CHUNK_COLUMNS, Chunk, Emitter, Image, Operand, pack
 from .resblock_reference import EPSILON, Parameters, Sizes
 
 #: Table slots.
@@ -54,8 +45,8 @@ assert CHUNK_COLUMNS == PARTIAL_SUMS
 class Places:
     """Where a block's operands and results lie on chip.
 
-    x : its int8 input. residual : VECTOR words of the same in float32, in the end of the result. result, result_scales :
-    ACTIVATION and PARAMETER words of the int8 result and its scales. Panels of ``d_model`` words for each row tile.
+    x : its int8 input. residual : VECTOR words of the same in float32; in the end they hold the result. result,
+    result_scales : ACTIVATION and PARAMETER words of the int8 result and its scales. Row tiles have ``d_model`` words.
     """
 
     x: Operand
@@ -93,6 +84,11 @@ class BlockBuilder:
         self._parts: list[Operand] = []
         self._quantised: set[int] = set()  # first ACTIVATION words of what is quantised by now
         self.share = self.factors = 0
+
+    @property
+    def program(self) -> Program:
+        """Everything emitted so far, as a program."""
+        return self.e.builder.finish()
 
     # --- Constants ----------------------------------------------------------------------------------------------
 
@@ -184,10 +180,7 @@ class BlockBuilder:
             for k, end in zip(self.sizes.parts, ends, strict=True)
         ]
         self.e.stream(chunks[part][number] for part, number in (*first, *rest))
-        return (
-            [lambda part=part, number=number: self._last_product(part, number) for part, number in first],
-            [lambda part=part, number=number: self._last_product(part, number) for part, number in rest],
-        )
+        return [partial(self._last_product, *at) for at in first], [partial(self._last_product, *at) for at in rest]
 
     def _last_product(self, part: int, number: int) -> None:
         """Chunk ``number`` of the last layer over one part of its left operand, added to the residual."""
@@ -278,56 +271,3 @@ class BlockBuilder:
             **e.scale_of(self.share, places.result_scales, False),
         )
         self.quantise(places.residual, n, Operand(places.result, n, places.result_scales))
-
-
-class FeedForward(BlockBuilder):
-    """x + W_2 relu(W_1 x), normalised and quantised."""
-
-    def emit(self, parameters: Parameters) -> None:
-        """The whole program."""
-        e, sizes, x = self.e, self.sizes, self.places.x
-        (layer,) = parameters.inner
-        load = self.constants(0, np.zeros(0, np.float32))
-        first = pack(self.config, self.image, layer.weight, layer.scales, layer.bias)
-        first[0] = replace(first[0], pieces=early_pieces(self.config, layer.weight[:CHUNK_COLUMNS]))
-        e.stream(first)
-        first_steps, rest = self.last_steps()
-        wide = e.vectors.take(self.tiles * sizes.d_ff)
-        parts = [self.quantised_part(features) for features in sizes.parts]
-        ends = list(np.cumsum(sizes.parts))
-
-        def drain(number: int, chunk: Chunk, words: int, partial: int = -1) -> None:
-            column = number * CHUNK_COLUMNS
-            part = int(np.searchsorted(ends, column, "right"))
-            begin = int(ends[part]) - sizes.parts[part]
-            fields = {"add1": FirstAdd.Y, "y": partial, "y_stride": chunk.columns} if partial >= 0 else {}
-            e.drain(
-                chunk.columns,
-                wide + column,
-                sizes.d_ff,
-                function=Function.RELU,
-                **e.scaled(x, chunk, words),
-                **e.scale_of(self.share, parts[part].scales, column > begin),
-                **fields,
-            )
-            if number == 0:
-                self.add_bias()
-            if column + chunk.columns == ends[part]:
-                self.quantise(wide + begin, sizes.d_ff, parts[part])
-
-        e.first_product(x, load, lambda chunk, words, partial: drain(0, chunk, words, partial))
-        for number in range(1, len(first)):
-            e.product(x, lambda chunk, words, number=number: drain(number, chunk, words))
-        for step in (*first_steps, *rest):
-            step()
-        e.settle()
-        self.finish()
-
-
-def build(config: CoreConfig, sizes: Sizes, parameters: Parameters, image: Image) -> tuple[Program, Places]:
-    """The counted program of a block, and where its operands and results lie."""
-    from .resblock_attention import MultiHead
-
-    builder = (MultiHead if sizes.kind == "mha" else FeedForward)(config, sizes, parameters, image)
-    builder.emit(parameters)
-    return builder.e.builder.finish(), builder.places
