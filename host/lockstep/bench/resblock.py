@@ -66,8 +66,9 @@ def build_block(
 ) -> Block:
     """A block with random parameters, compiled for a core.
 
-    kind : "mha" or "ffn". parts : 2 quantises the left operand of the last product in two parts, the last one as small
-    as hides its quantisation; 1 in one part, for which the array has to wait.
+    kind : "mha" or "ffn". parts : 2 quantises the left operand of the last product in two parts, each in scales of its
+    own, so that the array works on the first one while VECTOR makes the second one. 1 has one scale per token, as a
+    linear layer has by itself; then the array has to wait.
 
     Raises ValueError for sizes that make no block, :class:`CapacityError` for one that does not fit the core.
     """

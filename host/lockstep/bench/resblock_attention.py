@@ -289,4 +289,4 @@ class MultiHead(BlockBuilder):
                 **e.scale_of(self.share, self.parts[part].scales, offset > 0),
             )
             if offset + d == features:
-                self.quantise(self.mixed[part], features, self.parts[part])
+                self.quantise(self.mixed[part], features, self.parts[part], self.slices)

@@ -7,7 +7,7 @@ sums of all columns but the last 64 are there already, and every scale comes wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -30,11 +30,15 @@ from lockstep_isa.tables import FUNCTIONS
 from lockstep.compiler.layout import column_words, panel_count
 from lockstep.compiler.lowering import float_bits
 
-from .resblock_emitter import CHUNK_COLUMNS, Chunk, Emitter, Image, Operand, pack
+from .resblock_emitter import CHUNK_COLUMNS, Chunk, Emitter, Image, Operand, adds_exactly, pack
 from .resblock_reference import EPSILON, Parameters, Sizes
 
 #: Table slots.
 TABLES = {"exp2": 0, "recip": 1, "rsqrt": 2}
+#: A left operand that is one part is quantised in slices: columns of the first one, and of each over the one before.
+SLICE_COLUMNS, SLICE_GROWTH = CHUNK_COLUMNS, 7
+#: First column and columns of each slice.
+Slices = tuple[tuple[int, int], ...]
 #: Chunks of the last layer of which no product is formed before its left operand is complete.
 KEPT_CHUNKS = 2
 INT8_SHARE, UINT8_SHARE = np.float32(1 / 127), np.float32(1 / 255)
@@ -82,6 +86,7 @@ class BlockBuilder:
         self._last = parameters.last
         self._sums = e.parameters.take(tiles * PARTIAL_SUMS)
         self._parts: list[Operand] = []
+        self.slices = self._early_slices()
         self._quantised: set[int] = set()  # first ACTIVATION words of what is quantised by now
         self.share = self.factors = 0
 
@@ -115,6 +120,21 @@ class BlockBuilder:
 
         return load
 
+    def _early_slices(self) -> Slices:
+        """Where the last layer's left operand is one part, the slices in which it is quantised.
+
+        Products over a slice run while VECTOR quantises the next one, which may be longer. Empty where there are
+        several parts, or where products over slices do not add up exactly.
+        """
+        if len(self.sizes.parts) > 1 or not adds_exactly(self._last.weight):
+            return ()
+        slices, first, size = [], 0, SLICE_COLUMNS
+        while first < self.sizes.parts[0]:
+            size = min(size, self.sizes.parts[0] - first)
+            slices.append((first, size))
+            first, size = first + size, size * SLICE_GROWTH
+        return tuple(slices)
+
     # --- The last layer's left operand --------------------------------------------------------------------------
 
     def quantised_part(self, features: int) -> Operand:
@@ -124,23 +144,24 @@ class BlockBuilder:
         self._parts.append(part)
         return part
 
-    def quantise(self, x: int, x_stride: int, into: Operand) -> None:
-        """VECTOR words as int8, with the scales that are there."""
+    def quantise(self, x: int, x_stride: int, into: Operand, slices: Slices = ()) -> None:
+        """VECTOR words as int8, with the scales that are there; one pass for each of ``slices``, if there are any."""
         e = self.e
         inverse = e.parameters.take(self.tiles)
         e.scalars(into.scales, inverse, self.tiles, function=Function.RECIP, table=TABLES["recip"])
-        e.vector(
-            source=Source.VECTOR,
-            destination=Destination.ACTIVATION,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse,
-            tiles=self.tiles,
-            columns=into.features,
-            x=x,
-            x_stride=x_stride,
-            to=into.start,
-            to_stride=into.features,
-        )
+        for first, features in slices or [(0, into.features)]:
+            e.vector(
+                source=Source.VECTOR,
+                destination=Destination.ACTIVATION,
+                mul2=SecondMultiply.LANE0,
+                lane0=inverse,
+                tiles=self.tiles,
+                columns=features,
+                x=x + first,
+                x_stride=x_stride,
+                to=into.start + first,
+                to_stride=into.features,
+            )
         e.parameters.give(inverse)
         self._quantised.add(into.start)
 
@@ -170,6 +191,8 @@ class BlockBuilder:
         last chunks are kept for the end, where they alternate.
         """
         parts, count = range(len(self.sizes.parts)), self._blocks
+        if len(self.slices) > 1 and count > 1:
+            return [], self._sliced_steps()
         early = max(count - KEPT_CHUNKS, (count + 1) // 2)
         first = [(part, number) for part in parts[:-1] for number in range(early)]
         rest = [(parts[-1], number) for number in range(early)]
@@ -182,12 +205,61 @@ class BlockBuilder:
         self.e.stream(chunks[part][number] for part, number in (*first, *rest))
         return [partial(self._last_product, *at) for at in first], [partial(self._last_product, *at) for at in rest]
 
+    def _sliced_steps(self) -> list[Callable[[], None]]:
+        """The last layer's products: over one slice after the other, but the last chunk's over all, for the end."""
+        early, last = (self._blocks - 1) * CHUNK_COLUMNS, self._last
+        begun = self.e.vectors.take(self.tiles * early)
+        steps: list[Callable[[], None]] = []
+        for n, (first, features) in enumerate(self.slices):
+            weight = last.weight[:early, first : first + features]
+            self.e.stream(pack(self.config, self.image, weight, last.scales[:early], None))
+            steps += [partial(self._sliced_product, n, number, begun) for number in range(self._blocks - 1)]
+        self.e.stream(pack(self.config, self.image, last.weight[early:], last.scales[early:], None))
+        return [*steps, partial(self._last_product, 0, self._blocks - 1)]
+
+    def _sliced_product(self, index: int, number: int, begun: int) -> None:
+        """Chunk ``number`` over one slice, added to the products over the slices before, from ``begun`` on."""
+        e, n = self.e, self.sizes.d_model
+        self._await(0)
+        first, _ = self.slices[index]
+        x = replace(self._parts[0], start=self._parts[0].start + first)
+        width = (self._blocks - 1) * CHUNK_COLUMNS
+        at, column = begun + number * CHUNK_COLUMNS, number * CHUNK_COLUMNS
+
+        def drain(chunk: Chunk, parameters: int) -> None:
+            fields = {"add1": FirstAdd.Y, "y": at, "y_stride": width} if index else {}
+            if index < len(self.slices) - 1:
+                e.drain(chunk.columns, at, width, **fields)
+                return
+            e.drain(chunk.columns, at, width, **e.scaled(x, chunk, parameters), **fields)
+            to = self.places.residual + column
+            e.vector(
+                source=Source.VECTOR,
+                destination=Destination.VECTOR,
+                add1=FirstAdd.Y,
+                tiles=self.tiles,
+                columns=chunk.columns,
+                x=at,
+                x_stride=width,
+                y=to,
+                y_stride=n,
+                to=to,
+                to_stride=n,
+            )
+            self._add_partials(number, to, chunk.columns)
+
+        e.product(x, drain)
+
+    def _await(self, part: int) -> None:
+        """Emit what quantises a part, if that is still to come."""
+        if self._parts[part].start not in self._quantised:
+            self.e.settle()
+
     def _last_product(self, part: int, number: int) -> None:
         """Chunk ``number`` of the last layer over one part of its left operand, added to the residual."""
         e, n = self.e, self.sizes.d_model
+        self._await(part)
         x = self._parts[part]
-        if x.start not in self._quantised:
-            e.settle()
         at = self.places.residual + number * CHUNK_COLUMNS
 
         def drain(chunk: Chunk, parameters: int) -> None:

@@ -100,14 +100,21 @@ def pack(
     return chunks
 
 
-def early_pieces(config: CoreConfig, weight: I8) -> tuple[int, ...]:
-    """Parts of K, the first ones short, in which the first product of a program is formed.
+def adds_exactly(weight: I8) -> bool:
+    """Whether products with a layer may be formed piece by piece along K, and the pieces added as float32.
 
-    The array starts once the first one is there. Each part's int32 sums become float32, and are added there; that is
-    exact as long as no partial sum can leave +-2^24, which weight: int8[N, K] decides. Otherwise K stays whole.
+    They may where no partial sum can leave +-2^24, which weight: int8[N, K] decides: operands are in +-127.
+    """
+    return int(np.abs(weight.astype(np.int64)).sum(axis=1).max(initial=0)) * 127 <= EXACT
+
+
+def early_pieces(config: CoreConfig, weight: I8) -> tuple[int, ...]:
+    """Pieces of K, the first ones short, in which the first product of a program is formed.
+
+    The array starts once the first one is there. Where they do not add up exactly, K stays whole.
     """
     depth = weight.shape[1]
-    if int(np.abs(weight.astype(np.int64)).sum(axis=1).max()) * 127 > EXACT:
+    if not adds_exactly(weight):
         return (depth,)
     pieces: list[int] = []
     size = config.rows

@@ -1,7 +1,8 @@
 """The schedule of the feed-forward block.
 
 The left operand of the last layer is quantised in two parts, each in its own scales. The products of the first part run
-while VECTOR quantises the second one: the array does not wait.
+while VECTOR quantises the second one: the array does not wait. With one part they run over slices of it, behind the
+first of which the array waits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class FeedForward(BlockBuilder):
             if number == 0:
                 self.add_bias()
             if column + chunk.columns == ends[part]:
-                self.quantise(wide + begin, sizes.d_ff, parts[part])
+                self.quantise(wide + begin, sizes.d_ff, parts[part], self.slices)
 
         e.first_product(x, load, partial(drain, 0))
         for number in range(1, len(first)):
