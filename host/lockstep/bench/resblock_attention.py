@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -79,10 +80,13 @@ class MultiHead(BlockBuilder):
         first_steps, rest = self.last_steps()
 
         steps = [[self._projection(name, head, load) for name, head in order[group]] for group in groups]
+        # Where nothing else is left to do behind the last scores, the last projection of values is.
+        late = [] if first_steps else [steps[-1].pop()]
         for step in steps[0]:
             step()
-        for group in groups:
-            self._attend(group, steps[group + 1] if group + 1 < len(groups) else first_steps)
+        for group in groups[:-1]:
+            self._attend(group, [], steps[group + 1])
+        self._attend(groups[-1], late, first_steps)
         for step in rest:
             step()
         e.settle()
@@ -173,10 +177,22 @@ class MultiHead(BlockBuilder):
 
     # --- Scores, probabilities, values --------------------------------------------------------------------------
 
-    def _attend(self, group: int, meanwhile: list[Step]) -> None:
-        """The attention of one group of heads; ``meanwhile`` are products that need nothing of it."""
-        e = self.e
-        e.step(self._scores, self._softmax)
+    def _attend(self, group: int, late: list[Step], meanwhile: list[Step]) -> None:
+        """The attention of one group of heads.
+
+        late : the projection of the last head's values, if the scores are to come before it. meanwhile : products that
+        need nothing of these heads.
+        """
+        e, last = self.e, self.group - 1
+        if late:
+            e.settle()
+            e.step(self._scores, partial(self._softmax, range(last)))
+            late[0]()
+            e.settle()
+            self._exponentials(last)
+            self._probabilities()
+        else:
+            e.step(self._scores, self._softmax_at_once)
         # VECTOR takes longer from scores to probabilities than from mixed values to what follows.
         before = (2 * len(meanwhile) + 2) // 3
         for step in meanwhile[:before]:
@@ -192,14 +208,14 @@ class MultiHead(BlockBuilder):
             start = h * tiles * d
             self.e.matrix(depth=d, outer=tiles, inner=tiles, a=self.q8 + start, a_outer=d, w=self.k8 + start, w_inner=d)
 
-    def _softmax(self) -> None:
-        """Scores of the group to uint8 probabilities."""
-        e, w, keys, tiles = self.e, self.words, self.sizes.seq, self.tiles
-        heads = [(h * tiles, self.exponentials + h * tiles * keys) for h in range(self.group)]
-        for first, at in heads:
-            e.drain(
+    def _softmax(self, ready: range) -> None:
+        """Scores of the group out of the accumulators, and exponentials of the heads whose values are ``ready``."""
+        keys, w = self.sizes.seq, self.words
+        for h in range(self.group):
+            first = h * self.tiles
+            self.e.drain(
                 keys,
-                at,
+                self.exponentials + first * keys,
                 keys,
                 mul1=FirstMultiply.COLUMN0,
                 column0=w.k + first,
@@ -209,27 +225,42 @@ class MultiHead(BlockBuilder):
                 maximum=Maximum.EXPONENT,
                 max_to=w.peak + first,
             )
-        for first, at in heads:
-            e.vector(
-                source=Source.VECTOR,
-                destination=Destination.VECTOR,
-                function=Function.EXP2,
-                table=TABLES["exp2"],
-                lane0=w.peak + first,
-                sum=1,
-                sum_to=w.most + self.count + first,
-                mul3=ThirdMultiply.COLUMN2,
-                column2=w.v + first,
-                tap=Tap.AFTER,
-                maximum=Maximum.ABSOLUTE,
-                max_to=w.most + first,
-                tiles=tiles,
-                columns=keys,
-                x=at,
-                x_stride=keys,
-                to=at,
-                to_stride=keys,
-            )
+        for h in ready:
+            self._exponentials(h)
+
+    def _softmax_at_once(self) -> None:
+        self._softmax(range(self.group))
+        self._probabilities()
+
+    def _exponentials(self, head: int) -> None:
+        """Scores of one head to exponentials times value scales, with their sums and maxima."""
+        keys, w = self.sizes.seq, self.words
+        first = head * self.tiles
+        at = self.exponentials + first * keys
+        self.e.vector(
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            function=Function.EXP2,
+            table=TABLES["exp2"],
+            lane0=w.peak + first,
+            sum=1,
+            sum_to=w.most + self.count + first,
+            mul3=ThirdMultiply.COLUMN2,
+            column2=w.v + first,
+            tap=Tap.AFTER,
+            maximum=Maximum.ABSOLUTE,
+            max_to=w.most + first,
+            tiles=self.tiles,
+            columns=keys,
+            x=at,
+            x_stride=keys,
+            to=at,
+            to_stride=keys,
+        )
+
+    def _probabilities(self) -> None:
+        """Exponentials of the group to uint8, and values to int8."""
+        e, w, keys = self.e, self.words, self.sizes.seq
         # The reciprocals of both: of the maxima times 1 / 255, and of the sums as they are.
         e.scalars(
             w.most,
