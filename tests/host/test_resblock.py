@@ -96,7 +96,7 @@ def test_limits_are_those_of_the_array() -> None:
     assert block.formula == "2 seq d_model d_ff / 4096 = 32,768"
 
 
-@pytest.mark.parametrize("sizes", [{"seq": 0}, {"heads": 3}, {"d_model": 0}])
+@pytest.mark.parametrize("sizes", [{"seq": 0}, {"heads": 3}, {"d_model": 0}, {"parts": 3}])
 def test_sizes_that_make_no_block_are_named(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(sizes))):
         build_block(preset("tiny"), "mha", **sizes)

@@ -74,8 +74,11 @@ def build_block(
     """
     if min(seq, d_model, heads, d_ff) < 1 or d_model % heads:
         raise ValueError(
-            f"seq {seq}, d_model {d_model}, heads {heads}, d_ff {d_ff}: give counts, heads dividing d_model"
+            f"seq = {seq}, d_model = {d_model}, heads = {heads}, d_ff = {d_ff} make no block: "
+            "give counts from 1 on, and heads that divide d_model"
         )
+    if parts not in (1, 2):
+        raise ValueError(f"parts = {parts}: a left operand is quantised in 1 or 2 parts")
     sizes = Sizes(kind, seq, d_model, heads, d_ff, _parts(config, kind, seq, d_model, heads, d_ff, parts))
     parameters = random_parameters(sizes, seed)
     image = Image()

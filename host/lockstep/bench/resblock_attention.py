@@ -118,8 +118,8 @@ class MultiHead(BlockBuilder):
         e, d, x = self.e, self.sizes.head_dim, self.places.x
         place = head % self.group
 
-        def drain(chunk: Chunk, words: int, begun: int = -1) -> None:
-            fields = {"add1": FirstAdd.Y, "y": begun, "y_stride": d} if begun >= 0 else {}
+        def drain(chunk: Chunk, words: int, begun: int | None = None) -> None:
+            fields = {"add1": FirstAdd.Y, "y": begun, "y_stride": d} if begun is not None else {}
             scales = (self.words.q, self.words.k, self.words.v)[name] + place * self.tiles
             e.drain(
                 d,

@@ -228,18 +228,20 @@ class Emitter:
             w_inner=chunk.depth,
         )
 
-    def first_product(self, x: Operand, behind: Callable[[], None], drain: Callable[[Chunk, int, int], None]) -> None:
+    def first_product(
+        self, x: Operand, behind: Callable[[], None], drain: Callable[[Chunk, int, int | None], None]
+    ) -> None:
         """The first announced chunk's product, formed piece by piece as its weights arrive.
 
         behind : emitted when everything of this chunk has been asked for. drain : is given the chunk, its PARAMETER
         words, and the VECTOR words of the sum of all pieces but the last, float32[tiles][columns]; those are added to
-        the last piece's tiles by the first adder.
+        the last piece's tiles by the first adder. None: there is one piece.
         """
         self._fetch_ahead(1)
         chunk, weights, parameters = self._fetched.popleft()
         if len(chunk.pieces) == 1:
             behind()
-            self.step(lambda: self._multiply(x, chunk, weights, 0, chunk.depth), lambda: drain(chunk, parameters, -1))
+            self.step(lambda: self._multiply(x, chunk, weights, 0, chunk.depth), lambda: drain(chunk, parameters, None))
             return
         row_bytes = chunk.depth * self.config.rows
         partial = self.vectors.take(self.tiles * chunk.columns)

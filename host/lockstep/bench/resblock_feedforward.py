@@ -34,11 +34,11 @@ class FeedForward(BlockBuilder):
         parts = [self.quantised_part(features) for features in sizes.parts]
         ends = list(np.cumsum(sizes.parts))
 
-        def drain(number: int, chunk: Chunk, words: int, begun: int = -1) -> None:
+        def drain(number: int, chunk: Chunk, words: int, begun: int | None = None) -> None:
             column = number * CHUNK_COLUMNS
             part = int(np.searchsorted(ends, column, "right"))
             begin = int(ends[part]) - sizes.parts[part]
-            fields = {"add1": FirstAdd.Y, "y": begun, "y_stride": chunk.columns} if begun >= 0 else {}
+            fields = {"add1": FirstAdd.Y, "y": begun, "y_stride": chunk.columns} if begun is not None else {}
             e.drain(
                 chunk.columns,
                 wide + column,
