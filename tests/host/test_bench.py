@@ -69,11 +69,13 @@ def test_the_slots_of_a_model_are_those_of_its_products() -> None:
 
 def test_a_bar_of_many_looks_at_their_median_and_the_worst_one() -> None:
     bar = Bar("", 0.9, worst=0.5, sample=3)
-    assert bar.met([0.95, 0.92, 0.5])
-    assert bar.met([0.95, 0.92, 0.49]) is False
-    assert bar.met([0.95, 0.89, 0.8]) is False
-    assert bar.met([0.1, 0.1]) is None
-    assert Bar("", 0.9).met([0.9]) is True
+    assert bar.met([0.95, 0.92, 0.5], "laptop")
+    assert bar.met([0.95, 0.92, 0.49], "laptop") is False
+    assert bar.met([0.95, 0.89, 0.8], "laptop") is False
+    assert bar.met([0.1, 0.1], "laptop") is None
+    assert Bar("", 0.9).met([0.9], "laptop") is True
+    assert Bar("", 0.9, core="paper").met([0.9], "laptop") is None
+    assert Bar("", 0.9, core="paper").met([0.9], "paper") is True
 
 
 # --- Products -----------------------------------------------------------------------------------------------------

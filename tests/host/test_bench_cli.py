@@ -113,7 +113,7 @@ def test_a_run_with_other_bits_exits_with_1(cli: Command, monkeypatch: pytest.Mo
 
 
 def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lockstep.bench import decode
+    from lockstep.bench import blocks, decode
 
     def fails(*_: object) -> Iterator[Measurement]:
         raise OSError("no such weights")
@@ -124,12 +124,13 @@ def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.
     monkeypatch.setattr(minilm, "run", fails)
     monkeypatch.setattr(gemm, "run", lambda _, bench: original(sizes(m=8, n=8, k=8), bench))
     monkeypatch.setattr(decode, "run", lambda _, bench: original(sizes(m=9, n=9, k=9), bench))
+    monkeypatch.setattr(blocks, "run", lambda _, bench: original(sizes(m=7, n=7, k=7), bench))
     page = tmp_path / "page.md"
     done = cli("bench", "all", "--device", "fast:tiny", "--json", "--write", page)
     assert done.status == 1
     assert "error: minilm: no such weights" in done.err
-    assert [one["parameters"]["m"] for one in done.json[:2]] == [8, 9]
-    assert done.json[2] == {"case": "minilm", "device": "fast:tiny", "error": "no such weights"}
+    assert [one["parameters"]["m"] for one in done.json[:-1]] == [8, 9, 7, 7]
+    assert done.json[-1] == {"case": "minilm", "device": "fast:tiny", "error": "no such weights"}
     assert not page.exists()
 
 
@@ -146,7 +147,7 @@ def test_pictures_and_the_page_are_written(cli: Command, tmp_path: Path) -> None
         assert word in drawn
     assert "array and bus" in (tmp_path / "plots" / "roofline.svg").read_text()
     text = page.read_text()
-    for part in ("device `fast:laptop`", "**projected**", "**arithmetic**", "## gemm", "14 runs: **median", "OpenGeMM"):
+    for part in ("On `fast:laptop`, ", "**projected**", "**arithmetic**", "## gemm", "14 runs: **median", "OpenGeMM"):
         assert part in text
     assert "| LOAD |" in text
     assert "](plots/roofline.svg)" in text

@@ -27,17 +27,19 @@ class Bar:
     Attributes
     ----------
     text : in words. share : least share of the limit, of each measurement or, with ``worst``, of their median.
-    worst : least share of the worst one. sample : fewer measurements than this say nothing about the bar.
+    worst : least share of the worst one. sample : fewer measurements than this say nothing about the bar. core : the
+    only preset that the bar is for, if there is one.
     """
 
     text: str
     share: float
     worst: float | None = None
     sample: int = 1
+    core: str | None = None
 
-    def met(self, shares: Sequence[float]) -> bool | None:
-        """Whether these shares of the limit reach the bar; none where they are too few to say."""
-        if len(shares) < self.sample:
+    def met(self, shares: Sequence[float], core: str) -> bool | None:
+        """Whether these shares of the limit on a core reach the bar; none where they are too few to say."""
+        if len(shares) < self.sample or self.core not in (None, core):
             return None
         if self.worst is None:
             return min(shares) >= self.share
@@ -51,7 +53,7 @@ class Case:
     Attributes
     ----------
     help : one line. sizes : a frozen dataclass of :mod:`.sizes`; its fields are the options of the command.
-    module : of this package; its ``run(sizes, bench)`` gives the measurements one by one.
+    module : of this package; its ``run(sizes, bench)`` gives the measurements one by one. core : where it runs unasked.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Case:
     module: str
     bar: Bar
     published: tuple[Published, ...] = ()
+    core: str = "laptop"
 
     @property
     def run(self) -> Callable[[Any, Bench], Iterator[Measurement]]:

@@ -52,6 +52,11 @@ class Measurement:
     cycles_per_second: float
 
     @property
+    def core(self) -> str:
+        """The preset that it ran on."""
+        return parse(self.device).config.name
+
+    @property
     def identical(self) -> bool:
         return self.differences == 0
 

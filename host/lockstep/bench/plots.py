@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lockstep_driver import parse
 from lockstep_isa.config import CoreConfig
 
 from .measure import BenchError, Measurement
@@ -34,8 +35,10 @@ def check_matplotlib() -> None:
         raise BenchError("plots need matplotlib: pip install 'lockstep-accel[plot]'") from None
 
 
-def write_plots(folder: Path, measured: Sequence[Measurement], config: CoreConfig) -> list[Path]:
-    """Write ``roofline`` and ``units`` as PNG and SVG into ``folder``, which is made; returns their paths."""
+def write_plots(folder: Path, measured: Sequence[Measurement]) -> list[Path]:
+    """Write ``roofline``, one for each core, and ``units`` as PNG and SVG into ``folder``, which is made; returns their
+    paths.
+    """
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -43,11 +46,12 @@ def write_plots(folder: Path, measured: Sequence[Measurement], config: CoreConfi
     folder.mkdir(parents=True, exist_ok=True)
     groups = _by_case(measured)
     bars = sum(len(shown(group)) for group in groups.values())
+    cores = {one.core: parse(one.device).config for one in measured}
     written = []
     # Text stays text, and the same run gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lockstep", "font.size": 9}):
         for name, size, draw in (
-            ("roofline", (7.0, 4.5), lambda figure: _roofline(figure.subplots(), groups, config)),
+            ("roofline", (7.0 * len(cores), 4.5), lambda figure: _rooflines(figure, groups, cores)),
             ("units", (9.0, 1.5 + 0.3 * bars), lambda figure: _units(figure, groups)),
         ):
             figure = Figure(figsize=size, layout="constrained")
@@ -65,6 +69,12 @@ def _by_case(measured: Sequence[Measurement]) -> dict[str, list[Measurement]]:
     for one in measured:
         groups.setdefault(one.case, []).append(one)
     return groups
+
+
+def _rooflines(figure: Any, groups: dict[str, list[Measurement]], cores: dict[str, CoreConfig]) -> None:
+    for axes, (name, config) in zip(figure.subplots(1, len(cores), squeeze=False)[0], cores.items(), strict=True):
+        on_core = {case: [m for m in group if m.core == name] for case, group in groups.items()}
+        _roofline(axes, {case: group for case, group in on_core.items() if group}, config)
 
 
 def _roofline(axes: Axes, groups: dict[str, list[Measurement]], config: CoreConfig) -> None:

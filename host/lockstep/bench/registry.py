@@ -35,5 +35,29 @@ CASES: dict[str, Case] = {
                 Published("up to 12 times its limit", "Allo"),
             ),
         ),
+        Case(
+            "resblock-mha",
+            "Transformer-base attention block; all weights stream from memory.",
+            sizes.AttentionBlockSizes,
+            "blocks",
+            Bar("at most 18,000 cycles on paper", 17_408 / 18_000, core="paper"),
+            (
+                Published("21,344 cycles with an array of 64 x 64", "Lu et al., 2020"),
+                Published("17,534 cycles scaled to 64 x 64, without residual, norm and memory", "ITA's RTL"),
+            ),
+            core="paper",
+        ),
+        Case(
+            "resblock-ffn",
+            "Transformer-base feed-forward block; all weights stream from memory.",
+            sizes.FeedForwardBlockSizes,
+            "blocks",
+            Bar("at most 33,400 cycles on paper", 32_768 / 33_400, core="paper"),
+            (
+                Published("42,099 cycles with an array of 64 x 64", "Lu et al., 2020"),
+                Published("32,784 cycles scaled to 64 x 64, without residual, norm and memory", "ITA's RTL"),
+            ),
+            core="paper",
+        ),
     )
 }

@@ -42,3 +42,25 @@ class DecodeSizes:
     layers: Annotated[int, "Layers."] = 2
     head: Annotated[bool, "Compute the logits too, over the shape's vocabulary."] = False
     seed: Annotated[int, "Of weights, keys and values."] = 0
+
+
+@dataclass(frozen=True)
+class AttentionBlockSizes:
+    """One block of multi-head attention: projections, softmax, residual, layer norm, requantisation."""
+
+    seq: Annotated[int, "Tokens."] = 64
+    d_model: Annotated[int, "Features of a token."] = 512
+    heads: Annotated[int, "Heads."] = 8
+    parts: Annotated[int, "1 or 2: scales per token of the last product's left operand."] = 2
+    seed: Annotated[int, "Of weights and values."] = 0
+
+
+@dataclass(frozen=True)
+class FeedForwardBlockSizes:
+    """One feed-forward block: two products, ReLU, residual, layer norm, requantisation."""
+
+    seq: Annotated[int, "Tokens."] = 64
+    d_model: Annotated[int, "Features of a token."] = 512
+    d_ff: Annotated[int, "Features between the products."] = 2048
+    parts: Annotated[int, "1 or 2: scales per token of the last product's left operand."] = 2
+    seed: Annotated[int, "Of weights and values."] = 0

@@ -38,6 +38,6 @@ def summary(case: Case, measured: Sequence[Measurement]) -> list[str]:
     ]
     if len(measured) > 1:
         lines.append(f"median {median(shares):.1%} of the limit, worst {min(shares):.1%}")
-    if (met := case.bar.met(shares)) is not None:
+    if (met := case.bar.met(shares, measured[0].core)) is not None:
         lines.append(f"{'reached' if met else 'not reached'}: {case.bar.text}")
     return lines + [f"published, not measured here: {p.figure}, {p.source}" for p in case.published]

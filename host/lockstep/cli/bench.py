@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DeviceOption = Annotated[
     str | None,
-    typer.Option(help="A core: cycles are counted on rtl:CORE, predicted on fast:CORE; rtl:laptop if none is given."),
+    typer.Option(help="rtl:CORE counts cycles, fast:CORE predicts them; unasked, rtl: of the case's core."),
 ]
 CoreOption = Annotated[str | None, typer.Option(help="Short for --device rtl:CORE.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a list of JSON objects and nothing else.")]
@@ -98,53 +98,54 @@ def _run(
 ) -> None:
     if device is not None and core is not None:
         raise UsageError("--core X is short for --device rtl:X; give one of them")
-    uri = device or f"rtl:{core or 'laptop'}"
     from lockstep.executors import HOSTS, check_uri
 
-    check_uri(uri)
-    if uri in HOSTS:
-        raise UsageError(f"'{uri}' counts no cycles; give a core, such as rtl:laptop or fast:laptop")
+    if device is not None:
+        check_uri(device)
+    if device in HOSTS:
+        raise UsageError(f"'{device}' counts no cycles; give a core, such as rtl:laptop or fast:laptop")
     if plot is not None:
         from lockstep.bench.plots import check_matplotlib
 
         check_matplotlib()
     found: list[tuple[Case, list[Measurement]]] = []
-    failed: dict[str, str] = {}
+    failed: list[dict[str, str]] = []
     with Steps() as steps:
         for case, sizes in asked:
+            uri = device or f"rtl:{core or case.core}"
             try:
+                check_uri(uri)
                 found.append((case, list(_measurements(case, sizes, uri, steps))))
             except Exception as error:
                 if len(asked) == 1:
                     raise
-                failed[case.name] = explain(error)[0]
-                messages().print(f"error: {case.name}: {failed[case.name]}", markup=False, highlight=False)
+                text = explain(error)[0]
+                failed.append({"case": case.name, "device": uri, "error": text})
+                messages().print(f"error: {case.name}: {text}", markup=False, highlight=False)
     everything = [one for _, measured in found for one in measured]
     if as_json:
         objects = [one.as_dict(case.published) for case, measured in found for one in measured]
-        objects += [{"case": name, "device": uri, "error": text} for name, text in failed.items()]
+        objects += failed
         sys.stdout.write(json.dumps(finite(objects), allow_nan=False) + "\n")
     else:
         for case, measured in found:
             _show(case, measured)
     if plot is not None and everything:
-        _plot(plot, everything, uri)
+        _plot(plot, everything)
     if write is not None and not failed:
-        _write(write, found, uri, plot)
+        _write(write, found, plot)
     if failed or not all(one.identical for one in everything):
         raise typer.Exit(DIFFERENT)
 
 
-def _plot(folder: Path, measured: Sequence[Measurement], uri: str) -> None:
-    from lockstep_driver import parse
-
+def _plot(folder: Path, measured: Sequence[Measurement]) -> None:
     from lockstep.bench.plots import write_plots
 
-    for path in write_plots(folder, measured, parse(uri).config):
+    for path in write_plots(folder, measured):
         messages().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(file: Path, found: Sequence[tuple[Case, Sequence[Measurement]]], uri: str, plots: Path | None) -> None:
+def _write(file: Path, found: Sequence[tuple[Case, Sequence[Measurement]]], plots: Path | None) -> None:
     from lockstep.bench.report import page
 
     pictures = {}
@@ -153,7 +154,7 @@ def _write(file: Path, found: Sequence[tuple[Case, Sequence[Measurement]]], uri:
 
         folder = Path(os.path.relpath(plots, file.parent)).as_posix()
         pictures = {text: f"{folder}/{name}.svg" for name, text in PICTURES.items()}
-    file.write_text(page(found, uri, pictures), encoding="utf-8")
+    file.write_text(page(found, pictures), encoding="utf-8")
     messages().print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
