@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.executors import executor
 from lockstep_hls import kernels
-from random_llama import LlamaShape, llama_graph, random_weights
 
 SHAPE = LlamaShape(
     vocabulary=32000, features=768, hidden=2048, layers=10, heads=12, kv_heads=12, max_tokens=2048

@@ -14,10 +14,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.graph import Attention
 from lockstep_driver import Counters, open_device
-from random_llama import LlamaShape, llama_graph, random_weights
 
 VOCABULARY, POSITIONS = 272, 1024
 

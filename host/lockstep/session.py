@@ -7,6 +7,7 @@ by token, in pieces or at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,6 +28,10 @@ from lockstep.graph import (
 )
 
 Logits = Literal["last", "all"]
+
+#: Keys and values of one attention node from position 0 on: int8[n, kv_heads * head_dim] and float32[n, kv_heads] of
+#: the keys, and of the values.
+CacheRows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Session(Protocol):
@@ -138,6 +143,14 @@ class HostSession:
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
+        self.length = length
+
+    def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
+        """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node."""
+        for value, (keys, key_scales, values, value_scales) in caches.items():
+            own_keys, own_values = self._caches[value]
+            own_keys.append(0, keys, key_scales)
+            own_values.append(0, values, value_scales)
         self.length = length
 
     def close(self) -> None:

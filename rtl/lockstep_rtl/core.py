@@ -84,7 +84,10 @@ class Core(wiring.Component):
         for name, member in machine.signature.members.items():
             value = getattr(machine, name)
             if name.startswith(("running_", "stalled_", "waiting_")):
-                m.d.comb += getattr(supervisor, name).eq(value)
+                # Counters may be a cycle late: they are far from the units.
+                state = Signal.like(value, name=f"state_{name}")
+                m.d.sync += state.eq(value)
+                m.d.comb += getattr(supervisor, name).eq(state)
             elif name.startswith(("error_", "code_", "address_", "index_")):
                 assert member.flow == Out
                 # A report crosses the chip in a cycle of its own; one of the cycle of a reset is void.

@@ -106,7 +106,7 @@ def _optimise(text: str) -> str:
     out all of them whenever any input of the core may have changed. Behind ``opt_dff`` it looks at an enable instead:
     the simulated core runs twice as fast.
     """
-    share = "opt_expr; opt_merge -share_all; opt_muxtree; opt_reduce; opt_merge -share_all; opt_dff; opt_clean"
+    share = "opt_expr; wreduce; opt_merge -share_all; opt_muxtree; opt_reduce; opt_merge -share_all; opt_dff; opt_clean"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in.v").write_text(text)
         script = (

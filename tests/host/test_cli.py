@@ -33,6 +33,7 @@ COMMANDS = (
     "doctor",
     "compile",
     "disasm",
+    "bench",
     "synth",
     "clean",
 )

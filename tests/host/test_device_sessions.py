@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from architectures import CASES, LAST, captured, example_inputs
+from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.errors import SequenceLengthError
 from lockstep.evaluate import run_reference
@@ -17,7 +18,6 @@ from lockstep.quantise import quantise
 from lockstep.session import Session
 from lockstep_driver import Device, OutOfDeviceMemory, open_device
 from lockstep_hls import kernels
-from random_llama import LlamaShape, llama_graph, random_weights
 from support import assert_same_bits
 
 TOKENS = 70
@@ -25,6 +25,7 @@ TOKENS = 70
 SHAPES = {
     "grouped": LlamaShape(61, 32, 48, 2, 4, 2, 300, tile=16),
     "windowed": LlamaShape(61, 48, 40, 2, 3, 1, 300, tile=16, window=21, head_norm=True),
+    "one head": LlamaShape(61, 16, 48, 1, 1, 1, 300, tile=16),
     "one tile": LlamaShape(61, 32, 48, 1, 2, 2, 300),
 }
 IDS = np.random.default_rng(3).integers(0, 61, TOKENS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.evaluate import run_reference
 from lockstep.executors import executor
@@ -18,7 +19,6 @@ from lockstep.graph import Attention, Fallback, Gather, Graph, Indices, Node, Po
 from lockstep.session import HostSession, Session
 from lockstep_hls import kernels
 from lockstep_isa import operations
-from random_llama import LlamaShape, llama_graph, random_weights
 from support import assert_same_bits
 
 SHAPE = LlamaShape(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bytelm.tokenizer import BOS
+from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.bundled import BUNDLED
 from lockstep.checkpoint import find_folder
 from lockstep.evaluate import run_float
@@ -16,7 +17,6 @@ from lockstep.model import HostExecutor, Model, load
 from lockstep.verification import verify_generation
 from lockstep_driver import Counters, open_device
 from lockstep_hls import kernels
-from random_llama import LlamaShape, llama_graph, random_weights
 
 PROMPT = "def add(self, other):\n    "
 #: Bytes of held-out text on which accuracy is measured, in windows of as many.

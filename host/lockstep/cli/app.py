@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from . import cache, demo, devices, doctor, explain, explore, generate, inspect, models, programs, report, run, synth
+from . import (
+    bench,
+    cache,
+    demo,
+    devices,
+    doctor,
+    explain,
+    explore,
+    generate,
+    inspect,
+    models,
+    programs,
+    report,
+    run,
+    synth,
+)
 from .output import settings
 
 app = typer.Typer(
@@ -37,5 +52,9 @@ def _options(
     settings.debug = debug
 
 
-for group in (demo, generate, models, run, explain, report, explore, inspect, devices, doctor, programs, synth, cache):
+_GROUPS = (
+    *(demo, generate, models, run, explain, report, explore, inspect),
+    *(devices, doctor, programs, bench, synth, cache),
+)
+for group in _GROUPS:
     group.register(app)

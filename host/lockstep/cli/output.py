@@ -40,14 +40,15 @@ def results() -> Console:
 
 def emit(values: dict[str, Any]) -> None:
     """Print the one JSON object of a command, in one line; what is not finite becomes null."""
-    sys.stdout.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -68,6 +69,7 @@ class Steps:
     def __init__(self) -> None:
         self._console = messages()
         self._status = self._console.status("") if self._console.is_terminal else None
+        self._line = ""
 
     def __enter__(self) -> Steps:
         if self._status is not None:
@@ -83,7 +85,26 @@ class Steps:
         if self._status is None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            self._status.update(line.replace("[", "\\["))
+            self._line = line.replace("[", "\\[")
+            self._status.update(self._line)
+
+    @contextmanager
+    def cycles(self) -> Iterator[Callable[[int, int], None] | None]:
+        """What to tell, again and again, how many of how many cycles have passed: it stands behind the step's line.
+
+        Without a terminal it gives none.
+        """
+        if self._status is None:
+            yield None
+            return
+        status = self._status
+
+        def tell(passed: int, total: int) -> None:
+            done = min(1.0, passed / total)
+            bar = "━" * round(30 * done) + " " * (30 - round(30 * done))
+            status.update(f"{self._line} [cyan]{bar}[/] {passed:,} of {total:,} cycles")
+
+        yield tell
 
     @contextmanager
     def bar(self, line: str, total: int) -> Iterator[Callable[[int], None] | None]:

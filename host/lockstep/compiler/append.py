@@ -29,7 +29,7 @@ class CacheAppend:
         d, capacity = node.head_dim, context.capacity
         values, head_words = self._bytes(k, Destination.BYTES, tiles * d, self.cache.key_scales)
         for head in range(node.kv_heads):
-            self.low.builder.emit(
+            self.low.later(
                 STORE,
                 memory=Memory.VECTOR,
                 bytes=1,
@@ -42,30 +42,28 @@ class CacheAppend:
                 local_stride=d,
                 lane_operand=context.lane,
             )
-        self.low.vectors.give(values)
+        self.low.give_later(values)
 
     def values(self, v: Panels) -> None:
         """Quantise the new values and store them where they belong in the cache."""
         node, context, rows, tiles = self.node, self.context, self.rows, self.tiles
         groups, capacity = -(-node.head_dim // rows), context.capacity
-        values, head_words = self._bytes(
-            v, Destination.BYTES_TRANSPOSED, groups * tiles * rows, self.cache.value_scales
+        values, _ = self._bytes(v, Destination.BYTES_TRANSPOSED, groups * tiles * rows, self.cache.value_scales)
+        # Groups of a head lie one behind the other, and so do heads: on chip and in the cache.
+        self.low.later(
+            STORE,
+            memory=Memory.VECTOR,
+            bytes=1,
+            rows=node.kv_heads * groups,
+            **varying("words", tiles * rows, context.new_words),
+            stride=capacity * rows,
+            address=self.cache.values,
+            address_operand=context.first(rows),
+            local=values,
+            local_operand=context.lane,
+            local_stride=tiles * rows,
         )
-        for head in range(node.kv_heads):
-            self.low.builder.emit(
-                STORE,
-                memory=Memory.VECTOR,
-                bytes=1,
-                rows=groups,
-                **varying("words", tiles * rows, context.new_words),
-                stride=capacity * rows,
-                address=self.cache.values + head * groups * capacity * rows,
-                address_operand=context.first(rows),
-                local=values + head * head_words,
-                local_operand=context.lane,
-                local_stride=tiles * rows,
-            )
-        self.low.vectors.give(values)
+        self.low.give_later(values)
 
     def _bytes(self, x: Panels, destination: Destination, head_words: int, scales: int) -> tuple[int, int]:
         """VECTOR words with the 8-bit values of every head, ``head_words`` a head; stores the scales."""
@@ -77,7 +75,7 @@ class CacheAppend:
             source=Source.PARAMETER, destination=Destination.VECTOR, tiles=1, columns=heads * tiles, x=scale, to=words
         )
         for head in range(heads):
-            low.builder.emit(
+            low.later(
                 STORE,
                 memory=Memory.VECTOR,
                 rows=tiles,
@@ -89,7 +87,7 @@ class CacheAppend:
                 local_stride=1,
                 lane_operand=self.context.lane,
             )
-        low.vectors.give(words)
+        low.give_later(words)
         low.parameters.give(scale)
         low.parameters.give(inverse)
         return values, head_words

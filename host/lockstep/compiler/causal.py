@@ -140,8 +140,13 @@ class CausalAttentionLowering:
             following = next(turns, None)
             if before is not None:
                 self._weigh(before)
-            # Where tiles of keys do not fit beside each other, the next one waits until this one is done with.
-            ready = following is not None and (following.tile is not None or self._room_for_tile())
+            # Where tiles of keys do not fit beside each other, the next one waits until this one is done with; so does
+            # the next one of the same head, whose peak this one still needs.
+            ready = (
+                following is not None
+                and following.head != scored.head
+                and (following.tile is not None or self._room_for_tile())
+            )
             next_scored = self._score(following, queries) if following is not None and ready else None
             met = self._soften(scored, factors, state)
             if before is not None:
@@ -230,7 +235,7 @@ class CausalAttentionLowering:
         return self.low.weights.largest >= keys + values
 
     def _turns(self) -> Iterator[_Turn]:
-        """Tile of keys by tile of keys, head by head: consecutive turns are those of different heads."""
+        """Tile by tile, head by head: with several heads, consecutive turns are those of different ones."""
         for section in self.window.sections:
             for kv_head in range(self.node.kv_heads):
                 shared = self._preloaded[:1]

@@ -99,6 +99,7 @@ class StageCompiler:
             self.emit(node)
             if len(self.low.builder) > first:
                 self._name(first, node)
+        self.low.catch_up()
         return self.low.builder.finish()
 
     def order(self) -> Iterable[Node]:

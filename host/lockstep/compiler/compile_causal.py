@@ -148,6 +148,7 @@ class CausalStageCompiler(StageCompiler):
         for value in (node.k, node.v):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
+        self.low.catch_up()
         attention.attend(q, into)
         self._done(node.q)
         self._finish(node, into)
@@ -155,6 +156,7 @@ class CausalStageCompiler(StageCompiler):
     def _load_ahead(self, node: Attention) -> None:
         """While queries are made ready, the bus has nothing else to do."""
         if {node.k, node.v} <= self.appended:
+            self.low.catch_up()
             self.attentions[node.value].preload()
         self._prefetch(node.value)
 

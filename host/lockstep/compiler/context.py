@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from lockstep_driver import Buffer, Device
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.config import CoreConfig
 
 from lockstep.graph import Attention, Graph
+from lockstep.session import CacheRows
 
 from .allocation import CapacityError
+from .layout import to_panels
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,43 @@ class Cache:
 
     def __init__(self, device: Device, graph: Graph, capacity: int) -> None:
         self._device = device
+        self._capacity = capacity
         self._buffers: list[Buffer] = []
+        self._parts: dict[int, tuple[Attention, list[Buffer]]] = {}
         self.layers: dict[int, LayerCache] = {}
         try:
             for node in graph.of(Attention):
                 data, scales = cache_bytes(device.config, node, capacity)
-                addresses = [self._place(size) for size in (data, data, scales, scales)]
-                self.layers[node.value] = LayerCache(*addresses)
+                buffers = [self._place(size) for size in (data, data, scales, scales)]
+                self._parts[node.value] = node, buffers
+                self.layers[node.value] = LayerCache(*(buffer.address for buffer in buffers))
         except Exception:
             self.close()
             raise
 
-    def _place(self, size: int) -> int:
+    def write(self, value: int, rows: CacheRows) -> None:
+        """Put the first tokens' keys and values of an attention where programs look for them; the rest stays."""
+        node, (key_words, value_words, *scale_words) = self._parts[value]
+        (keys, key_scales, values, value_scales), r, d = rows, self._device.config.rows, node.head_dim
+        heads, tokens, groups = node.kv_heads, len(keys), -(-d // r)
+        panels = key_words.data.view(np.int8)[: heads * self._capacity * d].reshape(heads, -1, d, r)
+        words = value_words.data.view(np.int8).reshape(heads, groups, self._capacity, r)
+        for head in range(heads):
+            own = slice(head * d, (head + 1) * d)
+            whole = to_panels(keys[:, own], r)
+            panels[head, : len(whole)] = whole
+            padded = np.zeros((tokens, groups * r), np.int8)
+            padded[:, :d] = values[:, own]
+            words[head, :, :tokens] = padded.reshape(tokens, groups, r).transpose(1, 0, 2)
+        for buffer, scales in zip(scale_words, (key_scales, value_scales), strict=True):
+            buffer.data.view(np.float32).reshape(heads, self._capacity)[:, :tokens] = scales.T
+
+    def _place(self, size: int) -> Buffer:
         buffer = self._device.allocate(size)
         self._buffers.append(buffer)
         # What was there before could be no number at all, and nothing times no number is no number.
         buffer.data[:] = 0
-        return buffer.address
+        return buffer
 
     def close(self) -> None:
         """Free the device memory."""

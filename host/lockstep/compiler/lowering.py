@@ -8,7 +8,8 @@ signals: the builder finds the tokens, so the order of emission decides only wha
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lockstep_isa.instructions import (
     FirstAdd,
     FirstMultiply,
     Function,
+    InstructionType,
     Maximum,
     Memory,
     SecondAdd,
@@ -141,10 +143,30 @@ class Lowering:
         self.weights = Pieces("WEIGHT", weight_words, config.weight_words)
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
         self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
+        self._later: deque[Callable[[], object]] = deque()
         self._loaded_activation: str | None = None
         self._column_words: dict[str, int] = {}
         for name, slot in SLOTS.items():
             self._load_table(name, slot)
+
+    # --- Instructions that can wait ----------------------------------------------------------------------------
+
+    def later(self, type: InstructionType, **fields: int) -> None:
+        """Emit an instruction between the chunks of the products to come, at the latest with :meth:`catch_up`.
+
+        For STOREs that nobody waits for: many of them in a row fill the queue of their unit, and the dispatcher, which
+        goes in order, then stops LOAD as well.
+        """
+        self._later.append(lambda: self.builder.emit(type, **fields))
+
+    def give_later(self, words: int) -> None:
+        """Give VECTOR words back behind the instructions that wait."""
+        self._later.append(lambda: self.vectors.give(words))
+
+    def catch_up(self, chunks: int = 1) -> None:
+        """Emit what waits; with ``chunks`` of a product still to come, the share of one of them."""
+        for _ in range(-(-len(self._later) // chunks)):
+            self._later.popleft()()
 
     # --- Transfers ---------------------------------------------------------------------------------------------
 
@@ -446,3 +468,4 @@ class Lowering:
                 fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
             words = self.product(q, linear, chunk, fetched[n] if n < len(fetched) else None)
             self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
+            self.catch_up(len(linear.chunks) - n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ from lockstep_driver import Buffer, LoadedProgram
 
 from lockstep.errors import ModelError, SequenceLengthError
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
-from lockstep.session import check_graph, checked_ids
+from lockstep.session import CacheRows, check_graph, checked_ids
 
 from .allocation import CapacityError
 from .compile_causal import CausalStageCompiler
@@ -103,6 +104,12 @@ class DeviceSession:
         """Forget the tokens from position ``length`` on."""
         if not 0 <= length <= self.length:
             raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
+        self.length = length
+
+    def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
+        """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node."""
+        for value, rows in caches.items():
+            self._cache.write(value, rows)
         self.length = length
 
     def close(self) -> None:

@@ -67,13 +67,16 @@ class UnitQueue(wiring.Component):
         m.submodules.flight = flight = SyncFIFOBuffered(width=_RUNNING.size, depth=IN_FLIGHT)
         head = data.View(self.entry, queue.r_data)
         begins, accepted, taken = Signal(), Signal(), Signal()
+        # A grant is looked at one cycle later, out of a register. It stays: only this unit takes its tokens.
+        granted = Signal()
+        m.d.sync += granted.eq(queue.r_rdy & self.granted & ~taken)
         m.d.comb += [
             queue.w_data.eq(self.push.payload),
             queue.w_en.eq(self.push.valid),
             self.push.ready.eq(queue.w_rdy),
             self.want.eq(head.instruction.wait),
             self.instruction.payload.eq(head.instruction),
-            begins.eq(queue.r_rdy & self.granted & flight.w_rdy & ~self.halt),
+            begins.eq(granted & flight.w_rdy & ~self.halt),
             self.instruction.valid.eq(begins & ~head.skip),
             accepted.eq(self.instruction.valid & self.instruction.ready),
             taken.eq(accepted | (begins & head.skip)),

@@ -38,11 +38,13 @@ class Tokens(wiring.Component):
             for a in Unit:
                 give = getattr(self, f"give_{a.name.lower()}")[b]
                 count = Signal(COUNTER_BITS, name=f"count_{a.name}_{b.name}")
+                # Whether it is not zero, known at the start of a cycle: what a unit begins hangs on it.
+                some = Signal(name=f"some_{a.name}_{b.name}")
                 taken = take & want[a]
                 with m.If(give & ~taken & ~count.all()):
-                    m.d.sync += count.eq(count + 1)
+                    m.d.sync += [count.eq(count + 1), some.eq(1)]
                 with m.Elif(taken & ~give):
-                    m.d.sync += count.eq(count - 1)
-                missing.append(want[a] & (count == 0))
+                    m.d.sync += [count.eq(count - 1), some.eq(count != 1)]
+                missing.append(want[a] & ~some)
             m.d.comb += getattr(self, f"granted_{target}").eq(~Cat(missing).any())
         return m

@@ -70,7 +70,10 @@ class Accumulators(wiring.Component):
 
         complete = Signal(range(config.accumulator_tiles + 1))
         reserved = Signal(range(config.accumulator_tiles + 1))
-        m.d.comb += [self.read.available.eq(complete.any()), self.room.eq(reserved != config.accumulator_tiles)]
+        m.d.comb += self.room.eq(reserved != config.accumulator_tiles)
+        # As a register of its own: VECTOR decides by it at the start of a cycle.
+        with m.If(written != self.read.pop):
+            m.d.sync += self.read.available.eq(written | (complete != 1))
         m.d.sync += [
             complete.eq(complete + written - self.read.pop),
             reserved.eq(reserved + self.reserve - self.read.pop),

@@ -131,12 +131,10 @@ class Issue(wiring.Component):
         read_y = Signal()  # this cycle reads y for the column
         x_row, x_address = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
         y_row, y_address = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
-        last_column, group_ends, ends = Signal(), Signal(), Signal()
-        m.d.comb += [
-            last_column.eq(column == final_column),
-            group_ends.eq(column[:group_bits].all()),
-            ends.eq(sub == subwords - 1),
-        ]
+        # Of ``column``, worked out one column ahead: every decision of a cycle begins with them.
+        last_column, group_ends, pauses_here = Signal(), Signal(), Signal()
+        ends = Signal()
+        m.d.comb += ends.eq(sub == subwords - 1)
 
         # The mask: lane r of this column is hidden where r < ahead, or where r >= ahead + window.
         ahead, row_ahead = Signal(signed(DISTANCE_BITS)), Signal(signed(DISTANCE_BITS))
@@ -183,19 +181,19 @@ class Issue(wiring.Component):
         pause = Signal(range(row_pause(PARTIALS, subwords)))
         m.d.sync += pause.eq(pauses[levels])
         row_wait, group_wait = Signal.like(pause), Signal(range(rows))
-        paced_column = Mux(beyond_partials, column == PARTIALS, last_column)
-        sum_waits = i.sum & paced_column & row_wait.any()
-        group_waits = transposed & (group_ends | last_column) & group_wait.any()
-        with m.If(row_wait.any()):
-            m.d.sync += row_wait.eq(row_wait - 1)
-        with m.If(group_wait.any()):
-            m.d.sync += group_wait.eq(group_wait - 1)
+        row_waits, group_waits = Signal(), Signal()  # the counts are not zero
+        with m.If(row_waits):
+            m.d.sync += [row_wait.eq(row_wait - 1), row_waits.eq(row_wait != 1)]
+        with m.If(group_waits):
+            m.d.sync += [group_wait.eq(group_wait - 1), group_waits.eq(group_wait != 1)]
+        sum_stops = i.sum & Mux(beyond_partials, pauses_here, last_column) & row_waits
+        group_stops = transposed & (group_ends | last_column) & group_waits
 
         late = Signal()  # the words of the group that has begun are still being fetched
         no_tile = from_accumulator & ~self.accumulator.available
         go = Signal()
         issues, y_alone = Signal(), Signal()  # a beat, or a cycle that only reads y
-        m.d.comb += go.eq(~no_tile & ~sum_waits & ~group_waits & ~late)
+        m.d.comb += go.eq(~no_tile & ~sum_stops & ~group_stops & ~late)
 
         with m.FSM():
             with m.State("ACCEPT"):
@@ -207,7 +205,8 @@ class Issue(wiring.Component):
                 m.d.sync += [
                     *(tile.eq(0), column.eq(0), sub.eq(0), group.eq(0), late.eq(0), read_y.eq(shares)),
                     *(x_row.eq(i.x), x_address.eq(i.x), y_row.eq(i.y), y_address.eq(i.y)),
-                    *(needed.eq(row_needs), least.eq(least_prologue), row_wait.eq(0), group_wait.eq(0)),
+                    *(last_column.eq(final_column == 0), group_ends.eq(0), pauses_here.eq(0)),
+                    *(needed.eq(row_needs), least.eq(least_prologue), row_waits.eq(0), group_waits.eq(0)),
                     *(row_ahead.eq(-i.first_row.as_signed()), ahead.eq(-i.first_row.as_signed())),
                 ]
                 m.next = "FETCH"
@@ -235,16 +234,20 @@ class Issue(wiring.Component):
                     with m.If(ends):
                         m.d.sync += [
                             *(sub.eq(0), column.eq(column + 1), read_y.eq(shares), x_address.eq(x_address + 1)),
+                            last_column.eq(column + 1 == final_column),
+                            group_ends.eq(column[:group_bits] == rows - 2),
+                            pauses_here.eq(column == PARTIALS - 1),
                             ahead.eq(ahead + 1),
                         ]
                         with m.If(~shares):
                             m.d.sync += y_address.eq(y_address + 1)
                         with m.If(group_ends | last_column):
-                            m.d.sync += group_wait.eq(rows - 1)
+                            m.d.sync += [group_wait.eq(rows - 1), group_waits.eq(1)]
                         with m.If(last_column):
-                            m.d.sync += row_wait.eq(pause)
                             m.d.sync += [
+                                *(row_wait.eq(pause), row_waits.eq(1)),
                                 *(tile.eq(tile + 1), column.eq(0), group.eq(0), late.eq(0)),
+                                *(last_column.eq(final_column == 0), group_ends.eq(0), pauses_here.eq(0)),
                                 *(x_row.eq(x_row + i.x_stride), x_address.eq(x_row + i.x_stride)),
                                 *(y_row.eq(y_row + i.y_stride), y_address.eq(y_row + i.y_stride)),
                                 *(needed.eq(row_needs), least.eq(least_prologue)),

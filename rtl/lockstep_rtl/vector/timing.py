@@ -134,10 +134,10 @@ def tail_cycles(config: CoreConfig, i: Instruction) -> int:
     """Cycles from the last beat's issue to ``done``: the pipeline, the last row sum or the last transposed group."""
     tail = DEPTH
     if i.sum:
-        # To the tree, through it, through the adder into the assembled word, and its write.
-        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND)
+        # To the tree, through it, through the adder into the assembled word, its write, and one to see that.
+        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND + 1)
     if transposes(i):
-        tail = max(tail, ROUNDED + config.rows + 2)
+        tail = max(tail, ROUNDED + config.rows + 3)
     return ISSUE + tail
 
 

@@ -93,8 +93,9 @@ class VectorUnit(wiring.Component):
             first.eq(Cat(issue.first, passed_first)),
             last.eq(Cat(issue.last, passed_last)),
         ]
-        busy = valid.any()
-        m.d.sync += passed.eq(valid)
+        moving = Signal()
+        busy = issue.beat | moving
+        m.d.sync += [passed.eq(valid), moving.eq(valid[: DEPTH - 1].any())]
         with m.If(busy):
             m.d.sync += [passed_first.eq(first), passed_last.eq(last), time.eq(time + 1)]
         subs = [Signal(DEPTH, name=f"sub{b}") for b in range(sub_bits)]
@@ -196,6 +197,14 @@ class VectorUnit(wiring.Component):
             writer.sum_done.eq(sum_control.done),
             writer.sum_sub.eq(sum_control.done_sub),
             writer.sum.eq(Cat(sums)),
-            issue.drained.eq(~busy & sum_control.idle & writer.idle),
         ]
+
+        # Out of a register, for the end of a pass goes on to the queue and to the tokens of all units. The last stage
+        # is not looked at: what is there now is gone when the register is read, but for a group to be transposed.
+        transposes = fields.destination.matches(Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED)
+        settled = Signal()
+        m.d.sync += settled.eq(
+            ~valid[: DEPTH - 1].any() & ~(valid[DEPTH - 1] & transposes) & sum_control.idle & writer.idle
+        )
+        m.d.comb += issue.drained.eq(settled & ~issue.beat)
         return m

@@ -148,8 +148,8 @@ class TimingModel {
   private:
     // Latencies of the RTL, in cycles.
     static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
-    static constexpr Time kQueueLatency = 2;    // dispatcher to the head of a unit's queue
-    static constexpr Time kTokenLatency = 2;    // done to the accepted instruction that waited for it
+    static constexpr Time kQueueLatency = 3;    // dispatcher to the head of a unit's queue
+    static constexpr Time kTokenLatency = 3;    // done to the accepted instruction that waited for it
     static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes;  // fetches of the operands
     static constexpr Time kOperandTurn = 2;     // descriptor to the operands' first address
     static constexpr Time kSelect = 2;          // an instruction with operands, and one more for each
@@ -227,7 +227,7 @@ class TimingModel {
         if (item.idle) {
             const Time begin = std::max(item.start, lane.ended);
             item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
-            lane.free = item.start + 1;
+            lane.free = item.start + 2;
             cycles.busy += uint64_t(item.end - begin);
             record_.span(item.unit, kBusy, begin, item.end);
             return true;

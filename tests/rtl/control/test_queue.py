@@ -29,14 +29,15 @@ class Unit(Sink):
     def __init__(self, dut, instructions, gap, granted, seed):
         super().__init__(dut, "instruction", gap)
         self.dut, self.instructions, self.granted, self.random = dut, instructions, granted, random.Random(seed)
-        self.done, self.due, self.takes, self.gives = 0, None, 0, []
+        self.done, self.due, self.takes, self.gives, self.held = 0, None, 0, [], False
 
     def drive(self):
         super().drive()
         if len(self.items) - self.done >= IN_FLIGHT:
             self.open = False
             self.ready.value = 0
-        self.grant = not self.granted()
+        # Tokens that are there stay until they are taken.
+        self.grant = self.held or not self.granted()
         self.dut.granted.value = self.grant
         self.completes = self.due is not None and self.bench.cycle >= self.due
         self.dut.done.value = self.completes
@@ -45,11 +46,10 @@ class Unit(Sink):
         dut, before = self.dut, len(self.items)
         valid = int(self.valid.value)
         assert not valid or self.grant, "offered without its tokens"
-        # Offered only while the tokens are there: they never go away in a real core, in this test they do.
-        self.waiting = None
         super().sample()
         accepted = len(self.items) > before
         assert int(dut.take.value) == accepted
+        self.held = self.grant and not accepted
         assert int(dut.running.value) == (before > self.done)
         if accepted:
             assert int(dut.want.value) == self.instructions[before].wait

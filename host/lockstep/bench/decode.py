@@ -1,0 +1,112 @@
+"""One token of a language model behind a cache: what decode costs, beside the bytes that it must read.
+
+Weights are random, and so are the keys and values in the cache: the same ones on the core and in the reference. Cycles
+depend on neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from lockstep_driver import Counters, Device
+from lockstep_isa import operations
+
+from lockstep.compiler.execute import DeviceExecutor
+from lockstep.graph import Attention, Graph, Value
+from lockstep.session import CacheRows, HostSession
+
+from .limits import decode_bytes, decode_limit
+from .measure import Bench, BenchError, Measurement, Ran
+from .random_models import Gpt2Shape, LlamaShape, gpt2_graph, llama_graph, random_weights
+from .sizes import DecodeSizes
+
+#: Name -> features, features of the feed-forward layer, heads, heads of keys and values, vocabulary. GPT-2's have
+#: layer norms, biases and GELU; Llama's have RMS norms, rotary embeddings and a gate.
+GPT2 = {"gpt2-medium": (1024, 4096, 16, 16, 50257)}
+LLAMA = {
+    "llama-tiny": (256, 640, 4, 4, 272),
+    "llama-160m": (768, 2048, 12, 12, 32000),
+    "llama-1b": (2048, 8192, 32, 8, 128256),
+}
+SHAPES = GPT2 | LLAMA
+DEFAULT_SHAPES = ["gpt2-medium", "llama-160m"]
+DEFAULT_CONTEXTS = [128, 512, 1024]
+#: Entries of the embedding table where no logits are computed: the host looks a token up, whatever their number.
+EMBEDDINGS = 64
+
+
+def model(name: str, layers: int, positions: int, head: bool, seed: int = 0) -> Graph:
+    """A model with random weights; raises :class:`BenchError` for a shape that is none."""
+    if name not in SHAPES:
+        raise BenchError(f"'{name}' is no shape; there are {', '.join(SHAPES)}")
+    features, hidden, heads, kv_heads, vocabulary = SHAPES[name]
+    vocabulary = vocabulary if head else EMBEDDINGS
+    if name in GPT2:
+        gpt2 = Gpt2Shape(vocabulary, features, hidden, layers, heads, positions, head=head)
+        return gpt2_graph(gpt2, random_weights(gpt2, seed))
+    llama = LlamaShape(vocabulary, features, hidden, layers, heads, kv_heads, positions, head=head)
+    return llama_graph(llama, random_weights(llama, seed))
+
+
+def random_cache(graph: Graph, tokens: int, seed: int = 0) -> dict[Value, CacheRows]:
+    """Keys and values of ``tokens`` tokens as a model leaves them: all of int8, at scales for values about 1."""
+    rng = np.random.default_rng(seed)
+    caches = {}
+    for node in graph.of(Attention):
+        parts = [
+            (
+                rng.integers(-127, 128, (tokens, node.kv_heads * node.head_dim), np.int8),
+                rng.uniform(0.01, 0.03, (tokens, node.kv_heads)).astype(np.float32),
+            )
+            for _ in range(2)
+        ]
+        caches[node.value] = (*parts[0], *parts[1])
+    return caches
+
+
+def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
+    """Every shape behind every context."""
+    shapes, contexts = sizes.shape or DEFAULT_SHAPES, sizes.context or DEFAULT_CONTEXTS
+    if min(contexts) < 1 or sizes.layers < 1:
+        raise BenchError(
+            "a model has at least one layer, and a context at least one token; give --layers and --context"
+        )
+    for name in shapes:
+        bench.say(f"making {sizes.layers} layers of {name}")
+        graph = model(name, sizes.layers, max(contexts) + 1, sizes.head, sizes.seed)
+        for context in contexts:
+            bench.say(f"decode of {name} behind {context} tokens on {bench.uri}")
+            yield _measure(name, graph, context, sizes, bench)
+
+
+def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: Bench) -> Measurement:
+    caches = random_cache(graph, context, sizes.seed)
+    token = np.array([sizes.seed % EMBEDDINGS])
+    reference = HostSession(graph, context + 1, operations)
+    reference.restore(context, caches)
+    expected = reference.extend(token)
+    needed = decode_bytes(graph, context)
+    return bench.measure(
+        "decode",
+        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head},
+        decode_limit(bench.config, bench.parsed.timing, graph, context),
+        lambda device: _decode(device, graph, context, caches, token),
+        [expected],
+        # Programs, tables and buffers are small beside weights and the rounded cache.
+        memory_bytes=needed.weights + 2 * needed.cache + (8 << 20) + needed.weights // 8,
+    )
+
+
+def _decode(device: Device, graph: Graph, context: int, caches: Mapping[Value, CacheRows], token: np.ndarray) -> Ran:
+    counted: list[Counters] = []
+    executor = DeviceExecutor(device, counted.append)
+    try:
+        session = executor.open_session(graph, context + 1)
+        session.restore(context, caches)
+        values = session.extend(token)
+        session.close()
+    finally:
+        executor.close()
+    (counters,) = counted
+    return Ran([values], counters)

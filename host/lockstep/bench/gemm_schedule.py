@@ -1,0 +1,106 @@
+"""The order in which a matrix product is computed: boxes of panels, and what each needs from memory.
+
+The array eats one word from each side a cycle, and the bus brings one word in all. So a product begins on a small
+block of tiles, whose panels come in pieces of depth: n x n tiles use each word n times, and the array starts when the
+first pieces are there instead of the first panels. From there the block grows by a panel at a time, on the shorter
+side, and each new panel meets all of the other side: one word from memory then feeds many cycles of the array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lockstep_isa.config import CoreConfig
+
+#: Deepest sums that may be cut: partial sums of int8 products up to 2^24 are exact in fp32, and so is their sum.
+EXACT_DEPTH = 1024
+#: Tiles on a side of the first block, where the product has as many.
+OPENING = 3
+#: Words of depth in the pieces of the first block: less, and the vector unit adds pieces slower than they come.
+PIECE = 32
+
+
+@dataclass(frozen=True)
+class Span:
+    """Panels, or words of depth: ``start`` up to ``end``."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Box:
+    """The part of a product that one MATRIX and one VECTOR instruction compute: row panels, column panels, depth."""
+
+    rows: Span
+    columns: Span
+    depth: Span
+
+
+def boxes(config: CoreConfig, m: int, n: int, k: int) -> Iterator[Box]:
+    """The boxes of a product of ``m`` row panels, ``n`` column panels and depth ``k``, in order.
+
+    Boxes of the same tiles come in the order of their depths, and each tile's boxes cover ``k`` once.
+    """
+    stored = config.columns * (config.beats_per_vector_word + 2)
+    # Where results leave more slowly than they are made, the first one should come soon.
+    side = OPENING if k > stored else 1
+    high, wide = min(side, m), min(side, n)
+    yield from _opening(config, high, wide, k)
+    growth: list[Box] = []
+    while high < m or wide < n:
+        if wide == n or (high <= wide and high < m):
+            growth.append(Box(Span(high, high + 1), Span(0, wide), Span(0, k)))
+            high += 1
+        else:
+            growth.append(Box(Span(0, high), Span(wide, wide + 1), Span(0, k)))
+            wide += 1
+    yield from growth[:-1]
+    if growth:
+        yield from _ending(growth[-1], starved=(m + n) > 0.9 * m * n, fine=k > stored)
+
+
+def _opening(config: CoreConfig, high: int, wide: int, k: int) -> Iterator[Box]:
+    """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
+    least = max(PIECE, config.rows)
+    ends = _cuts(k, k // least) if k <= EXACT_DEPTH and k >= 2 * least else [k]
+    begin = 0
+    for end in ends[:-1]:
+        yield Box(Span(0, high), Span(0, wide), Span(begin, end))
+        begin = end
+    for row in range(high):
+        yield Box(Span(row, row + 1), Span(0, wide), Span(begin, k))
+
+
+def _cuts(total: int, count: int) -> list[int]:
+    """The ends of ``count`` pieces of about the same size."""
+    return [total * (n + 1) // count for n in range(count)]
+
+
+def _ending(box: Box, starved: bool, fine: bool) -> Iterator[Box]:
+    """The last box, in smaller and smaller parts: behind the last product come its drain and its store.
+
+    starved : the bus brings operands more slowly than the array takes them; the last ones are then taken piece by
+    piece. fine : a tile takes the array longer than STORE.
+    """
+    k = box.depth.end
+    if starved and k <= EXACT_DEPTH:
+        begin = 0
+        for end in _cuts(k, max(1, min(4, k // 96))):
+            yield Box(box.rows, box.columns, Span(begin, end))
+            begin = end
+        return
+    if not fine:
+        yield box
+        return
+    down = len(box.rows) > 1
+    span = box.rows if down else box.columns
+    start = span.start
+    while start < span.end:
+        part = Span(start, start + max(1, (span.end - start) // 2))
+        yield Box(part, box.columns, box.depth) if down else Box(box.rows, part, box.depth)
+        start = part.end

@@ -1,0 +1,1 @@
+"""Two blocks of a transformer as programs with a known limit: see :mod:`.block`."""

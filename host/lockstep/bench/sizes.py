@@ -1,0 +1,66 @@
+"""The sizes of every case: what its command can be asked for, and what it does unasked.
+
+A field is an option of the command: its annotation is the type with the option's help, its default what runs unasked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class GemmSizes:
+    """One product, or many drawn from a seed."""
+
+    m: Annotated[int | None, "Rows of the result; give --n and --k too."] = None
+    n: Annotated[int | None, "Columns of the result."] = None
+    k: Annotated[int | None, "Depth of the sums."] = None
+    shapes: Annotated[int, "Random products, where no size is given."] = 200
+    seed: Annotated[int, "Of sizes and values."] = 0
+
+
+@dataclass(frozen=True)
+class MiniLmSizes:
+    """One text through the whole model."""
+
+    tokens: Annotated[int, "Of the text."] = 128
+    reference: Annotated[str, "What to compare with: golden, or cpu, which is faster."] = "golden"
+    seed: Annotated[int, "Of the tokens."] = 0
+
+
+@dataclass(frozen=True)
+class DecodeSizes:
+    """One token behind a cache, for every shape and context."""
+
+    shape: Annotated[list[str] | None, "Of the model; may be given again. Without it gpt2-medium, then llama-160m."] = (
+        None
+    )
+    context: Annotated[list[int] | None, "Tokens in the cache; may be given again. Without it 128, 512, then 1024."] = (
+        None
+    )
+    layers: Annotated[int, "Layers."] = 2
+    head: Annotated[bool, "Compute the logits too, over the shape's vocabulary."] = False
+    seed: Annotated[int, "Of weights, keys and values."] = 0
+
+
+@dataclass(frozen=True)
+class AttentionBlockSizes:
+    """One block of multi-head attention: projections, softmax, residual, layer norm, requantisation."""
+
+    seq: Annotated[int, "Tokens."] = 64
+    d_model: Annotated[int, "Features of a token."] = 512
+    heads: Annotated[int, "Heads."] = 8
+    parts: Annotated[int, "1 or 2: scales per token of the last product's left operand."] = 2
+    seed: Annotated[int, "Of weights and values."] = 0
+
+
+@dataclass(frozen=True)
+class FeedForwardBlockSizes:
+    """One feed-forward block: two products, ReLU, residual, layer norm, requantisation."""
+
+    seq: Annotated[int, "Tokens."] = 64
+    d_model: Annotated[int, "Features of a token."] = 512
+    d_ff: Annotated[int, "Features between the products."] = 2048
+    parts: Annotated[int, "1 or 2: scales per token of the last product's left operand."] = 2
+    seed: Annotated[int, "Of weights and values."] = 0

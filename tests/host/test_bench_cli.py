@@ -1,0 +1,158 @@
+"""``lockstep bench``: what it prints for people and machines, the files that it writes, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Command
+from lockstep.bench import gemm, minilm
+from lockstep.bench.measure import Measurement
+from lockstep.bench.registry import CASES
+from lockstep_isa import operations
+
+PRODUCT = ("bench", "gemm", "--m", 20, "--n", 33, "--k", 40)
+DECODE = ("bench", "decode", "--shape", "llama-tiny", "--layers", 1)
+FIELDS = {
+    *("case", "parameters", "device", "cycles", "cycles_are", "limit_cycles", "limit_formula", "limit_numbers"),
+    *("ratio", "share_of_limit", "bytes", "mac_cycles", "units", "identical", "reference", "values_compared"),
+    *("differences", "cycles_per_second", "predicted_cycles", "published"),
+}
+
+
+def test_json_is_a_list_with_an_object_for_each_run(cli: Command) -> None:
+    (one,) = cli(*PRODUCT, "--device", "fast:laptop", "--json").json
+    assert set(one) == FIELDS
+    assert one["case"] == "gemm"
+    assert one["parameters"] == {"m": 20, "n": 33, "k": 40, "output": "float32"}
+    assert one["cycles"] == one["predicted_cycles"] > one["limit_cycles"] > 0
+    assert one["cycles_are"] == "predicted"
+    assert one["ratio"] == pytest.approx(one["cycles"] / one["limit_cycles"])
+    assert one["identical"]
+    assert one["values_compared"] == 20 * 33
+    assert sum(one["units"]["STORE"].values()) == one["cycles"]
+    assert one["bytes"] > 20 * 40 + 33 * 40 + 4 * 20 * 33
+
+
+def test_random_products_are_the_same_again_with_the_same_seed(cli: Command) -> None:
+    def run(seed: int) -> list[Any]:
+        found = cli("bench", "gemm", "--shapes", 3, "--seed", seed, "--device", "fast:laptop", "--json").json
+        return [(one["parameters"], one["cycles"]) for one in found]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_the_rtl_counts_and_the_fast_core_predicts(cli: Command) -> None:
+    (one,) = cli(*PRODUCT, "--core", "tiny", "--json").json
+    assert one["device"] == "rtl:tiny"
+    assert one["cycles_are"] == "counted"
+    assert one["identical"]
+    assert one["predicted_cycles"] == pytest.approx(one["cycles"], rel=0.1)
+
+
+def test_people_see_the_formula_the_bar_and_what_others_published(cli: Command) -> None:
+    done = cli(*DECODE, "--context", 20, "--context", 40, "--device", "fast:laptop")
+    assert done.status == 0, done.err
+    assert "cycles predicted by the fast core" in done.out
+    assert "limit = (weight bytes + bytes of keys" in done.out
+    assert "context=40 (753,664 + " in done.out
+    assert "2 of 2 have the bits of golden" in done.out
+    assert "median" in done.out
+    assert "at most 1.05 times the limit" in done.out
+    assert "published, not measured here: 1.02 times its limit, Hummingbird" in done.out
+    assert "decode of llama-tiny behind 20 tokens on fast:laptop" in done.err
+
+
+def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
+    found = cli("bench", "minilm", "--tokens", 20, "--reference", "cpu", "--device", "fast:laptop", "--json").json
+    (one,) = found
+    assert one["identical"]
+    assert one["reference"] == "cpu"
+    assert one["mac_cycles"] == one["limit_cycles"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("gemm", "--m", 20), ("--n and --k",)),
+        (("gemm", "--m", 20, "--k", 20), ("give --n too",)),
+        (("gemm", "--m", 0, "--n", 1, "--k", 1), ("at least 1",)),
+        (("gemm", "--m", 1, "--n", 1, "--k", 140_000), ("131071",)),
+        (("gemm", "--shapes", 0), ("--shapes",)),
+        (("gemm", "--m", 4000, "--n", 16, "--k", 512), ("ACTIVATION memory",)),
+        (("minilm", "--reference", "gold"), ("golden", "cpu")),
+        (("minilm", "--tokens", 0), ("at least 1",)),
+        (("decode", "--shape", "gpt5"), ("gpt2-medium", "llama-1b")),
+        (("decode", "--context", 0), ("--context",)),
+        (("gemm", "--core", "tiny"), ("--device", "one of them")),
+    ],
+)
+def test_mistakes_are_named(cli: Command, arguments: tuple[object, ...], parts: tuple[str, ...]) -> None:
+    cli("bench", *arguments, "--device", "fast:laptop").refused(2, *parts)
+
+
+def test_a_device_without_a_core_or_without_a_preset_is_refused(cli: Command) -> None:
+    cli(*PRODUCT, "--device", "cpu").refused(2, "counts no cycles", "rtl:laptop")
+    cli(*PRODUCT, "--core", "huge").refused(2, "unknown core 'huge'", "laptop")
+
+
+def test_a_run_with_other_bits_exits_with_1(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*given: Any) -> np.ndarray:
+        return -operations.linear(*given)
+
+    monkeypatch.setattr(gemm, "operations", type("Wrong", (), {"linear": staticmethod(wrong), "MAX_K": 9999}))
+    done = cli(*PRODUCT, "--device", "fast:laptop")
+    assert done.status == 1
+    assert "660 differ" in done.out
+    assert "0 of 1 have the bits of golden" in done.out
+
+
+def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lockstep.bench import blocks, decode
+
+    def fails(*_: object) -> Iterator[Measurement]:
+        raise OSError("no such weights")
+        yield
+
+    original = gemm.run
+    sizes = CASES["gemm"].sizes
+    monkeypatch.setattr(minilm, "run", fails)
+    monkeypatch.setattr(gemm, "run", lambda _, bench: original(sizes(m=8, n=8, k=8), bench))
+    monkeypatch.setattr(decode, "run", lambda _, bench: original(sizes(m=9, n=9, k=9), bench))
+    monkeypatch.setattr(blocks, "run", lambda _, bench: original(sizes(m=7, n=7, k=7), bench))
+    page = tmp_path / "page.md"
+    done = cli("bench", "all", "--device", "fast:tiny", "--json", "--write", page)
+    assert done.status == 1
+    assert "error: minilm: no such weights" in done.err
+    assert [one["parameters"]["m"] for one in done.json[:-1]] == [8, 9, 7, 7]
+    assert done.json[-1] == {"case": "minilm", "device": "fast:tiny", "error": "no such weights"}
+    assert not page.exists()
+
+
+def test_pictures_and_the_page_are_written(cli: Command, tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    options = ("--plot", tmp_path / "plots", "--write", page, "--device", "fast:laptop")
+    done = cli("bench", "gemm", "--shapes", 14, *options)
+    assert done.status == 0, done.err
+    names = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert names == ["roofline.png", "roofline.svg", "units.png", "units.svg"]
+    assert (tmp_path / "plots" / "units.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "plots" / "units.svg").read_text()
+    for word in ("LOAD", "MATRIX", "VECTOR", "STORE", "wait for token"):
+        assert word in drawn
+    assert "array and bus" in (tmp_path / "plots" / "roofline.svg").read_text()
+    text = page.read_text()
+    for part in ("On `fast:laptop`, ", "**projected**", "**arithmetic**", "## gemm", "14 runs: **median", "OpenGeMM"):
+        assert part in text
+    assert "| LOAD |" in text
+    assert "](plots/roofline.svg)" in text
+
+
+def test_plots_without_matplotlib_name_the_extra(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    cli(*PRODUCT, "--device", "fast:laptop", "--plot", "plots").refused(2, "lockstep-accel[plot]")
