@@ -1,7 +1,8 @@
 """From a configuration to Verilog: the one text that is simulated and built.
 
 Most components become Verilog in one piece. Two kinds of module are *library modules*, instantiated by name: the
-memory that is written in Verilog, and the vector lane, which is generated once however many lanes there are.
+memory and the elements of the array, which are written in Verilog, and the vector lane, which is generated once however
+many lanes there are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from lockstep_isa.instructions import TABLE_ENTRY_BYTES
 
 #: Module name of the generated core.
 TOP = "lockstep_core"
+#: Library modules that are written in Verilog.
+WRITTEN = ("lockstep_ram", "lockstep_array")
 
 
 def _ports(component: wiring.Component) -> list[tuple[str, wiring.Member, Value]]:
@@ -55,8 +58,8 @@ def lane_module(subwords: int) -> str:
 
 
 def _library_module(name: str) -> str:
-    if name == "lockstep_ram":
-        return (resources.files(__package__) / "verilog" / "lockstep_ram.v").read_text()
+    if name in WRITTEN:
+        return (resources.files(__package__) / "verilog" / f"{name}.v").read_text()
     from .vector.lane import Lane
 
     return _convert(Lane(int(name.removeprefix("lockstep_lane_"))), name)
@@ -70,7 +73,7 @@ def _convert(component: wiring.Component, name: str) -> str:
 
 def library_verilog(text: str) -> str:
     """The library modules that the Verilog ``text`` instantiates."""
-    used = set(re.findall(r"^\s+(lockstep_ram|lockstep_lane_\d+)\b", text, re.MULTILINE))
+    used = set(re.findall(rf"^\s+({'|'.join(WRITTEN)}|lockstep_lane_\d+)\b", text, re.MULTILINE))
     own = set(re.findall(r"^module (\w+)", text, re.MULTILINE))
     return "".join(_library_module(module) for module in sorted(used - own))
 
@@ -130,7 +133,7 @@ def core_verilog(config: CoreConfig) -> str:
 
     require_buildable(config)
     text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
-    return _optimise(text) + _library_module("lockstep_ram")
+    return _optimise(text) + "".join(map(_library_module, WRITTEN))
 
 
 def core_identity(config: CoreConfig) -> str:
