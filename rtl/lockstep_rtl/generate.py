@@ -23,6 +23,8 @@ from amaranth.lib import wiring
 from lockstep_isa.config import ConfigurationError, CoreConfig
 from lockstep_isa.instructions import TABLE_ENTRY_BYTES
 
+from .gating import gate
+
 #: Module name of the generated core.
 TOP = "lockstep_core"
 #: Library modules that are written in Verilog.
@@ -133,7 +135,7 @@ def core_verilog(config: CoreConfig) -> str:
 
     require_buildable(config)
     text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
-    return _optimise(text) + "".join(map(_library_module, WRITTEN))
+    return gate(_optimise(text)) + "".join(map(_library_module, WRITTEN))
 
 
 def core_identity(config: CoreConfig) -> str:

@@ -36,7 +36,11 @@ VERILATOR_FLAGS = [
     "20000",
     "-Wno-fatal",
 ]
-COMPILER_FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-plt", "-w"]
+#: The core is a long straight line of code: smaller is faster, but for the loops of the array.
+COMPILER_FLAGS = [
+    *("-std=gnu++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"),
+    *("-march=native", "-fPIC", "-fno-plt", "-w"),
+]
 #: What rtl_core.cpp includes, and the signals that it looks at inside the core.
 INCLUDED = ("memory_model.hpp", "recording.hpp", "rtl_recorder.hpp")
 OBSERVED = "observed.vlt"
