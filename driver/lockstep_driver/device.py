@@ -240,7 +240,7 @@ class Device:
     def enqueue(self, loaded: LoadedProgram, operands_address: int) -> Fence:
         """Like :meth:`submit`, with operands that the caller placed in device memory; 0: there are none.
 
-        Nothing is checked; the core stops with an error where the address is not a multiple of 64.
+        Nothing is checked; the core stops with an error where the address is not a multiple of 64 and of the bus width.
         """
         self._check_room()
         fence = Fence((self._submitted + 1) & 0xFFFFFFFF)

@@ -169,14 +169,12 @@ class _Generator:
         memory = Memory(self.number(0, 3))
         rows, words = self.number(1, 4), self.number(1, 24)
         gap = self.number(0, 3)
-        per_word = self.config.rows
-        count = rows * (words + gap) * per_word
+        word = self.config.rows * (4 if memory in (Memory.VECTOR, Memory.PARAMETER) else 1)
+        stride = -(-(words + gap) * word // self.config.bus_bytes) * self.config.bus_bytes
         if memory in (Memory.VECTOR, Memory.PARAMETER):
-            data: NDArray[np.generic] = _floats(self.rng, count)
-            stride = (words + gap) * per_word * 4
+            data: NDArray[np.generic] = _floats(self.rng, rows * stride // 4)
         else:
-            data = self.rng.integers(-128, 128, count).astype(np.int8)
-            stride = (words + gap) * per_word
+            data = self.rng.integers(-128, 128, rows * stride).astype(np.int8)
         end = _INTEGERS[0] if memory == Memory.PARAMETER else _USED[memory]
         local_stride = words + self.number(0, 2)
         room = np.zeros(4 * self.config.bus_bytes // data.itemsize, data.dtype)

@@ -93,6 +93,16 @@ class CoreConfig:
         return max(1, self.rows // self.lanes)
 
     @property
+    def columns_per_beat(self) -> int:
+        """Columns of a row tile that the vector unit takes in one cycle (1 where lanes <= rows)."""
+        return max(1, self.lanes // self.rows)
+
+    @property
+    def operand_words_per_beat(self) -> int:
+        """Words of the activation or weight scratchpad in one bus beat (1 where a word has one or more beats)."""
+        return max(1, self.bus_bytes // self.operand_word_bytes)
+
+    @property
     def macs_per_cycle(self) -> int:
         """Multiply-accumulates that the array performs in one cycle."""
         return self.rows * self.columns

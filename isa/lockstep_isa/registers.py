@@ -88,9 +88,12 @@ ADDRESS_BITS = (4 * len(REGISTERS) - 1).bit_length()
 
 #: The descriptor, 32-bit little-endian words from its start.
 DESCRIPTOR_FIELDS = (
-    ("program", "byte address of the first instruction, a multiple of 64"),
+    ("program", "byte address of the first instruction, a multiple of 64 and of the bus width"),
     ("count", "instructions"),
     ("config_crc", "CRC of the configuration for which the program was built"),
     ("fence", "value that FENCE takes when the program is complete"),
-    ("operands", "byte address of the run-time operands, a multiple of 64; 0: there are none, all are zero"),
+    (
+        "operands",
+        "byte address of the run-time operands, a multiple of 64 and of the bus width; 0: there are none, all are zero",
+    ),
 )

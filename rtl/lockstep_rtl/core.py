@@ -7,7 +7,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import BY_NAME, Unit
+from lockstep_isa.instructions import BY_NAME, Memory, Unit
 from lockstep_isa.registers import ADDRESS_BITS, CORE_COUNTERS, Status
 
 from .axi import Lite, ReadArbiter, ReadMaster, WriteMaster
@@ -17,7 +17,7 @@ from .control.sequencer import Sequencer
 from .control.supervisor import Supervisor
 from .control.tokens import Tokens
 from .matrix.unit import MatrixUnit
-from .scratchpad import Scratchpad
+from .scratchpad import Scratchpad, port_words
 from .transfer.load import LoadUnit
 from .transfer.store import StoreUnit
 from .vector.unit import VectorUnit
@@ -148,6 +148,9 @@ class Machine(wiring.Component):
         c = self.config
         operand, vector = 8 * c.rows, 32 * c.rows
 
+        def scratchpad(memory: Memory, width: int, depth: int) -> Scratchpad:
+            return Scratchpad(width, c.rows, depth, port_words(c, memory))
+
         m.submodules.sequencer = sequencer = Sequencer(c)
         m.submodules.tokens = tokens = Tokens()
         m.submodules.load = load = LoadUnit(c)
@@ -155,10 +158,10 @@ class Machine(wiring.Component):
         m.submodules.vector = vector_unit = VectorUnit(c)
         m.submodules.store = store = StoreUnit(c)
         m.submodules.arbiter = arbiter = ReadArbiter(c)
-        m.submodules.activation = activation = Scratchpad(operand, c.rows, c.activation_words)
-        m.submodules.weight = weight = Scratchpad(operand, c.rows, c.weight_words)
-        m.submodules.vectors = vectors = Scratchpad(vector, c.rows, c.vector_words)
-        m.submodules.parameter = parameter = Scratchpad(vector, c.rows, c.parameter_words)
+        m.submodules.activation = activation = scratchpad(Memory.ACTIVATION, operand, c.activation_words)
+        m.submodules.weight = weight = scratchpad(Memory.WEIGHT, operand, c.weight_words)
+        m.submodules.vectors = vectors = scratchpad(Memory.VECTOR, vector, c.vector_words)
+        m.submodules.parameter = parameter = scratchpad(Memory.PARAMETER, vector, c.parameter_words)
 
         # Memories.
         wiring.connect(m, load.fill_activation, activation.fill)

@@ -21,7 +21,6 @@ from amaranth.hdl import ClockSignal, Instance, Module, ResetSignal, Value
 from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
 from lockstep_isa.config import ConfigurationError, CoreConfig
-from lockstep_isa.instructions import TABLE_ENTRY_BYTES
 
 from .gating import gate
 
@@ -91,15 +90,14 @@ def component_verilog(component: wiring.Component, name: str) -> str:
 
 def require_buildable(config: CoreConfig) -> None:
     """Raise :class:`lockstep_isa.config.ConfigurationError` unless the RTL builds ``config``."""
-    if config.lanes > config.rows:
+    if config.columns_per_beat > 2:
         raise ConfigurationError(
-            f"core '{config.name}': the RTL builds at most one lane per row, not {config.lanes} for {config.rows} "
+            f"core '{config.name}': the RTL builds at most two lanes per row, not {config.lanes} for {config.rows} "
             f"rows; the fast core runs it: 'fast:{config.name}'"
         )
-    widest = min(config.rows, TABLE_ENTRY_BYTES)
-    if config.bus_bytes > widest:
+    if config.operand_words_per_beat > 2:
         raise ConfigurationError(
-            f"core '{config.name}': the RTL builds buses of up to {widest} bytes for {config.rows} rows, not "
+            f"core '{config.name}': the RTL builds buses of up to {2 * config.rows} bytes for {config.rows} rows, not "
             f"{config.bus_bytes}; the fast core runs it: 'fast:{config.name}'"
         )
 

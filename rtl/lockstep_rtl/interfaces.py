@@ -1,5 +1,8 @@
 """The interfaces between the units of the core: memory ports, the accumulator queue, and what every unit shows.
 
+A port takes one word a cycle or two words one behind the other, wherever they begin. ``enable`` has a bit for each:
+bit n stands for word ``address + n``, and bit 1 is only set together with bit 0.
+
 On-chip memories answer one cycle after the request: ``data`` is valid in the cycle behind the one with ``enable``.
 Addresses are 16 bits wide whatever the depth; the memory reports one beyond its end.
 """
@@ -28,32 +31,40 @@ def instruction_stream(type: InstructionType) -> stream.Signature:
 class ReadPort(wiring.Signature):
     """Read side of an on-chip memory, seen from the reader.
 
-    ``enable`` Out(1), ``address`` Out(16); ``data`` In(width), valid one cycle later and held until the next read.
+    ``enable`` Out(words), ``address`` Out(16); ``data`` In(words * width), valid one cycle later and held until the
+    next read; undefined for words that were not enabled.
     """
 
-    def __init__(self, width: int) -> None:
-        self.width = width
-        super().__init__({"enable": Out(1), "address": Out(ADDRESS_BITS), "data": In(width)})
+    def __init__(self, width: int, words: int = 1) -> None:
+        self.width, self.words = width, words
+        super().__init__({"enable": Out(words), "address": Out(ADDRESS_BITS), "data": In(words * width)})
 
 
 class WritePort(wiring.Signature):
     """Write side of an on-chip memory, seen from the writer; the write lands at the end of the cycle.
 
-    ``enable`` Out(1), ``address`` Out(16), ``data`` Out(width), ``mask`` Out(granules): which equal parts of the
-    word are written, lowest first.
+    ``enable`` Out(words), ``address`` Out(16), ``data`` Out(words * width), ``mask`` Out(granules): which equal parts
+    of each word are written, lowest first.
     """
 
-    def __init__(self, width: int, granules: int) -> None:
-        self.width = width
-        self.granules = granules
-        super().__init__({"enable": Out(1), "address": Out(ADDRESS_BITS), "data": Out(width), "mask": Out(granules)})
+    def __init__(self, width: int, granules: int, words: int = 1) -> None:
+        self.width, self.granules, self.words = width, granules, words
+        super().__init__(
+            {
+                "enable": Out(words),
+                "address": Out(ADDRESS_BITS),
+                "data": Out(words * width),
+                "mask": Out(granules),
+            }
+        )
 
 
 class AccumulatorPort(wiring.Signature):
     """The oldest result tile, seen from the vector unit.
 
-    ``available`` In(1): the oldest tile is complete. ``enable`` Out(1) with ``column`` Out(log2 columns) reads one
-    column of it: ``data`` In(32 * rows), one int32 per row, one cycle later. ``pop`` Out(1) discards the tile.
+    ``available`` In(1): the oldest tile is complete. ``enable`` Out(1) with ``column`` Out(log2 columns) reads the
+    columns of one beat, of which ``column`` is the first: ``data`` In(32 * rows * columns_per_beat), one int32 per
+    row, one cycle later. ``pop`` Out(1) discards the tile.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -63,7 +74,7 @@ class AccumulatorPort(wiring.Signature):
                 "available": In(1),
                 "enable": Out(1),
                 "column": Out((config.columns - 1).bit_length()),
-                "data": In(32 * config.rows),
+                "data": In(32 * config.rows * config.columns_per_beat),
                 "pop": Out(1),
             }
         )

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, ClockSignal, Instance, Module, Signal
+from dataclasses import dataclass
+
+from amaranth.hdl import Cat, ClockSignal, Instance, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import Memory
 
 from .interfaces import ADDRESS_BITS, ReadPort, WritePort
 
 
-def fill_stream(width: int) -> stream.Signature:
-    """Whole words that LOAD writes: address and data."""
-    return stream.Signature(data.StructLayout({"address": ADDRESS_BITS, "data": width}))
+def fill_stream(width: int, words: int = 1) -> stream.Signature:
+    """What LOAD writes: one word, or two one behind the other, of which ``enable`` tells as in a ``WritePort``."""
+    return stream.Signature(data.StructLayout({"address": ADDRESS_BITS, "data": words * width, "enable": words}))
+
+
+@dataclass(frozen=True)
+class PortWords:
+    """Words a cycle that each port of a scratchpad takes, 1 or 2."""
+
+    write: int = 1
+    fill: int = 1
+    read: int = 1
+    drain: int = 1
+
+
+def port_words(config: CoreConfig, memory: Memory) -> PortWords:
+    """What the units of a core ask of a memory: VECTOR a word a column, LOAD and STORE what one beat holds."""
+    columns, beat = config.columns_per_beat, config.operand_words_per_beat
+    return {
+        Memory.ACTIVATION: PortWords(write=columns, fill=beat),
+        Memory.WEIGHT: PortWords(write=columns, fill=beat),
+        Memory.VECTOR: PortWords(write=columns, read=columns, drain=beat),
+        Memory.PARAMETER: PortWords(write=columns, read=columns),
+    }[memory]
 
 
 class Scratchpad(wiring.Component):
@@ -20,24 +45,29 @@ class Scratchpad(wiring.Component):
     Ports
     -----
     write : In(WritePort), the vector unit; always taken.
-    fill : In(stream of address, data), LOAD; waits while ``write`` is enabled.
+    fill : In(stream of address, data, enable), LOAD; waits while ``write`` is enabled.
     read : In(ReadPort), the datapath; always served, answer one cycle later.
     drain : In(ReadPort) with ``drain_ready`` Out(1), STORE; served in cycles without ``read``.
     bounds_* : Out(1) each, an access beyond the end in this cycle, with ``bounds_address`` Out(16).
+
+    Where a port takes two words, even and odd words lie in banks of their own: of two words one behind the other each
+    bank has one, wherever they begin. A port that takes one word then uses the bank that has it.
 
     The data word is shared by both readers: a reader looks at it in the cycle behind its own request.
     Contents are undefined at the start, and so is on silicon a word read in the cycle in which it is written: units
     that share words take turns by tokens.
     """
 
-    def __init__(self, width: int, granules: int, depth: int) -> None:
+    def __init__(self, width: int, granules: int, depth: int, words: PortWords | None = None) -> None:
+        words = words or PortWords()
         self.width, self.granules, self.depth = width, granules, depth
+        self.banks = max(words.write, words.fill, words.read, words.drain)
         super().__init__(
             {
-                "write": In(WritePort(width, granules)),
-                "fill": In(fill_stream(width)),
-                "read": In(ReadPort(width)),
-                "drain": In(ReadPort(width)),
+                "write": In(WritePort(width, granules, words.write)),
+                "fill": In(fill_stream(width, words.fill)),
+                "read": In(ReadPort(width, words.read)),
+                "drain": In(ReadPort(width, words.drain)),
                 "drain_ready": Out(1),
                 "bounds_write": Out(1),
                 "bounds_fill": Out(1),
@@ -49,56 +79,92 @@ class Scratchpad(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        bits = (self.depth - 1).bit_length()
-        address, write_data, write_enable = Signal(ADDRESS_BITS), Signal(self.width), Signal(self.granules)
-        read_address, read_data = Signal(ADDRESS_BITS), Signal(self.width)
-        m.submodules.memory = Instance(
-            "lockstep_ram",
-            p_WIDTH=self.width,
-            p_GRANULES=self.granules,
-            p_DEPTH=self.depth,
-            p_ADDRESS_BITS=bits,
-            i_clk=ClockSignal(),
-            i_write_enable=write_enable,
-            i_write_address=address[:bits],
-            i_write_data=write_data,
-            i_read_enable=self.read.enable | self.drain.enable,
-            i_read_address=read_address[:bits],
-            o_read_data=read_data,
-        )
+        banks = self.banks
+        write_address, write_data = Signal(ADDRESS_BITS), Signal(banks * self.width)
+        write_words, mask = Signal(banks), Signal(self.granules)
+        read_address, read_words = Signal(ADDRESS_BITS), Signal(banks)
 
+        # Who writes, who reads.
+        writes, reads = self.write.enable.any(), self.read.enable.any()
+        fill = self.fill.payload
         m.d.comb += [
-            self.fill.ready.eq(~self.write.enable),
-            address.eq(self.fill.payload.address),
-            write_data.eq(self.fill.payload.data),
-            write_enable.eq(self.fill.valid.replicate(self.granules)),
+            self.fill.ready.eq(~writes),
+            write_address.eq(fill.address),
+            write_data.eq(fill.data),
+            write_words.eq(Mux(self.fill.valid, fill.enable, 0)),
+            mask.eq(~0),
         ]
-        with m.If(self.write.enable):
+        with m.If(writes):
             m.d.comb += [
-                address.eq(self.write.address),
+                write_address.eq(self.write.address),
                 write_data.eq(self.write.data),
-                write_enable.eq(self.write.mask),
+                write_words.eq(self.write.enable),
+                mask.eq(self.write.mask),
             ]
-
         m.d.comb += [
-            self.drain_ready.eq(~self.read.enable),
+            self.drain_ready.eq(~reads),
             read_address.eq(self.drain.address),
-            self.read.data.eq(read_data),
-            self.drain.data.eq(read_data),
+            read_words.eq(self.drain.enable),
         ]
-        with m.If(self.read.enable):
-            m.d.comb += read_address.eq(self.read.address)
+        with m.If(reads):
+            m.d.comb += [read_address.eq(self.read.address), read_words.eq(self.read.enable)]
 
+        # The memory, or its even and odd words. A port's first word is in bank 1 where its address is odd.
+        bank_bits = banks - 1
+        write_odd, read_odd = ((a[0] & bank_bits)[:1] for a in (write_address, read_address))
+        swapped = Cat(write_data[self.width :], write_data[: self.width])
+        bank_data = Mux(write_odd, swapped, write_data)
+        answers = []
+        for bank in range(banks):
+            name = f"bank{bank}" if bank_bits else "memory"
+            depth = self.depth // banks
+            bits = (depth - 1).bit_length()
+
+            def place(address: Value, bank: int = bank, bits: int = bits) -> Value:
+                """Where this bank has the word at ``address`` or, where that is the other bank's, the one behind."""
+                return (address[bank_bits:] + (address[0] if bank < bank_bits else 0))[:bits]
+
+            answer = Signal(self.width, name=f"{name}_data")
+            m.submodules[name] = Instance(
+                "lockstep_ram",
+                p_WIDTH=self.width,
+                p_GRANULES=self.granules,
+                p_DEPTH=depth,
+                p_ADDRESS_BITS=bits,
+                i_clk=ClockSignal(),
+                i_write_enable=Mux((write_words >> (write_odd ^ bank))[0], mask, 0),
+                i_write_address=place(write_address),
+                i_write_data=bank_data[bank * self.width : (bank + 1) * self.width],
+                i_read_enable=(read_words >> (read_odd ^ bank))[0],
+                i_read_address=place(read_address),
+                o_read_data=answer,
+            )
+            answers.append(answer)
+        words = Cat(answers)
+        if bank_bits:
+            answer_odd = Signal()
+            with m.If(read_words.any()):
+                m.d.sync += answer_odd.eq(read_odd)
+            words = Mux(answer_odd, Cat(reversed(answers)), words)
+        m.d.comb += [self.read.data.eq(words), self.drain.data.eq(words)]
+
+        bits = (self.depth - 1).bit_length()
         if bits < ADDRESS_BITS:
-            write_beyond = address[bits:].any()
-            read_beyond = read_address[bits:].any()
+            write_beyond, write_at = self._beyond(write_address, write_words)
+            read_beyond, read_at = self._beyond(read_address, read_words)
             m.d.comb += [
-                self.bounds_write.eq(self.write.enable & write_beyond),
-                self.bounds_fill.eq(~self.write.enable & self.fill.valid & write_beyond),
-                self.bounds_read.eq(self.read.enable & read_beyond),
-                self.bounds_drain.eq(~self.read.enable & self.drain.enable & read_beyond),
-                self.bounds_address.eq(read_address),
+                self.bounds_write.eq(writes & write_beyond),
+                self.bounds_fill.eq(~writes & write_beyond),
+                self.bounds_read.eq(reads & read_beyond),
+                self.bounds_drain.eq(~reads & read_beyond),
+                self.bounds_address.eq(read_at),
             ]
-            with m.If(Cat(self.bounds_write, self.bounds_fill).any()):
-                m.d.comb += self.bounds_address.eq(address)
+            with m.If(write_beyond):
+                m.d.comb += self.bounds_address.eq(write_at)
         return m
+
+    def _beyond(self, address: Value, words: Value) -> tuple[Value, Value]:
+        """Whether one of the enabled words is behind the end, and the address of the first one that is."""
+        bits = (self.depth - 1).bit_length()
+        last = address + words[1] if self.banks == 2 else address
+        return words.any() & last[bits:].any(), Mux(address[bits:].any(), address, self.depth)

@@ -196,7 +196,7 @@ class FastCore:
         readable = max(0, min(count, (self.memory.size - program) // INSTRUCTION_BYTES))
         operands = None
         if block := descriptor["operands"]:
-            if block % INSTRUCTION_BYTES:
+            if block % max(INSTRUCTION_BYTES, self.config.bus_bytes):
                 return self._fail(ErrorCode.MISALIGNED, 0, block, CONTROL_UNIT)
             if not self._inside(block, 4 * OPERANDS):
                 return self._fail(ErrorCode.OUT_OF_WINDOW, 0, block, CONTROL_UNIT)

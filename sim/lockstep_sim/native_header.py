@@ -35,6 +35,7 @@ def instruction_header(config: CoreConfig) -> str:
         f"constexpr int kRows = {config.rows};",
         f"constexpr std::uint32_t kLanes = {config.lanes};",
         f"constexpr std::uint32_t kSubwords = {config.subwords};",
+        f"constexpr std::uint32_t kColumnsPerBeat = {config.columns_per_beat};",
         f"constexpr std::uint32_t kBusBytes = {config.bus_bytes};",
         f"constexpr std::uint32_t kActivationWords = {config.activation_words};",
         f"constexpr std::uint32_t kWeightWords = {config.weight_words};",

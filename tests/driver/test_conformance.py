@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from cores import open_core
 from lockstep_driver import open_device
 from lockstep_driver.conformance import CHECKS, CheckResult, run_conformance
 
-DEVICES = ["fast:tiny", "fast:laptop", "fast:ulx3s", "rtl:tiny"]
+DEVICES = ["fast:tiny", "fast:laptop", "fast:ulx3s", "fast:wide", "rtl:tiny", "rtl:wide"]
+SLOW_DEVICES = ["fast:paper", "rtl:laptop"]
 
 
-@pytest.fixture(scope="module", params=[*DEVICES, pytest.param("rtl:laptop", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[*DEVICES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_DEVICES)]
+)
 def results(request):
     """What the suite says of one device, by check."""
-    with open_device(f"{request.param}?memory=4M") as device:
+    with open_core(*request.param.split(":")) as device:
         return {r.name: r for r in run_conformance(device)}
 
 

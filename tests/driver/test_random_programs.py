@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lockstep_driver import Device, open_device
+from cores import open_core
+from lockstep_driver import Device
 from lockstep_driver.random_programs import random_program, same_words
 
 #: Programs per core; a nightly run does more of them on all executors.
@@ -30,20 +31,20 @@ def differences(device: Device, seeds: range) -> tuple[list[str], list[int]]:
     return lines, cycles
 
 
-@pytest.mark.parametrize("core", ["tiny", "laptop", "ulx3s"])
+@pytest.mark.parametrize("core", ["tiny", "laptop", "ulx3s", "wide"])
 def test_fast_core_equals_golden(core: str) -> None:
-    with open_device(f"fast:{core}?memory=8M") as device:
+    with open_core("fast", core) as device:
         lines, _ = differences(device, range(FAST_PROGRAMS if core != "ulx3s" else 100))
     assert not lines, "\n".join(lines)
 
 
-@pytest.mark.parametrize("core", ["tiny", "laptop", pytest.param("ulx3s", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("core", ["tiny", "wide", "laptop", pytest.param("ulx3s", marks=pytest.mark.slow)])
 def test_rtl_equals_golden_in_the_predicted_time(core: str) -> None:
     seeds = range(RTL_PROGRAMS)
-    with open_device(f"rtl:{core}?memory=8M") as device:
+    with open_core("rtl", core) as device:
         lines, counted = differences(device, seeds)
     assert not lines, "\n".join(lines)
-    with open_device(f"fast:{core}?memory=8M") as device:
+    with open_core("fast", core) as device:
         _, predicted = differences(device, seeds)
     # Programs this short are mostly latency, and end in a STORE of everything: where a LOAD is still under way then,
     # both share the bus, which the model leaves out. Whole models are predicted to 1 %.

@@ -140,13 +140,14 @@ def test_verify_names_a_planted_difference(cli: Command, small_folder: Path, mon
     assert "different, first in sequence 1, token 2, feature 7: fast:laptop has" in text.out
 
 
-def test_devices_lists_cores_and_what_keeps_them_from_running(cli: Command) -> None:
+def test_devices_lists_cores_and_what_keeps_them_from_running(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "broad", PRESETS["laptop"].replace(name="broad", bus_bytes=64))
     report = cli("devices", "--json").json
     entries = {entry["uri"]: entry for entry in report["devices"]}
     assert {"cpu", "golden", *(f"{s}:{core}" for s in ("rtl", "fast") for core in PRESETS)} == set(entries)
     assert entries["rtl:laptop"]["available"] is True
-    assert entries["rtl:paper"]["available"] is False
-    assert "bus of 128 bytes" in entries["rtl:paper"]["reason"]
+    assert entries["rtl:broad"]["available"] is False
+    assert "buses of up to 32 bytes" in entries["rtl:broad"]["reason"]
     assert report["presets"]["laptop"]["lanes"] == 16
     text = cli("devices").out
     assert "rtl:laptop" in text

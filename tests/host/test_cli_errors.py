@@ -11,6 +11,7 @@ import torch
 from command_line import Command
 from lockstep.cli.failures import explain
 from lockstep_driver import DeviceError, DeviceTimeout, OutOfDeviceMemory
+from lockstep_isa.config import PRESETS
 from lockstep_isa.errors import ErrorCode
 from safetensors.torch import load_file, save_file
 
@@ -47,8 +48,9 @@ def test_an_unknown_core(cli: Command, folder: Path) -> None:
     cli("synth", "desktop").refused(2, "unknown core 'desktop'")
 
 
-def test_a_core_that_the_rtl_does_not_build(cli: Command, folder: Path) -> None:
-    cli("embed", folder, "cat", "--device", "rtl:paper").refused(2, "one lane per row", "fast:paper")
+def test_a_core_that_the_rtl_does_not_build(cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "broad", PRESETS["laptop"].replace(name="broad", lanes=64))
+    cli("embed", folder, "cat", "--device", "rtl:broad").refused(2, "two lanes per row", "fast:broad")
 
 
 def test_a_missing_model(cli: Command, tmp_path: Path) -> None:

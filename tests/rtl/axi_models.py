@@ -31,6 +31,11 @@ def small(**changes: Any) -> CoreConfig:
     return preset("tiny").replace(**(sizes | changes))
 
 
+def shape(rows: int, bus_bytes: int, lanes: int | None = None) -> dict[str, int]:
+    """What of a small core's configuration a block's test varies."""
+    return {"rows": rows, "columns": rows, "lanes": lanes or rows, "bus_bytes": bus_bytes}
+
+
 def pack(layout: data.Layout, **fields: Any) -> int:
     """The bits of a structure."""
     return Value.cast(layout.const(fields)).value
@@ -159,12 +164,13 @@ class Sink:
 
 
 class ReadServer:
-    """A memory behind a ReadPort: ``words`` of ``width`` bits, answered one cycle later."""
+    """A memory behind a ReadPort of one or two words: ``words``, answered one cycle later."""
 
     def __init__(self, dut: Any, name: str, words: Sequence[int], ready: str | None = None, gap: Gap = never) -> None:
         self.enable, self.address, self.data = (getattr(dut, f"{name}_{p}") for p in ("enable", "address", "data"))
         self.ready = getattr(dut, ready) if ready else None
         self.words, self.gap, self.next, self.reads = words, gap, None, []
+        self.width = len(self.data) // len(self.enable)
 
     def drive(self) -> None:
         if self.next is not None:
@@ -175,9 +181,9 @@ class ReadServer:
             self.ready.value = self.open
 
     def sample(self) -> None:
-        if self.open and int(self.enable.value):
+        if self.open and (enable := int(self.enable.value)):
             address = int(self.address.value)
-            self.next = self.words[address]
+            self.next = sum(self.words[address + n] << n * self.width for n in range(enable.bit_length()))
             self.reads.append((self.bench.cycle, address))
 
 

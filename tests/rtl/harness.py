@@ -192,8 +192,8 @@ def run_cocotb(
 
 
 def parameters() -> dict[str, Any]:
-    """What :func:`run_cocotb` was given."""
-    return json.loads(os.environ[_PARAMETERS])
+    """What :func:`run_cocotb` was given; nothing outside the simulator."""
+    return json.loads(os.environ.get(_PARAMETERS, "{}"))
 
 
 async def start(dut: Any, period_ns: int = 10) -> None:

@@ -4,17 +4,27 @@ import random
 
 import cocotb
 import numpy as np
+import pytest
 from lockstep_rtl.generate import component_verilog
-from lockstep_rtl.scratchpad import Scratchpad, fill_stream
+from lockstep_rtl.scratchpad import PortWords, Scratchpad, fill_stream
 from rtl.axi_models import bench, lanes, pack
-from rtl.harness import assert_equal, run_cocotb
+from rtl.harness import assert_equal, parameters, run_cocotb
 
 WIDTH, GRANULES, DEPTH = 32, 4, 32
 BOUNDS = ("write", "fill", "read", "drain")
+#: Words that each port takes.
+WORDS = PortWords(**parameters())
+MOST = max(getattr(WORDS, name) for name in BOUNDS)
 
 
-def fill_payload(address, value):
-    return pack(fill_stream(WIDTH).members["payload"].shape, address=address, data=value)
+def fill_payload(address, value, count=1):
+    layout = fill_stream(WIDTH, WORDS.fill).members["payload"].shape
+    return pack(layout, address=address, data=value, enable=(1 << count) - 1)
+
+
+def places(address, count):
+    """The words of an access, wrapped at the end of the memory."""
+    return [(address + n) % DEPTH for n in range(count)]
 
 
 class Traffic:
@@ -25,56 +35,73 @@ class Traffic:
         self.memory = np.zeros((DEPTH, GRANULES), np.uint8)
         self.expected, self.fill_waits, self.served = None, None, dict.fromkeys(BOUNDS, 0)
 
+    def words(self, name):
+        """How many words the next access of a port has."""
+        return self.random.randint(1, getattr(WORDS, name))
+
+    def value(self, name):
+        return self.random.randrange(1 << WIDTH * getattr(WORDS, name))
+
     def address(self):
         return (
             self.random.randrange(DEPTH, 1 << 16)
             if self.random.random() < self.beyond
-            else self.random.randrange(DEPTH)
+            else self.random.randrange(DEPTH if self.beyond else DEPTH + 1 - MOST)
         )
 
     def drive(self):
         dut, chance = self.dut, self.random.random
         self.write, self.read, self.drain = chance() < 0.5, chance() < 0.5, chance() < 0.6
-        self.mask, self.value = self.random.randrange(16), self.random.randrange(1 << WIDTH)
+        self.write, self.read, self.drain = (
+            self.words(name) if wanted else 0
+            for name, wanted in (("write", self.write), ("read", self.read), ("drain", self.drain))
+        )
+        self.mask, self.written = self.random.randrange(16), self.value("write")
         self.write_at, self.read_at, self.drain_at = self.address(), self.address(), self.address()
         if self.fill_waits is None and chance() < 0.6:
-            self.fill_waits = (self.address(), self.random.randrange(1 << WIDTH))
-        dut.write_enable.value, dut.write_address.value = self.write, self.write_at
-        dut.write_data.value, dut.write_mask.value = self.value, self.mask
+            self.fill_waits = (self.address(), self.value("fill"), self.words("fill"))
+        dut.write_enable.value, dut.write_address.value = (1 << self.write) - 1, self.write_at
+        dut.write_data.value, dut.write_mask.value = self.written, self.mask
         dut.fill_valid.value = self.fill_waits is not None
         if self.fill_waits:
             dut.fill_payload.value = fill_payload(*self.fill_waits)
-        dut.read_enable.value, dut.read_address.value = self.read, self.read_at
-        dut.drain_enable.value, dut.drain_address.value = self.drain, self.drain_at
+        dut.read_enable.value, dut.read_address.value = (1 << self.read) - 1, self.read_at
+        dut.drain_enable.value, dut.drain_address.value = (1 << self.drain) - 1, self.drain_at
 
     def sample(self):
         dut = self.dut
         if self.expected is not None:
-            actual = lanes(int(dut.read_data.value), GRANULES, np.uint8)
-            assert_equal(actual, self.expected, f"cycle {self.bench.cycle}: byte ")
-            assert int(dut.drain_data.value) == int(dut.read_data.value)
+            name, expected = self.expected
+            port, count = getattr(dut, f"{name}_data"), getattr(WORDS, name)
+            actual = lanes(int(port.value), GRANULES * count, np.uint8).reshape(count, GRANULES)
+            assert_equal(actual[: len(expected)], expected, f"cycle {self.bench.cycle}: word, byte ")
         assert int(dut.drain_ready.value) == (not self.read), "STORE is served where nobody reads"
         assert int(dut.fill_ready.value) == (not self.write), "LOAD is served where nobody writes"
-        done = {"write": self.write_at if self.write else None, "read": self.read_at if self.read else None}
-        done["fill"] = self.fill_waits[0] if self.fill_waits and not self.write else None
-        done["drain"] = self.drain_at if self.drain and not self.read else None
+        done = {"write": (self.write_at, self.write), "read": (self.read_at, self.read)}
+        filled = self.fill_waits and not self.write
+        done["fill"] = (self.fill_waits[0], self.fill_waits[2]) if filled else (0, 0)
+        done["drain"] = (self.drain_at, 0 if self.read else self.drain)
         wrong = set()
         for name in BOUNDS:
-            beyond = done[name] is not None and done[name] >= DEPTH
-            assert int(getattr(dut, f"bounds_{name}").value) == beyond, f"bounds_{name} at {done[name]}"
-            wrong |= {done[name]} if beyond else set()
-            self.served[name] += done[name] is not None
+            address, count = done[name]
+            beyond = [address + n for n in range(count) if address + n >= DEPTH][:1]
+            assert int(getattr(dut, f"bounds_{name}").value) == len(beyond), f"bounds_{name} at {done[name]}"
+            wrong |= set(beyond)
+            self.served[name] += count > 0
         if wrong:
             assert int(dut.bounds_address.value) in wrong, "the address of one of the accesses beyond the end"
 
-        reader = self.read_at if self.read else self.drain_at if self.drain else None
-        if reader is not None:
-            self.expected = self.memory[reader % DEPTH].copy()
+        name = "read" if self.read else "drain"
+        if self.read or self.drain:
+            self.expected = name, self.memory[places(*done[name])]
         if self.write:
             enabled = np.array([self.mask >> g & 1 for g in range(GRANULES)], bool)
-            self.memory[self.write_at % DEPTH][enabled] = lanes(self.value, GRANULES, np.uint8)[enabled]
+            words = lanes(self.written, GRANULES * WORDS.write, np.uint8).reshape(-1, GRANULES)
+            for place, word in zip(places(*done["write"]), words, strict=False):
+                self.memory[place][enabled] = word[enabled]
         elif self.fill_waits:
-            self.memory[self.fill_waits[0] % DEPTH] = lanes(self.fill_waits[1], GRANULES, np.uint8)
+            words = lanes(self.fill_waits[1], GRANULES * WORDS.fill, np.uint8).reshape(-1, GRANULES)
+            self.memory[places(*done["fill"])] = words[: self.fill_waits[2]]
             self.fill_waits = None
 
 
@@ -114,8 +141,14 @@ async def data_is_held_until_the_next_read(dut):
     dut.read_enable.value, dut.read_address.value = 0, 6
     for _ in range(4):
         await world.step()
-        assert int(dut.read_data.value) == 0x12345678
+        assert int(dut.read_data.value) & 0xFFFFFFFF == 0x12345678
 
 
-def test_scratchpad_serves_the_datapath_first_and_names_accesses_beyond_its_end():
-    run_cocotb(component_verilog(Scratchpad(WIDTH, GRANULES, DEPTH), "top"), __name__, "scratchpad")
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"write": 2, "fill": 2}, {"write": 2, "read": 2, "drain": 2}, {"fill": 2}],
+    ids=lambda words: "_".join(words) or "single",
+)
+def test_scratchpad_serves_the_datapath_first_and_names_accesses_beyond_its_end(words):
+    scratchpad = Scratchpad(WIDTH, GRANULES, DEPTH, PortWords(**words))
+    run_cocotb(component_verilog(scratchpad, "top"), __name__, f"scratchpad_{'_'.join(words)}", words)

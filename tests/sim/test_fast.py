@@ -68,7 +68,7 @@ def test_shapes_follow_code_that_changes_in_place(device: Device) -> None:
 
 
 def test_a_word_of_bytes_takes_its_own_beats() -> None:
-    for core, beats in (("tiny", 1), ("laptop", 1), ("ulx3s", 1)):
+    for core, beats in (("tiny", 1), ("laptop", 1), ("ulx3s", 1), ("paper", 0.5)):
         config = preset(core)
         builder = ProgramBuilder(config)
         builder.emit(STORE, memory=Memory.VECTOR, words=24, address=4096, bytes=1)

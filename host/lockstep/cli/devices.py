@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -102,18 +100,12 @@ def _no_verilator() -> str | None:
 
 
 def _not_built(config: CoreConfig) -> str | None:
-    """Why the RTL does not build a core; it is elaborated, not converted."""
-    from amaranth.hdl import Fragment
+    """Why the RTL does not build a core."""
     from lockstep_isa.config import ConfigurationError
-    from lockstep_rtl.core import Core
+    from lockstep_rtl.generate import require_buildable
 
-    with warnings.catch_warnings():
-        # Where elaboration stops, Amaranth complains about the components that it did not come to.
-        warnings.simplefilter("ignore")
-        try:
-            Fragment.get(Core(config), None)
-        except ConfigurationError as error:
-            return str(error)
-        finally:
-            gc.collect()
+    try:
+        require_buildable(config)
+    except ConfigurationError as error:
+        return str(error)
     return None

@@ -76,20 +76,23 @@ class Sequencer(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         bus_bytes = self.config.bus_bytes
-        beats = INSTRUCTION_BYTES // bus_bytes
-        word_bits = 8 * INSTRUCTION_BYTES
-        m.submodules.buffer = buffer = SyncFIFOBuffered(width=word_bits, depth=FETCH_AHEAD)
+        fetch_bytes, beats = max(INSTRUCTION_BYTES, bus_bytes), max(1, INSTRUCTION_BYTES // bus_bytes)
+        pairs = fetch_bytes // INSTRUCTION_BYTES - 1  # 1 where one fetch brings two instructions
+        ahead = FETCH_AHEAD >> pairs
+        word_bits = 8 * fetch_bytes
+        m.submodules.buffer = buffer = SyncFIFOBuffered(width=word_bits, depth=ahead)
 
-        # Fetch: bursts of one 64-byte word; ``credit`` words are asked for or waiting.
+        # Fetch: bursts of one instruction, or beats of two; ``credit`` of them are asked for or waiting.
         address, remaining = Signal(ADDRESS_BITS), Signal(32)
-        credit, flying = Signal(range(FETCH_AHEAD + 1)), Signal(range(FETCH_AHEAD + 1))
-        inside, want = Signal(), Signal()
+        credit, flying = Signal(range(ahead + 1)), Signal(range(ahead + 1))
+        aligned, inside, want = Signal(), Signal(), Signal()
         ar, r = self.bus.ar, self.bus.r
         beyond = Signal(ADDRESS_BITS + 1)
         m.d.comb += [
-            beyond.eq(address + INSTRUCTION_BYTES),
-            inside.eq((address >= self.window.base) & (beyond <= self.window.limit) & (address[:6] == 0)),
-            want.eq(~ar.valid & remaining.any() & (credit != FETCH_AHEAD) & ~self.halt),
+            beyond.eq(address + fetch_bytes),
+            aligned.eq(address[: (fetch_bytes - 1).bit_length()] == 0),
+            inside.eq((address >= self.window.base) & (beyond <= self.window.limit) & aligned),
+            want.eq(~ar.valid & remaining.any() & (credit != ahead) & ~self.halt),
             ar.addr.eq(address),
             ar.len.eq(beats - 1),
             r.ready.eq(1),
@@ -105,7 +108,7 @@ class Sequencer(wiring.Component):
             flying.eq(flying + asked - arrived),
         ]
         with m.If(asked):
-            m.d.sync += [address.eq(address + INSTRUCTION_BYTES), remaining.eq(remaining - 1)]
+            m.d.sync += [address.eq(address + fetch_bytes), remaining.eq(remaining - 1)]
 
         word, complete = Signal(word_bits), Signal()
         with m.If(r.valid):
@@ -124,8 +127,10 @@ class Sequencer(wiring.Component):
         with m.If(operands.write_enable & operands.write_last):
             m.d.sync += loading.eq(0)
 
-        # Dispatch: the head of the buffer goes to its unit's queue.
-        head = buffer.r_data
+        # Dispatch: the head of the buffer goes to its unit's queue. Of two instructions in a beat the first one goes
+        # first: ``second`` tells that it is gone.
+        second, next_head = Signal(), Signal()
+        head = buffer.r_data.word_select(second, 8 * INSTRUCTION_BYTES)
         index, left = self.index, Signal(32)
         dispatching = Signal()
         known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
@@ -133,7 +138,7 @@ class Sequencer(wiring.Component):
         vetted, is_known, is_malformed = Signal(), Signal(), Signal()
         m.d.comb += operands.begin.eq(buffer.r_rdy & dispatching & ~vetted)
         m.d.sync += [
-            vetted.eq(buffer.r_rdy & ~buffer.r_en & dispatching),
+            vetted.eq(buffer.r_rdy & ~next_head & dispatching),
             is_known.eq(known),
             is_malformed.eq(malformed),
         ]
@@ -185,7 +190,8 @@ class Sequencer(wiring.Component):
             m.d.comb += buffer.r_en.eq(1)
             m.d.sync += [
                 address.eq(fields["program"]),
-                remaining.eq(fields["count"]),
+                remaining.eq((fields["count"] + pairs) >> pairs),
+                second.eq(0),
                 left.eq(fields["count"]),
                 fence.eq(fields["fence"]),
                 operands.present.eq(fields["operands"].any()),
@@ -196,8 +202,12 @@ class Sequencer(wiring.Component):
                 m.d.comb += self.busy.eq(self.ring_tail != self.ring_head)
                 with m.If((self.ring_tail != self.ring_head) & ~self.halt):
                     slot = self.ring_head & (self.ring_size - 1)
+                    place = self.ring_base + (slot << (DESCRIPTOR_BYTES - 1).bit_length())
+                    if pairs:
+                        m.d.sync += second.eq(place[6])
+                        place = place & ~INSTRUCTION_BYTES
                     m.d.sync += [
-                        address.eq(self.ring_base + (slot << (DESCRIPTOR_BYTES - 1).bit_length())),
+                        address.eq(place),
                         remaining.eq(1),
                         index.eq(0),
                     ]
@@ -209,7 +219,7 @@ class Sequencer(wiring.Component):
                 with m.Elif(fields["operands"].any()):
                     m.d.sync += [
                         address.eq(fields["operands"]),
-                        remaining.eq(OPERAND_BYTES // INSTRUCTION_BYTES),
+                        remaining.eq(OPERAND_BYTES // fetch_bytes),
                         loading.eq(1),
                     ]
                     m.next = "OPERANDS"
@@ -225,8 +235,12 @@ class Sequencer(wiring.Component):
                     m.d.comb += [fail.eq(1), code.eq(Mux(is_known, ErrorCode.BAD_FIELD, ErrorCode.BAD_OPCODE))]
                     m.next = "STOP"
                 with m.If(pushed):
-                    m.d.comb += [buffer.r_en.eq(1), self.dispatched.eq(1)]
-                    m.d.sync += [index.eq(index + 1), left.eq(left - 1)]
+                    m.d.comb += [
+                        next_head.eq(1),
+                        buffer.r_en.eq(second | (left == 1) if pairs else 1),
+                        self.dispatched.eq(1),
+                    ]
+                    m.d.sync += [index.eq(index + 1), left.eq(left - 1), second.eq(~second if pairs else 0)]
                 with m.If(left == 0):
                     m.next = "SETTLE"
             with m.State("SETTLE"), m.If(self.units_idle):
@@ -238,7 +252,7 @@ class Sequencer(wiring.Component):
         leaves, bus_error = want & ~inside, r.valid & r.resp.any()
         m.d.comb += [
             self.error.valid.eq(fail | bus_error | leaves),
-            self.error.code.eq(Mux(address[:6].any(), ErrorCode.MISALIGNED, ErrorCode.OUT_OF_WINDOW)),
+            self.error.code.eq(Mux(aligned, ErrorCode.OUT_OF_WINDOW, ErrorCode.MISALIGNED)),
             self.error.address.eq(address),
         ]
         with m.If(bus_error):

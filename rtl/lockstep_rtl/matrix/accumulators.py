@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Shape, Signal
+from amaranth.hdl import Cat, Module, Shape, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -12,7 +12,7 @@ from ..interfaces import AccumulatorPort
 
 
 class Accumulators(wiring.Component):
-    """A queue of ``accumulator_tiles`` tiles, written one skewed column per cycle, read column by column.
+    """A queue of ``accumulator_tiles`` tiles, written one skewed column per cycle, read beat by beat.
 
     Ports
     -----
@@ -20,7 +20,8 @@ class Accumulators(wiring.Component):
     reserve : In(1), a tile is started: its room is taken. ``room`` Out(1): there is room for one more.
     read : In(AccumulatorPort), the oldest tile.
 
-    Each row has a memory of its own, so the skew needs no registers but only a delayed address. A tile is
+    Each row has a memory of its own, so the skew needs no registers but only a delayed address. Where the reader takes
+    two columns a beat, even and odd columns of a row lie in memories of their own. A tile is
     available once the last row's last column is written. Whoever reserves without room loses data: look at ``room``.
     """
 
@@ -41,30 +42,34 @@ class Accumulators(wiring.Component):
         config = self.config
         depth = config.accumulator_tiles * config.columns
         column_bits = (config.columns - 1).bit_length()
+        banks = config.columns_per_beat
+        bank_bits = banks - 1
 
         # Write side: one address for row 0, delayed by r for row r.
         address = Signal(range(depth))
         m.d.sync += address.eq(address + self.strobe)
         enable, target = self.strobe, address
         tail = Signal(range(config.accumulator_tiles))
-        read_address = Cat(self.read.column, tail)
-        words = []
+        read_address = Cat(self.read.column, tail)[bank_bits:]
+        columns: list[list[Value]] = [[] for _ in range(banks)]
         for r in range(config.rows):
-            m.submodules[f"row_{r}"] = memory = Memory(shape=Shape(32), depth=depth, init=[])
-            write, read = memory.write_port(), memory.read_port()
-            m.d.comb += [
-                write.en.eq(enable),
-                write.addr.eq(target),
-                write.data.eq(self.result.word_select(r, 32)),
-                read.en.eq(self.read.enable),
-                read.addr.eq(read_address),
-            ]
-            words.append(read.data)
+            for bank, column in enumerate(columns):
+                name = f"row_{r}_{bank}" if bank_bits else f"row_{r}"
+                m.submodules[name] = memory = Memory(shape=Shape(32), depth=depth // banks, init=[])
+                write, read = memory.write_port(), memory.read_port()
+                m.d.comb += [
+                    write.en.eq(enable & (target[:bank_bits] == bank)),
+                    write.addr.eq(target[bank_bits:]),
+                    write.data.eq(self.result.word_select(r, 32)),
+                    read.en.eq(self.read.enable),
+                    read.addr.eq(read_address),
+                ]
+                column.append(read.data)
             if r < config.rows - 1:
                 next_enable, next_target = Signal(name=f"enable_{r}"), Signal.like(address, name=f"address_{r}")
                 m.d.sync += [next_enable.eq(enable), next_target.eq(target)]
                 enable, target = next_enable, next_target
-        m.d.comb += self.read.data.eq(Cat(words))
+        m.d.comb += self.read.data.eq(Cat(columns))
         written = Signal()
         m.d.comb += written.eq(enable & target[:column_bits].all())
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, C, Cat, Module, Mux, Signal
+from dataclasses import dataclass
+
+from amaranth.hdl import Array, C, Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
-from lockstep_isa.config import ConfigurationError, CoreConfig
+from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import LOAD, TABLE_ENTRIES, TABLE_ENTRY_BYTES, TABLE_SLOTS, Memory
 
 from ..axi import ReadMaster
 from ..interfaces import ADDRESS_BITS, instruction_stream
 from ..scratchpad import fill_stream
-from .bursts import BurstSplitter, UnitError, Window
+from .bursts import BEAT_BITS, BurstSplitter, UnitError, Window
 
 #: Instructions whose data is under way at once, and bursts asked for and not complete.
 IN_FLIGHT = 4
@@ -24,44 +26,57 @@ TABLE_WIDTH = 72
 _TARGET = data.StructLayout({"memory": 3, "rows": 16, "words": 16, "local": 16, "local_stride": 16})
 
 
-def beats_per_word(config: CoreConfig, memory: Memory) -> int:
-    """Bus beats of one word (TABLE: entry) of an on-chip memory."""
+@dataclass(frozen=True)
+class Chunk:
+    """What LOAD puts together before it writes: a word of ``beats`` beats, or the ``words`` words of one beat.
+
+    Both are powers of two, and one of them is 1.
+    """
+
+    beats: int
+    words: int
+
+    def beats_of(self, words: Value) -> Value:
+        """Beats of a row of ``words`` words; a row takes whole beats."""
+        return (words << (self.beats - 1).bit_length()) + (self.words - 1) >> (self.words - 1).bit_length()
+
+
+def chunk(config: CoreConfig, memory: Memory) -> Chunk:
+    """The :class:`Chunk` of an on-chip memory (of TABLE: in entries)."""
     word = {Memory.TABLE: TABLE_ENTRY_BYTES, Memory.VECTOR: 4 * config.rows, Memory.PARAMETER: 4 * config.rows}
-    beats, rest = divmod(word.get(memory, config.rows), config.bus_bytes)
-    if rest:
-        raise ConfigurationError(
-            f"a bus of {config.bus_bytes} bytes is wider than a word of the {memory.name} memory; "
-            f"the RTL builds buses of up to {min(config.rows, TABLE_ENTRY_BYTES)} bytes for {config.rows} rows"
-        )
-    return beats
+    word_bytes = word.get(memory, config.rows)
+    return Chunk(max(1, word_bytes // config.bus_bytes), max(1, config.bus_bytes // word_bytes))
 
 
 class LoadUnit(wiring.Component):
-    """Executes LOAD instructions in order, one bus beat a cycle.
+    """Executes LOAD instructions in order, one bus beat a cycle; of TABLE at most one entry a cycle.
 
     Ports
     -----
     instruction : In(stream of LOAD); up to ``IN_FLIGHT`` are accepted before the first is done, so that the bus
         never waits for the memory's latency between two of them.
     done : Out(1), the oldest instruction's last word is in its memory. stalled : Out(1), waiting for data.
-    fill_* : Out(stream of address, data), to the four scratchpads; subnormals of VECTOR and PARAMETER words are
-        flushed to zeros of their sign on the way.
+    fill_* : Out(stream of address, data, enable), to the four scratchpads, all words of a beat at once; subnormals
+        of VECTOR and PARAMETER words are flushed to zeros of their sign on the way.
     table_* : Out, ``enable``, ``address`` (9), ``data`` (72): always taken.
     bus : Out(ReadMaster). window : In(Window). halt : In(1), start no burst. error : Out(UnitError).
     outstanding : Out(1), bursts are under way.
+
+    A row of words begins with a beat. Where a beat holds several words, its last one may hold words that are not the
+    row's: they are not written.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        self.beats = {memory: beats_per_word(config, memory) for memory in Memory}
+        self.chunks = {memory: chunk(config, memory) for memory in Memory}
         operand, vector = 8 * config.rows, 32 * config.rows
         super().__init__(
             {
                 "instruction": In(instruction_stream(LOAD)),
                 "done": Out(1),
                 "stalled": Out(1),
-                "fill_activation": Out(fill_stream(operand)),
-                "fill_weight": Out(fill_stream(operand)),
+                "fill_activation": Out(fill_stream(operand, config.operand_words_per_beat)),
+                "fill_weight": Out(fill_stream(operand, config.operand_words_per_beat)),
                 "fill_vector": Out(fill_stream(vector)),
                 "fill_parameter": Out(fill_stream(vector)),
                 "table_enable": Out(1),
@@ -83,7 +98,11 @@ class LoadUnit(wiring.Component):
 
         # Requests: one instruction enters both the splitter and the queue of targets.
         i = self.instruction.payload
-        shifts = Array(C((self.beats[m_] - 1).bit_length() if m_ in self.beats else 0, 3) for m_ in range(8))
+        row_beats = Signal(BEAT_BITS)
+        with m.Switch(i.memory):
+            for memory, pieces in self.chunks.items():
+                with m.Case(memory):
+                    m.d.comb += row_beats.eq(pieces.beats_of(i.words))
         accept = Signal()
         m.d.comb += [
             accept.eq(self.instruction.valid & splitter.block.ready & targets.w_rdy & ~self.halt),
@@ -92,7 +111,7 @@ class LoadUnit(wiring.Component):
             splitter.block.payload.address.eq(i.address),
             splitter.block.payload.stride.eq(i.stride),
             splitter.block.payload.rows.eq(i.rows),
-            splitter.block.payload.beats.eq(i.words << shifts[i.memory]),
+            splitter.block.payload.beats.eq(row_beats),
             targets.w_en.eq(accept),
             targets.w_data.eq(Cat(i.memory, i.rows, i.words, i.local, i.local_stride)),
         ]
@@ -114,15 +133,18 @@ class LoadUnit(wiring.Component):
             bursts.eq(bursts + (self.bus.ar.valid & self.bus.ar.ready) - burst_done),
         ]
 
-        # Data: beats gather in the upper end of ``word``; a full word waits in ``pending`` to be written.
+        # Data: beats gather in the upper end of ``word``; a full word, or a beat of words, waits in ``pending`` to be
+        # written.
         target = Signal(_TARGET)
         receiving, pending, last_pending = Signal(), Signal(), Signal()
-        beat = Signal(range(max(self.beats.values())))
+        beat = Signal(range(max(c.beats for c in self.chunks.values())))
         words, rows = Signal(16), Signal(16)
+        most_words = max(c.words for c in self.chunks.values())
+        step, pending_words = Signal(range(most_words + 1)), Signal(range(most_words + 1))
         local, row_local, pending_address = (Signal(ADDRESS_BITS, name=n) for n in ("local", "row_local", "to"))
         is_float = Signal()
         bus_bits = 8 * self.config.bus_bytes
-        beat_data, word = Signal(bus_bits), Signal(32 * self.config.rows)
+        beat_data, word = Signal(bus_bits), Signal(max(32 * self.config.rows, 8 * TABLE_ENTRY_BYTES))
         m.d.comb += is_float.eq((target.memory == Memory.VECTOR) | (target.memory == Memory.PARAMETER))
         for lane in range(bus_bits // 32):
             value = r.data.word_select(lane, 32)
@@ -142,19 +164,30 @@ class LoadUnit(wiring.Component):
                 fill.valid.eq(waits[memory]),
                 fill.payload.address.eq(pending_address),
                 fill.payload.data.eq(word[-len(fill.payload.data) :]),
+                fill.payload.enable.eq(Cat(1, pending_words != 1)),
             ]
-        entry = word[-8 * TABLE_ENTRY_BYTES :]
+        # Entries of one beat go to the table one by one.
+        entries = word[-8 * TABLE_ENTRY_BYTES * self.chunks[Memory.TABLE].words :]
+        number, entry, last_entry = Signal(range(self.chunks[Memory.TABLE].words)), Signal(128), Signal()
         m.d.comb += [
-            written.eq(Cat(self.table_enable, *(fill.valid & fill.ready for fill in fills.values())).any()),
+            entry.eq(entries.word_select(number, 8 * TABLE_ENTRY_BYTES)),
+            last_entry.eq(number + 1 == pending_words),
             self.table_enable.eq(waits[Memory.TABLE]),
             self.table_address.eq(pending_address),
             self.table_data.eq(Cat(entry[0:32], entry[40:64], entry[80:96])),
+            written.eq(
+                Cat(self.table_enable & last_entry, *(fill.valid & fill.ready for fill in fills.values())).any()
+            ),
         ]
+        with m.If(self.table_enable):
+            m.d.sync += [number.eq(Mux(last_entry, 0, number + 1)), pending_address.eq(pending_address + 1)]
 
         # What comes to an end with this word is known when the word before it ends.
         last_beat = Signal(len(beat))
-        one_word, one_row = Signal(), Signal()
-        beats_last = Array(C(self.beats.get(n, 1) - 1, len(beat)) for n in range(8))  # type: ignore[call-overload]
+        one_word, one_row = Signal(), Signal()  # the rest of the row is one word, or less than another beat of words
+        chunks = [self.chunks.get(n, Chunk(1, 1)) for n in range(8)]  # type: ignore[call-overload]
+        beats_last = Array(C(c.beats - 1, len(beat)) for c in chunks)
+        steps = Array(C(c.words, len(step)) for c in chunks)
         room, take, word_end, row_end, instruction_end = (
             Signal(name=n) for n in ("room", "take", "word_end", "row_end", "instruction_end")
         )
@@ -179,13 +212,14 @@ class LoadUnit(wiring.Component):
                 pending.eq(1),
                 last_pending.eq(instruction_end),
                 pending_address.eq(local),
+                pending_words.eq(Mux(words < step, words, step)),
                 *(waits[memory].eq(target.memory == memory) for memory in Memory),
-                local.eq(local + 1),
-                *(words.eq(words - 1), one_word.eq(words == 2)),
+                local.eq(local + step),
+                *(words.eq(words - step), one_word.eq(words <= step << 1)),
             ]
         with m.If(row_end):
             m.d.sync += [
-                *(words.eq(target.words), one_word.eq(target.words == 1)),
+                *(words.eq(target.words), one_word.eq(target.words <= step)),
                 *(rows.eq(rows - 1), one_row.eq(rows == 2)),
                 local.eq(row_local + target.local_stride),
                 row_local.eq(row_local + target.local_stride),
@@ -198,8 +232,8 @@ class LoadUnit(wiring.Component):
             m.d.sync += [
                 receiving.eq(1),
                 target.eq(following),
-                last_beat.eq(beats_last[following.memory]),
-                *(words.eq(following.words), one_word.eq(following.words == 1)),
+                *(last_beat.eq(beats_last[following.memory]), step.eq(steps[following.memory])),
+                *(words.eq(following.words), one_word.eq(following.words <= steps[following.memory])),
                 *(rows.eq(following.rows), one_row.eq(following.rows == 1)),
                 local.eq(following.local),
                 row_local.eq(following.local),

@@ -6,7 +6,7 @@ from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
-from lockstep_isa.config import ConfigurationError, CoreConfig
+from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import STORE
 
@@ -25,13 +25,16 @@ class StoreUnit(wiring.Component):
     -----
     instruction : In(stream of STORE). done : Out(1), the memory has acknowledged the last burst.
     stalled : Out(1), waiting for the scratchpad or the bus.
-    read : Out(ReadPort of 32 R) with ``read_ready`` In(1): words of the vector scratchpad, when it has time.
+    read : Out(ReadPort of 32 R) with ``read_ready`` In(1): words of the vector scratchpad, when it has time; as many
+        at once as a beat holds words of bytes.
     bus : Out(WriteMaster). window : In(Window). halt : In(1), announce no burst. error : Out(UnitError).
     outstanding : Out(1), bursts are under way.
 
     A word of N beats takes N + 2 cycles: request, answer, N beats. Results are a small part of a model's traffic,
     so the two cycles are not hidden. With ``bytes`` a word has a quarter of the beats: its lanes' low bytes are packed
-    when it is taken. Lanes that are not to be written have their strobes off; their beats are sent all the same.
+    when it is taken; where a beat is wider than such a word, it takes two, which count as one word of one beat. Lanes
+    that are not to be written have their strobes off, and so has what a row lacks of its last beat; their beats are
+    sent all the same.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -41,7 +44,7 @@ class StoreUnit(wiring.Component):
                 "instruction": In(instruction_stream(STORE)),
                 "done": Out(1),
                 "stalled": Out(1),
-                "read": Out(ReadPort(32 * config.rows)),
+                "read": Out(ReadPort(32 * config.rows, config.operand_words_per_beat)),
                 "read_ready": In(1),
                 "bus": Out(WriteMaster(config.bus_bytes)),
                 "window": In(Window()),
@@ -54,12 +57,8 @@ class StoreUnit(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self.config
-        beats, byte_beats = config.beats_per_vector_word, config.rows // config.bus_bytes
-        if not byte_beats:
-            raise ConfigurationError(
-                f"a bus of {config.bus_bytes} bytes is wider than a word of {config.rows} bytes; the RTL stores "
-                f"through buses of up to {config.rows} bytes"
-            )
+        beats, byte_beats = config.beats_per_vector_word, max(1, config.rows // config.bus_bytes)
+        byte_words = config.operand_words_per_beat
         m.submodules.splitter = splitter = BurstSplitter(config)
         m.submodules.lengths = lengths = SyncFIFOBuffered(width=8, depth=OUTSTANDING_BURSTS)
         wiring.connect(m, wiring.flipped(self.window), splitter.window)
@@ -76,7 +75,11 @@ class StoreUnit(wiring.Component):
             splitter.block.payload.stride.eq(n.stride),
             splitter.block.payload.rows.eq(n.rows),
             splitter.block.payload.beats.eq(
-                Mux(n.bytes, n.words << (byte_beats - 1).bit_length(), n.words << (beats - 1).bit_length())
+                Mux(
+                    n.bytes,
+                    (n.words << (byte_beats - 1).bit_length()) + (byte_words - 1) >> (byte_words - 1).bit_length(),
+                    n.words << (beats - 1).bit_length(),
+                )
             ),
         ]
 
@@ -106,9 +109,13 @@ class StoreUnit(wiring.Component):
         beat = Signal(range(max(2, beats)))
         in_burst = Signal(8)
         sent = Signal()
-        # One strobe for each lane of ``word``; ``first_row`` as long as words of the first row are requested.
-        written, first_row = Signal(config.rows), Signal()
-        packed = Cat(self.read.data[32 * r : 32 * r + 8] for r in range(config.rows))
+        # One strobe for each lane of ``word``, of both words where there are two; ``first_row`` as long as words of the
+        # first row are requested.
+        written, first_row = Signal(config.rows * byte_words), Signal()
+        packed = Cat(self.read.data[32 * r : 32 * r + 8] for r in range(config.rows * byte_words))
+        lanes = Cat(~first_row | (i.lane <= lane) for lane in range(config.rows))
+        pair = Signal()  # this request is for two words
+        m.d.comb += pair.eq((byte_words == 2) & i.bytes & (words != 1))
         wide = Cat(written[b // 4] for b in range(config.bus_bytes))
         m.d.comb += [
             self.read.address.eq(local),
@@ -128,14 +135,14 @@ class StoreUnit(wiring.Component):
                 m.d.sync += [active.eq(1), first_row.eq(1)]
                 m.next = "REQUEST"
             with m.State("REQUEST"):
-                m.d.comb += [self.read.enable.eq(1), self.stalled.eq(~self.read_ready)]
+                m.d.comb += [self.read.enable.eq(Cat(1, pair)), self.stalled.eq(~self.read_ready)]
                 with m.If(self.read_ready):
                     m.next = "TAKE"
             with m.State("TAKE"):
-                m.d.sync += [beat.eq(0), local.eq(local + 1), words.eq(words - 1)]
+                m.d.sync += [beat.eq(0), local.eq(local + 1 + pair), words.eq(words - 1 - pair)]
                 m.d.sync += [
                     word.eq(Mux(i.bytes, packed, self.read.data)),
-                    written.eq(Cat(~first_row | (i.lane <= lane) for lane in range(config.rows))),
+                    written.eq(Cat(lanes, Mux(pair, lanes, 0))),
                 ]
                 m.next = "SEND"
             with m.State("SEND"):

@@ -25,14 +25,15 @@ DISTANCE_BITS = 24
 
 
 class Issue(wiring.Component):
-    """Row tiles, columns and sub-beats of a pass in order, with the words that they need.
+    """Row tiles, beats and sub-beats of a pass in order, with the words that they need.
 
         ACCEPT -> START -> FETCH <-> ISSUE -> DRAIN -> ACCEPT
 
     FETCH is the prologue of a row tile: one PARAMETER word per cycle (lane words, where the maximum continues, the
     words of the first ``rows`` columns). ISSUE sends beats; the words of the next ``rows`` columns arrive meanwhile,
     but where x comes from PARAMETER too, ISSUE goes back to FETCH for them. Where x and y both come from VECTOR, a
-    column starts with a cycle that reads y. ISSUE waits
+    beat starts with a cycle that reads y. A beat is one column, or two side by side, of which the row's last beat may
+    lack the second one. ISSUE waits
 
     - while the accumulator tile is not complete (``stalled``),
     - with column min(64, columns - 1) until the adders are through with the sums of the row before,
@@ -45,16 +46,16 @@ class Issue(wiring.Component):
     instruction : In(stream). ``done`` : Out(1), once ``drained`` In(1) says that everything is written.
     fields : Out(instruction layout), held still from ``begin`` Out(1) to ``done``.
     accumulator, vector_read, parameter_read : Out, see lockstep_rtl.interfaces.
-    beat, first, last : Out(1), ``sub`` : Out, a beat, of the first or last column of a row tile, of which lanes; in
-        the cycle of its requests.
-    x, y, lane0, lane1 : Out(32 * lanes), words of the beat before. ``column0`` to ``column2`` : Out(32), and
-        ``hidden`` : Out(lanes), which lanes the mask hides, of the beat before that.
+    beat : Out(columns_per_beat), bit c: a beat, its column c is there. ``first``, ``last`` : Out(1), ``sub`` : Out, it
+        is the first or last one of a row tile, of which lanes; in the cycle of its requests.
+    x, y, lane0, lane1 : Out(32 * lanes), words of the beat before. ``column0`` to ``column2`` :
+        Out(32 * columns_per_beat), and ``hidden`` : Out(lanes), which lanes the mask hides, of the beat before that.
     continue_valid : Out(1), ``parameter_read.data`` is the word from which the next row's maximum continues.
     """
 
     def __init__(self, config) -> None:
         self.config = config
-        word = 32 * config.rows
+        word, side = 32 * config.rows, config.columns_per_beat
         taken = 32 * config.lanes
         super().__init__(
             {
@@ -65,9 +66,9 @@ class Issue(wiring.Component):
                 "fields": Out(instruction_layout(VECTOR)),
                 "begin": Out(1),
                 "accumulator": Out(AccumulatorPort(config)),
-                "vector_read": Out(ReadPort(word)),
-                "parameter_read": Out(ReadPort(word)),
-                "beat": Out(1),
+                "vector_read": Out(ReadPort(word, side)),
+                "parameter_read": Out(ReadPort(word, side)),
+                "beat": Out(side),
                 "first": Out(1),
                 "last": Out(1),
                 "sub": Out(range(config.subwords)),
@@ -75,9 +76,9 @@ class Issue(wiring.Component):
                 "y": Out(taken),
                 "lane0": Out(taken),
                 "lane1": Out(taken),
-                "column0": Out(32),
-                "column1": Out(32),
-                "column2": Out(32),
+                "column0": Out(32 * side),
+                "column1": Out(32 * side),
+                "column2": Out(32 * side),
                 "hidden": Out(config.lanes),
                 "continue_valid": Out(1),
             }
@@ -86,8 +87,11 @@ class Issue(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config, i, n = self.config, self.fields, self.instruction.payload
-        rows, subwords = config.rows, config.subwords
-        group_bits = (rows - 1).bit_length()
+        rows, subwords, side = config.rows, config.subwords, config.columns_per_beat
+        side_bits = side - 1
+        # Beats of a group, and of a row before partial sums are added to.
+        group, partials = rows // side, PARTIALS // side
+        group_bits = (group - 1).bit_length()
         word = 32 * rows
 
         # What the instruction uses, worked out when it is taken.
@@ -100,7 +104,8 @@ class Issue(wiring.Component):
         column_needs = row_needs[:3]
         from_vector, from_parameter, from_accumulator, transposed = Signal(), Signal(), Signal(), Signal()
         least_prologue = Signal(range(CONTINUE_PROLOGUE))  # beyond the first cycle
-        final_column, final_tile = Signal(16), Signal(16)
+        # The last beat of a row, and whether it has all its columns.
+        final_beat, final_full, final_tile = Signal(16), Signal(), Signal(16)
         beyond_partials = Signal()
         with m.If(self.instruction.valid & self.instruction.ready):
             m.d.sync += [
@@ -120,30 +125,31 @@ class Issue(wiring.Component):
                     (n.destination == Destination.WEIGHT_TRANSPOSED) | (n.destination == Destination.BYTES_TRANSPOSED)
                 ),
                 least_prologue.eq(Mux(resume, CONTINUE_PROLOGUE - 1, own_words)),
-                final_column.eq(n.columns - 1),
+                final_beat.eq((n.columns - 1)[side_bits:16]),
+                final_full.eq((n.columns - 1)[0] if side_bits else 1),
                 final_tile.eq(n.tiles - 1),
                 beyond_partials.eq(n.columns > PARTIALS),
             ]
 
         # Where the pass is.
-        tile, column = Signal(16), Signal(16)
+        tile, beat = Signal(16), Signal(16)
         sub = Signal(range(subwords))
         read_y = Signal()  # this cycle reads y for the column
         x_row, x_address = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
         y_row, y_address = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
-        # Of ``column``, worked out one column ahead: every decision of a cycle begins with them.
-        last_column, group_ends, pauses_here = Signal(), Signal(), Signal()
+        # Of ``beat``, worked out one beat ahead: every decision of a cycle begins with them.
+        last_beat, group_ends, pauses_here = Signal(), Signal(), Signal()
         ends = Signal()
         m.d.comb += ends.eq(sub == subwords - 1)
 
-        # The mask: lane r of this column is hidden where r < ahead, or where r >= ahead + window.
+        # The mask: lane r of this beat's first column is hidden where r < ahead, or where r >= ahead + window.
         ahead, row_ahead = Signal(signed(DISTANCE_BITS)), Signal(signed(DISTANCE_BITS))
         masked, windowed = Signal(), Signal()
         m.d.sync += [masked.eq(i.mask == Mask.CAUSAL), windowed.eq(i.window.any())]
 
         # Fetching PARAMETER words, the lowest needed first.
         needed = Signal(6)
-        group = Signal(ADDRESS_BITS)  # of the columns whose words are fetched
+        fetch_group = Signal(ADDRESS_BITS)  # of the columns whose words are fetched
         least = Signal(range(CONTINUE_PROLOGUE))  # further cycles that the prologue must take
         fetching, one_left = Signal(), Signal()
         choice = Signal(6)
@@ -152,11 +158,11 @@ class Issue(wiring.Component):
         m.d.comb += [choice.eq(needed & (~needed + 1)[:6]), one_left.eq((needed & ~choice) == 0)]
         for kind, base in enumerate(bases):
             with m.If(choice[kind]):
-                m.d.comb += fetch_address.eq(base + (group if kind < 3 else tile))
+                m.d.comb += fetch_address.eq(base + (fetch_group if kind < 3 else tile))
         requested, requested_parity = Signal(6), Signal()
         fetched, fetched_parity = Signal(6), Signal()
         m.d.sync += [
-            *(requested.eq(Mux(fetching, choice, 0)), requested_parity.eq(group[0])),
+            *(requested.eq(Mux(fetching, choice, 0)), requested_parity.eq(fetch_group[0])),
             *(fetched.eq(requested), fetched_parity.eq(requested_parity)),
         ]
         with m.If(fetching):
@@ -173,21 +179,21 @@ class Issue(wiring.Component):
         m.d.comb += self.continue_valid.eq(fetched[5])
 
         # Pacing: cycles still to wait behind the row before, and behind the transposed group before.
-        pauses = Array(row_pause(columns, subwords) - 1 for columns in (1, 2, 4, 8, 16, 32, 64))
+        pauses = Array(row_pause(config, columns) - 1 for columns in (1, 2, 4, 8, 16, 32, 64))
         levels = Signal(range(7))
         for level in range(6):
             with m.If(i.columns > 1 << level):
                 m.d.comb += levels.eq(level + 1)
-        pause = Signal(range(row_pause(PARTIALS, subwords)))
+        pause = Signal(range(row_pause(config, PARTIALS)))
         m.d.sync += pause.eq(pauses[levels])
-        row_wait, group_wait = Signal.like(pause), Signal(range(rows))
+        row_wait, group_wait = Signal.like(pause), Signal(range(max(2, group)))
         row_waits, group_waits = Signal(), Signal()  # the counts are not zero
         with m.If(row_waits):
             m.d.sync += [row_wait.eq(row_wait - 1), row_waits.eq(row_wait != 1)]
         with m.If(group_waits):
             m.d.sync += [group_wait.eq(group_wait - 1), group_waits.eq(group_wait != 1)]
-        sum_stops = i.sum & Mux(beyond_partials, pauses_here, last_column) & row_waits
-        group_stops = transposed & (group_ends | last_column) & group_waits
+        sum_stops = i.sum & Mux(beyond_partials, pauses_here, last_beat) & row_waits
+        group_stops = transposed & (group_ends | last_beat) & group_waits
 
         late = Signal()  # the words of the group that has begun are still being fetched
         no_tile = from_accumulator & ~self.accumulator.available
@@ -203,9 +209,9 @@ class Issue(wiring.Component):
             with m.State("START"):
                 m.d.comb += self.begin.eq(1)
                 m.d.sync += [
-                    *(tile.eq(0), column.eq(0), sub.eq(0), group.eq(0), late.eq(0), read_y.eq(shares)),
+                    *(tile.eq(0), beat.eq(0), sub.eq(0), fetch_group.eq(0), late.eq(0), read_y.eq(shares)),
                     *(x_row.eq(i.x), x_address.eq(i.x), y_row.eq(i.y), y_address.eq(i.y)),
-                    *(last_column.eq(final_column == 0), group_ends.eq(0), pauses_here.eq(0)),
+                    *(last_beat.eq(final_beat == 0), group_ends.eq(group == 1), pauses_here.eq(0)),
                     *(needed.eq(row_needs), least.eq(least_prologue), row_waits.eq(0), group_waits.eq(0)),
                     *(row_ahead.eq(-i.first_row.as_signed()), ahead.eq(-i.first_row.as_signed())),
                 ]
@@ -216,7 +222,7 @@ class Issue(wiring.Component):
                     m.d.sync += least.eq(least - 1)
                 with m.If(one_left & (least == 0)):
                     with m.If(~from_parameter):
-                        m.d.sync += [needed.eq(column_needs), group.eq(group + 1)]
+                        m.d.sync += [needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
                     m.next = "ISSUE"
             with m.State("ISSUE"):
                 m.d.comb += [
@@ -226,28 +232,28 @@ class Issue(wiring.Component):
                     y_alone.eq(go & read_y),
                 ]
                 with m.If(late & one_left):
-                    m.d.sync += [late.eq(0), needed.eq(column_needs), group.eq(group + 1)]
+                    m.d.sync += [late.eq(0), needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
                 with m.If(y_alone):
-                    m.d.sync += [read_y.eq(0), y_address.eq(y_address + 1)]
+                    m.d.sync += [read_y.eq(0), y_address.eq(y_address + side)]
                 with m.If(issues):
                     m.d.sync += sub.eq(sub + 1)
                     with m.If(ends):
                         m.d.sync += [
-                            *(sub.eq(0), column.eq(column + 1), read_y.eq(shares), x_address.eq(x_address + 1)),
-                            last_column.eq(column + 1 == final_column),
-                            group_ends.eq(column[:group_bits] == rows - 2),
-                            pauses_here.eq(column == PARTIALS - 1),
-                            ahead.eq(ahead + 1),
+                            *(sub.eq(0), beat.eq(beat + 1), read_y.eq(shares), x_address.eq(x_address + side)),
+                            last_beat.eq(beat + 1 == final_beat),
+                            group_ends.eq((beat + 1)[:group_bits] == group - 1),
+                            pauses_here.eq(beat == partials - 1),
+                            ahead.eq(ahead + side),
                         ]
                         with m.If(~shares):
-                            m.d.sync += y_address.eq(y_address + 1)
-                        with m.If(group_ends | last_column):
-                            m.d.sync += [group_wait.eq(rows - 1), group_waits.eq(1)]
-                        with m.If(last_column):
+                            m.d.sync += y_address.eq(y_address + side)
+                        with m.If(group_ends | last_beat):
+                            m.d.sync += [group_wait.eq(group - 1), group_waits.eq(group > 1)]
+                        with m.If(last_beat):
                             m.d.sync += [
                                 *(row_wait.eq(pause), row_waits.eq(1)),
-                                *(tile.eq(tile + 1), column.eq(0), group.eq(0), late.eq(0)),
-                                *(last_column.eq(final_column == 0), group_ends.eq(0), pauses_here.eq(0)),
+                                *(tile.eq(tile + 1), beat.eq(0), fetch_group.eq(0), late.eq(0)),
+                                *(last_beat.eq(final_beat == 0), group_ends.eq(group == 1), pauses_here.eq(0)),
                                 *(x_row.eq(x_row + i.x_stride), x_address.eq(x_row + i.x_stride)),
                                 *(y_row.eq(y_row + i.y_stride), y_address.eq(y_row + i.y_stride)),
                                 *(needed.eq(row_needs), least.eq(least_prologue)),
@@ -258,10 +264,10 @@ class Issue(wiring.Component):
                                 m.next = "DRAIN"
                         with m.Elif(group_ends & column_needs.any()):
                             with m.If(from_parameter):
-                                m.d.sync += [needed.eq(column_needs), group.eq(group + 1)]
+                                m.d.sync += [needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
                                 m.next = "FETCH"
                             with m.Elif(one_left):
-                                m.d.sync += [needed.eq(column_needs), group.eq(group + 1)]
+                                m.d.sync += [needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
                             with m.Else():
                                 m.d.sync += late.eq(1)
             with m.State("DRAIN"), m.If(self.drained):
@@ -270,40 +276,43 @@ class Issue(wiring.Component):
 
         # What is issued now is in stage 0 in the next cycle. The accumulators need no address: they are read now, and
         # a tile that is through is given back at once.
-        issued_column = Signal(group_bits + 1)
+        issued_beat = Signal(group_bits + 1)
         reads_y = Signal()
+        there = Cat(1, final_full | ~last_beat)[:side]  # which columns of the beat
         m.d.comb += [
             self.accumulator.enable.eq(issues & from_accumulator),
-            self.accumulator.column.eq(column[:group_bits]),
-            self.accumulator.pop.eq(issues & from_accumulator & ends & (group_ends | last_column)),
+            self.accumulator.column.eq(beat[:group_bits] << side_bits),
+            self.accumulator.pop.eq(issues & from_accumulator & ends & (group_ends | last_beat)),
         ]
         m.d.sync += [
-            *(self.beat.eq(issues), self.first.eq(column == 0), self.last.eq(last_column), self.sub.eq(sub)),
-            *(issued_column.eq(column), reads_y.eq(y_alone)),
-            self.vector_read.enable.eq(y_alone | (issues & (from_vector | uses_y))),
+            *(self.beat.eq(Mux(issues, there, 0)), self.first.eq(beat == 0), self.last.eq(last_beat), self.sub.eq(sub)),
+            *(issued_beat.eq(beat), reads_y.eq(y_alone)),
+            self.vector_read.enable.eq(Mux(y_alone | (issues & (from_vector | uses_y)), there, 0)),
             self.vector_read.address.eq(Mux(from_vector & ~read_y, x_address, y_address)),
-            self.parameter_read.enable.eq(fetching | (issues & from_parameter)),
+            self.parameter_read.enable.eq(Mux(fetching, 1, Mux(issues & from_parameter, there, 0))),
             self.parameter_read.address.eq(Mux(fetching, fetch_address, x_address)),
         ]
 
         # Stages 0 and 1: the mask. The first lane of the beat that is not hidden, and the first one behind it that is.
         issued_ahead = Signal.like(ahead)
-        seen, unseen = Signal(range(rows + 1)), Signal(range(rows + 1))
+        seen = [Signal(range(rows + 1), name=f"seen{c}") for c in range(side)]
+        unseen = [Signal(range(rows + 1), name=f"unseen{c}") for c in range(side)]
 
         def clamped(value):
             return Mux(value < 0, 0, Mux(value > rows, rows, value))
 
         with m.If(issues & masked):
             m.d.sync += issued_ahead.eq(ahead)
-        with m.If(self.beat & masked):
-            m.d.sync += [
-                seen.eq(clamped(issued_ahead)),
-                unseen.eq(Mux(windowed, clamped(issued_ahead + i.window), rows)),
-            ]
+        with m.If(self.beat[0] & masked):
+            for c in range(side):
+                m.d.sync += [
+                    seen[c].eq(clamped(issued_ahead + c)),
+                    unseen[c].eq(Mux(windowed, clamped(issued_ahead + i.window + c), rows)),
+                ]
 
         # Stage 0: reads. The accumulators' answer waits for the others.
         accumulator_read = Signal()
-        accumulated = Signal(word)
+        accumulated = Signal(word * side)
         m.d.sync += accumulator_read.eq(self.accumulator.enable)
         with m.If(accumulator_read):
             m.d.sync += accumulated.eq(self.accumulator.data)
@@ -311,14 +320,14 @@ class Issue(wiring.Component):
         # Stage 1: the answers, and the lanes' part of them.
         sub1 = Signal(range(subwords))
         beat1, reads_y1 = Signal(), Signal()
-        column1, parity1 = Signal(group_bits), Signal()
-        held_y = Signal(word)
-        m.d.sync += [beat1.eq(self.beat), reads_y1.eq(reads_y)]
-        with m.If(self.beat):
-            m.d.sync += [sub1.eq(self.sub), column1.eq(issued_column), parity1.eq(issued_column[group_bits])]
+        in_group1, parity1 = Signal(group_bits), Signal()
+        held_y = Signal(word * side)
+        m.d.sync += [beat1.eq(self.beat[0]), reads_y1.eq(reads_y)]
+        with m.If(self.beat[0]):
+            m.d.sync += [sub1.eq(self.sub), in_group1.eq(issued_beat), parity1.eq(issued_beat[group_bits])]
         with m.If(reads_y1):
             m.d.sync += held_y.eq(self.vector_read.data)
-        x = Signal(word)
+        x = Signal(word * side)
         m.d.comb += x.eq(self.parameter_read.data)
         with m.If(from_accumulator):
             m.d.comb += x.eq(accumulated)
@@ -329,15 +338,15 @@ class Issue(wiring.Component):
         m.d.comb += [
             self.x.eq(x.word_select(sub1, taken)),
             self.y.eq(y.word_select(sub1, taken)),
-            self.lane0.eq(lane_words[0].word_select(sub1, taken)),
-            self.lane1.eq(lane_words[1].word_select(sub1, taken)),
+            self.lane0.eq(lane_words[0].replicate(side).word_select(sub1, taken)),
+            self.lane1.eq(lane_words[1].replicate(side).word_select(sub1, taken)),
         ]
-        hidden = Signal(rows)
-        m.d.comb += hidden.eq(Cat((seen > r) | (unseen <= r) for r in range(rows)))
+        hidden = Signal(rows * side)
+        m.d.comb += hidden.eq(Cat((seen[c] > r) | (unseen[c] <= r) for c in range(side) for r in range(rows)))
         with m.If(beat1 & masked):
             m.d.sync += self.hidden.eq(hidden.word_select(sub1, config.lanes))
         for kind, port in enumerate((self.column0, self.column1, self.column2)):
             chosen = Mux(parity1, column_words[kind][1], column_words[kind][0])
             with m.If(beat1 & column_needs[kind]):
-                m.d.sync += port.eq(chosen.word_select(column1, 32))
+                m.d.sync += port.eq(chosen.word_select(in_group1, 32 * side))
         return m

@@ -71,6 +71,8 @@ def lane_signature(subwords: int) -> wiring.Signature:
             "hidden": In(1),
             "sums": In(SumControls(subwords)),
             "sum": Out(32),
+            "partial": Out(32),
+            "other": In(32),
             "maximum_first": In(1),
             "maximum_sub": In(range(subwords)),
             "maximum_start": In(32),
@@ -101,7 +103,8 @@ class Lane(wiring.Component):
     valid : In(DEPTH), bit i: a beat is in stage i. ``time`` : In(6), counts cycles.
     x, y, lane0, lane1 : In(32), in stage 1; ``column0`` to ``column2`` : In(32), in stage 2, ``column1`` already
         chosen between the column and the immediate. ``hidden`` : In(1), in stage FUNCTION.
-    sums : In(SumControls); ``sum`` : Out(32), the row sum, when the controls say so.
+    sums : In(SumControls); ``sum`` : Out(32), the row sum, when the controls say so; ``partial`` : Out(32) and
+        ``other`` : In(32), see PartialSums.
     maximum_* : In, see RunningMaximum; ``maximum`` : Out(32 * subwords).
     write_* : In, fill the function table.
     result : Out(32), ``rounded`` : Out(8). ``zero``, ``nonfinite`` : Out(1), RECIP meets such a value.
@@ -212,6 +215,7 @@ class Lane(wiring.Component):
         m.submodules.sums = sums = PartialSums(self.subwords)
         wiring.connect(m, wiring.flipped(self.sums), sums.controls)
         m.d.comb += [sums.x.eq(function.z), sums.valid.eq(valid[SUM] & mode.sum), self.sum.eq(sums.sum)]
+        m.d.comb += [sums.other.eq(self.other), self.partial.eq(sums.partial)]
 
         # Stages 57 and 58.
         exponent_mode = mode.maximum == Maximum.EXPONENT

@@ -1,20 +1,26 @@
-"""Row reductions: 64 strided partial sums with their tree, and running maxima."""
+"""Row reductions: 64 strided partial sums with their tree, and running maxima.
+
+Two lanes that take columns of one row side by side share its sums: one has the partial sums of even columns, the other
+one those of odd columns, 32 each. All levels of the tree but the last stay within a lane.
+"""
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
 
 from .fp import QUIET_NAN, FloatAdd, Parts
-from .timing import PARTIALS, SUM_TURNAROUND, level_cycles
+from .timing import PARTIALS, SUM_TURNAROUND, level_additions, level_cycles
 
 
 class SumControls(wiring.Signature):
     """What SumControl tells the PartialSums of every lane.
 
     Cycle 0: ``touch`` writes x to ``address`` of ``fill``; ``accumulate`` reads there; ``fold`` reads ``address`` and
-    ``other`` of the other half. Cycle 1: ``blank`` replaces the second operand by +0. ``enables`` of the operands and
-    of the adder behind them, and in cycle 7 ``store`` writes the sum to ``target`` of half ``store_half``.
+    ``other`` of the other half. Cycle 1: the second operand is x where ``accumulating``, the other lane's word where
+    ``crossing``, +0 where ``blank``. ``enables`` of the operands and of the adder behind them, and in cycle 7 ``store``
+    writes the sum to ``target`` of half ``store_half``.
     """
 
     def __init__(self, subwords: int) -> None:
@@ -28,6 +34,7 @@ class SumControls(wiring.Signature):
                 "other": Out(bits),
                 "touch_address": Out(bits),
                 "accumulating": Out(1),
+                "crossing": Out(1),
                 "folded_half": Out(1),
                 "blank": Out(1),
                 "enables": Out(6),
@@ -45,6 +52,8 @@ class PartialSums(wiring.Component):
     -----
     controls : In(SumControls). ``x`` : In(32) with ``valid`` In(1), in cycle 0.
     sum : Out(32), the adder's result, seven cycles behind its read.
+    partial : Out(32), the first word, one cycle behind its read; ``other`` : In(32), that of the lane that shares
+        its row with this one.
 
     The first 64 columns of a row only fill their half, so the adder folds the other half, that of the row before,
     meanwhile. What is filled in has not passed the adder; every partial sum does before the end, where signs of zero,
@@ -53,7 +62,8 @@ class PartialSums(wiring.Component):
 
     def __init__(self, subwords: int) -> None:
         self.subwords = subwords
-        super().__init__({"controls": In(SumControls(subwords)), "x": In(32), "valid": In(1), "sum": Out(32)})
+        words = {name: In(32) for name in ("x", "other")} | {name: Out(32) for name in ("sum", "partial")}
+        super().__init__({"controls": In(SumControls(subwords)), "valid": In(1)} | words)
 
     def elaborate(self, platform):
         m = Module()
@@ -84,10 +94,11 @@ class PartialSums(wiring.Component):
 
         # Cycle 1: the operands; block RAM answers too late in a cycle to add in it.
         half = c.folded_half
-        folded = Mux(c.blank, 0, Mux(half, seconds[1], seconds[0]))
+        folded = Mux(c.blank, 0, Mux(c.crossing, self.other, Mux(half, seconds[1], seconds[0])))
         a, b = Signal(32), Signal(32)
+        m.d.comb += self.partial.eq(Mux(half, firsts[1], firsts[0]))
         with m.If(c.enables[0]):
-            m.d.sync += [a.eq(Mux(half, firsts[1], firsts[0])), b.eq(Mux(c.accumulating, x, folded))]
+            m.d.sync += [a.eq(self.partial), b.eq(Mux(c.accumulating, x, folded))]
 
         # Cycles 2 to 6: add.
         m.d.comb += [
@@ -104,25 +115,31 @@ class SumControl(wiring.Component):
 
     Ports
     -----
-    valid, last : In(1), a beat enters, of the row's last column; ``sub`` : In(log2 subwords), which lanes.
+    valid : In(columns_per_beat), a beat enters: bit c, its column c is there. ``last`` : In(1), it is the row's last
+        one; ``sub`` : In(log2 subwords), which lanes.
     columns : In(16), of a row, holds still during a pass.
-    controls : Out(SumControls). ``done`` : Out(1) with ``done_sub``: a sum is on its way out of the adders now.
+    controls_0, and controls_1 where a beat has two columns : Out(SumControls), of the lanes of each column.
+    done : Out(1) with ``done_sub``: a sum is on its way out of the adders of column 0 now.
     idle : Out(1), nothing is left to add.
 
     SUM_TURNAROUND cycles behind the last beat of a row its tree starts: levels of 32, 16, ..., 1 additions per row
     (fewer where fewer columns were touched; the others count as +0), then + (+0). A level starts when its first
     addition's operands are there (``level_cycles``). The issue stage keeps the next rows far enough behind.
+
+    Where the last beat of a row has one column, lanes of the other one add +0. That leaves no trace: signs of zero
+    come from the final + (+0) alone.
     """
 
-    def __init__(self, subwords: int) -> None:
-        self.subwords = subwords
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        subwords = config.subwords
         super().__init__(
-            {
-                "valid": In(1),
+            {f"controls_{c}": Out(SumControls(subwords)) for c in range(config.columns_per_beat)}
+            | {
+                "valid": In(config.columns_per_beat),
                 "last": In(1),
                 "sub": In(range(subwords)),
                 "columns": In(16),
-                "controls": Out(SumControls(subwords)),
                 "done": Out(1),
                 "done_sub": Out(range(subwords)),
                 "idle": Out(1),
@@ -131,23 +148,25 @@ class SumControl(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        c = self.controls
-        subwords = self.subwords
+        c = self.controls_0
+        subwords, side = self.config.subwords, self.config.columns_per_beat
+        side_bits = side - 1
         sub_bits = (subwords - 1).bit_length()
         bits = len(c.address)
+        valid = self.valid[0]
         ends = self.sub == subwords - 1
 
-        # The row that comes in: where its column goes, and whether it is the first one there.
-        column = Signal(6)
+        # The row that comes in: where its beat goes, and whether it is the first one there.
+        column = Signal(6 - side_bits)
         again = Signal()
         fill = Signal()
-        with m.If(self.valid & ends):
+        with m.If(valid & ends):
             m.d.sync += [column.eq(column + 1), again.eq(again | column.all())]
             with m.If(self.last):
                 m.d.sync += [column.eq(0), again.eq(0), fill.eq(~fill)]
         here = Cat(self.sub, column)
-        accumulate = self.valid & again
-        m.d.comb += [c.fill.eq(fill), c.touch.eq(self.valid & ~again), c.touch_address.eq(here)]
+        accumulate = valid & again
+        m.d.comb += [c.fill.eq(fill), c.touch.eq(valid & ~again), c.touch_address.eq(here)]
 
         # The tree: SUM_TURNAROUND - 1 cycles of waiting, then the levels, then the final + (+0).
         partials = Signal(7)
@@ -163,7 +182,7 @@ class SumControl(wiring.Component):
         folding = Signal()
         tree_half = Signal()
         fold, finish = Signal(), Signal()
-        with m.If(self.valid & self.last & ends):
+        with m.If(valid & self.last & ends):
             m.d.sync += [wait.eq(SUM_TURNAROUND - 1), tree_half.eq(fill)]
         with m.If(wait.any()):
             m.d.sync += wait.eq(wait - 1)
@@ -175,12 +194,12 @@ class SumControl(wiring.Component):
                     final.eq(levels == 0),
                     level.eq(Mux(levels == 0, 0, levels - 1)),
                 ]
-        lengths = Array(level_cycles(i, subwords) - 1 for i in range(6))
-        counts = Array(subwords << i for i in range(6))
+        lengths = Array(level_cycles(self.config, i) - 1 for i in range(6))
+        counts = Array(subwords * level_additions(self.config, i) for i in range(6))
         j = position[sub_bits:]
         partner = Signal(6)
         m.d.comb += [
-            partner.eq(j | Mux(final, 0, Const(1, 6) << level)),
+            partner.eq(j | Mux(final, 0, (Const(1, 6) << level) >> side_bits)),
             fold.eq(folding & (position < Mux(final, subwords, counts[level]))),
             finish.eq(fold & final),
         ]
@@ -210,9 +229,7 @@ class SumControl(wiring.Component):
         m.d.comb += active[0].eq(accumulate | fold)
         m.d.sync += [
             active[1:].eq(active[:stages]),
-            c.accumulating.eq(accumulate),
             c.folded_half.eq(half),
-            c.blank.eq(final | (first_level & (partner >= partials))),
             halves.eq(Cat(half, halves)),
             finishing.eq(Cat(finish, finishing)),
         ]
@@ -226,8 +243,22 @@ class SumControl(wiring.Component):
             c.target.eq(targets[-1]),
             self.done.eq(active[stages] & finishing[-1]),
             self.done_sub.eq(targets[-1][:sub_bits]),
-            self.idle.eq(~self.valid & ~wait.any() & ~folding & ~active[1:].any()),
+            self.idle.eq(~valid & ~wait.any() & ~folding & ~active[1:].any()),
         ]
+
+        # What differs from column to column of a beat: whether it is there, and which partial sums are its own.
+        for n in range(side):
+            controls = getattr(self, f"controls_{n}")
+            if n:
+                for name in controls.signature.members:
+                    if name not in ("accumulating", "crossing", "blank"):
+                        m.d.comb += getattr(controls, name).eq(getattr(c, name))
+            untouched = first_level & ((partner << side_bits | n) >= partials)
+            m.d.sync += [
+                controls.accumulating.eq(accumulate & self.valid[n]),
+                controls.crossing.eq(level == 0 if side_bits else 0),
+                controls.blank.eq(Mux(accumulate, ~self.valid[n], final | untouched)),
+            ]
         return m
 
 

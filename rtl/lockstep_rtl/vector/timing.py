@@ -1,7 +1,7 @@
 """When things happen in the VECTOR unit: the stages of its pipeline, and the exact cycles of a pass without stalls.
 
-A beat is one column, or one group of ``lanes`` rows of it. Its words are requested in stage 0, ISSUE cycles behind
-the decision to issue it, and behind that it never stalls; stages are cycles.
+A beat is one column, one group of ``lanes`` rows of it, or two columns side by side. Its words are requested in stage
+0, ISSUE cycles behind the decision to issue it, and behind that it never stalls; stages are cycles.
 """
 
 from __future__ import annotations
@@ -51,23 +51,31 @@ def sum_levels(columns: int) -> int:
     return (min(columns, PARTIALS) - 1).bit_length()
 
 
-def level_cycles(level: int, subwords: int) -> int:
+def level_additions(config: CoreConfig, level: int) -> int:
+    """Additions of a lane for each of its rows on the tree level with ``2**level`` additions per row.
+
+    Two lanes that share a row have half of them each; the last one is that of the two lanes' sums.
+    """
+    return max(1, (1 << level) // config.columns_per_beat)
+
+
+def level_cycles(config: CoreConfig, level: int) -> int:
     """Cycles from the start of the tree level with ``2**level`` additions per row to the start of the next one.
 
     The next level's first addition needs the first result of this level and the one in its middle.
     """
-    half = (1 << level) // 2
-    return max(subwords << level, half * subwords + SUM_TURNAROUND)
+    additions = level_additions(config, level)
+    return max(additions * config.subwords, additions // 2 * config.subwords + SUM_TURNAROUND)
 
 
-def tree_cycles(columns: int, subwords: int) -> int:
+def tree_cycles(config: CoreConfig, columns: int) -> int:
     """Cycles in which the tree of a row with ``columns`` columns keeps the adder, the final + (+0) included."""
-    return sum(level_cycles(level, subwords) for level in range(sum_levels(columns))) + subwords
+    return sum(level_cycles(config, level) for level in range(sum_levels(columns))) + config.subwords
 
 
-def row_pause(columns: int, subwords: int) -> int:
+def row_pause(config: CoreConfig, columns: int) -> int:
     """From the last beat of a row to the earliest beat of the next row's column min(64, columns - 1)."""
-    return SUM_TURNAROUND + tree_cycles(columns, subwords)
+    return SUM_TURNAROUND + tree_cycles(config, columns)
 
 
 def uses_lane0(i: Instruction) -> bool:
@@ -100,32 +108,33 @@ def prologue_cycles(i: Instruction) -> int:
 
 
 def column_cycles(config: CoreConfig, i: Instruction) -> int:
-    """Cycles from one column to the next: the beats, and one more where y shares the port with x."""
+    """Cycles from ``columns_per_beat`` columns to the next: the beats, and one more where y shares x's port."""
     return config.subwords + (uses_y(i) and i.source == Source.VECTOR)
 
 
 def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     """Cycles of one row tile, prologue included; ``first`` where no other row precedes it."""
-    per_column, words = column_cycles(config, i), column_words(i)
+    per_beat, words = column_cycles(config, i), column_words(i)
     transposed = transposes(i)
     paced = i.sum and not first
-    pause = row_pause(i.columns, config.subwords) - 1
+    pause = row_pause(config, i.columns) - 1
     # Time 0 is the first cycle of the prologue, so the last beat of the row before was at -1.
     now = entered = prologue_cycles(i)
     group_end = -1 if not first else -(10**6)
     for start in range(0, i.columns, config.rows):
         columns = min(config.rows, i.columns - start)
+        beats = -(-columns // config.columns_per_beat)
         if start:
             now = now + words if i.source in (Source.PARAMETER, Source.INTEGER) else max(now, entered + words)
             entered = now
         if paced and start == PARTIALS:
             now = max(now, pause)
-        last = now + (columns - 1) * per_column
+        last = now + (beats - 1) * per_beat
         if transposed:
-            last = max(last, group_end + config.rows)
+            last = max(last, group_end + config.rows // config.columns_per_beat)
         if paced and i.columns <= PARTIALS and start + columns == i.columns:
             last = max(last, pause)
-        now = last + per_column
+        now = last + per_beat
         group_end = now - 1
     return now
 
@@ -135,9 +144,9 @@ def tail_cycles(config: CoreConfig, i: Instruction) -> int:
     tail = DEPTH
     if i.sum:
         # To the tree, through it, through the adder into the assembled word, its write, and one to see that.
-        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(i.columns, config.subwords) + SUM_TURNAROUND + 1)
+        tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(config, i.columns) + SUM_TURNAROUND + 1)
     if transposes(i):
-        tail = max(tail, ROUNDED + config.rows + 3)
+        tail = max(tail, ROUNDED + config.rows // config.columns_per_beat + 3)
     return ISSUE + tail
 
 
@@ -146,7 +155,7 @@ def vector_cycles(config: CoreConfig, instruction: Instruction) -> int:
 
         1 + row_cycles(first) + (tiles - 1) * row_cycles(other) + tail_cycles
 
-    The first cycle starts the pass. A row takes ``prologue + columns * column_cycles`` plus its waits: the fetch of
+    The first cycle starts the pass. A row takes ``prologue + beats * column_cycles`` plus its waits: the fetch of
     column words between groups where x comes from PARAMETER too, the adders (``row_pause``), the transposer.
     """
     first, other = row_cycles(config, instruction, True), row_cycles(config, instruction, False)

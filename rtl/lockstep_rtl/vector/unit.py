@@ -4,7 +4,6 @@ from amaranth.hdl import Cat, Module, Mux, Shape, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
-from lockstep_isa.config import ConfigurationError
 from lockstep_isa.instructions import VECTOR, Destination, Function, Mask, SecondAdd
 
 from ..generate import instantiate, lane_module
@@ -30,41 +29,40 @@ class VectorUnit(wiring.Component):
         VECTOR, PARAMETER      +--> valid, first, last, sub: one bit a stage,
                                     once for all lanes; row sums, maxima ----+--> PARAMETER
 
+    With at most as many lanes as rows a beat is ``lanes`` rows of one column. With twice as many it is two columns
+    side by side: lane n has row n mod rows of column n div rows. The two lanes of a row share its sum and its maximum.
+
     Ports
     -----
     instruction : In(stream of VECTOR), taken when the one before has written everything.
     done : Out(1), a pulse when it has. ``stalled`` : Out(1), under way but waiting for an accumulator tile.
     accumulator : Out(AccumulatorPort). ``vector_read``, ``parameter_read`` : Out(ReadPort(32 R)).
     vector_write, parameter_write : Out(WritePort(32 R, R)); ``activation_write``, ``weight_write`` :
-        Out(WritePort(8 R, R)). Writes are always taken. A granule is one lane.
+        Out(WritePort(8 R, R)). Writes are always taken. A granule is one lane. Ports take a word for each column of a
+        beat.
     table_write : In: ``enable``, ``address`` In(9) = 128 * slot + entry, ``data`` In(72).
     flags : Out(2), pulses: bit 0 RECIP met a zero, bit 1 RECIP met an infinity or NaN.
 
     One beat of ``lanes`` values per cycle. The pipeline behind the issue stage never stalls and is DEPTH cycles deep;
     ``vector_cycles`` in timing.py gives the cycles of a pass. A row tile must not read what the same pass writes for
-    another row tile. Tables may not be written while a pass reads them. More lanes than rows are not built.
+    another row tile. Tables may not be written while a pass reads them.
     """
 
     def __init__(self, config) -> None:
-        if config.lanes > config.rows:
-            raise ConfigurationError(
-                f"lanes ({config.lanes}) above rows ({config.rows}) are not built yet by this RTL: use at most one "
-                "lane per row"
-            )
         self.config = config
-        rows = config.rows
+        rows, side = config.rows, config.columns_per_beat
         super().__init__(
             {
                 "instruction": In(instruction_stream(VECTOR)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "accumulator": Out(AccumulatorPort(config)),
-                "vector_read": Out(ReadPort(32 * rows)),
-                "parameter_read": Out(ReadPort(32 * rows)),
-                "vector_write": Out(WritePort(32 * rows, rows)),
-                "parameter_write": Out(WritePort(32 * rows, rows)),
-                "activation_write": Out(WritePort(8 * rows, rows)),
-                "weight_write": Out(WritePort(8 * rows, rows)),
+                "vector_read": Out(ReadPort(32 * rows, side)),
+                "parameter_read": Out(ReadPort(32 * rows, side)),
+                "vector_write": Out(WritePort(32 * rows, rows, side)),
+                "parameter_write": Out(WritePort(32 * rows, rows, side)),
+                "activation_write": Out(WritePort(8 * rows, rows, side)),
+                "weight_write": Out(WritePort(8 * rows, rows, side)),
                 "table_write": In(wiring.Signature({"enable": Out(1), "address": Out(9), "data": Out(ENTRY_BITS)})),
                 "flags": Out(2),
             }
@@ -73,7 +71,8 @@ class VectorUnit(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config = self.config
-        lanes, subwords = config.lanes, config.subwords
+        lanes, subwords, side = config.lanes, config.subwords, config.columns_per_beat
+        lanes_per_column = lanes // side
 
         m.submodules.issue = issue = Issue(config)
         wiring.connect(m, wiring.flipped(self.instruction), issue.instruction)
@@ -83,19 +82,25 @@ class VectorUnit(wiring.Component):
         m.d.comb += [self.done.eq(issue.done), self.stalled.eq(issue.stalled)]
         fields = issue.fields
 
-        # Tags: bit i of each belongs to the beat in stage i.
+        # Tags: bit i of each belongs to the beat in stage i. Each column of a beat has its own valid bits.
         sub_bits = (subwords - 1).bit_length()
-        valid, first, last = Signal(DEPTH), Signal(DEPTH), Signal(DEPTH)
-        passed, passed_first, passed_last = Signal(DEPTH - 1), Signal(DEPTH - 1), Signal(DEPTH - 1)
+        first, last = Signal(DEPTH), Signal(DEPTH)
+        passed_first, passed_last = Signal(DEPTH - 1), Signal(DEPTH - 1)
         time = Signal(6)
+        valids = []
+        for c in range(side):
+            bits, passed = Signal(DEPTH, name=f"valid{c}"), Signal(DEPTH - 1, name=f"passed{c}")
+            m.d.comb += bits.eq(Cat(issue.beat[c], passed))
+            m.d.sync += passed.eq(bits)
+            valids.append(bits)
+        valid = valids[0]
         m.d.comb += [
-            valid.eq(Cat(issue.beat, passed)),
             first.eq(Cat(issue.first, passed_first)),
             last.eq(Cat(issue.last, passed_last)),
         ]
         moving = Signal()
-        busy = issue.beat | moving
-        m.d.sync += [passed.eq(valid), moving.eq(valid[: DEPTH - 1].any())]
+        busy = issue.beat[0] | moving
+        m.d.sync += moving.eq(valid[: DEPTH - 1].any())
         with m.If(busy):
             m.d.sync += [passed_first.eq(first), passed_last.eq(last), time.eq(time + 1)]
         subs = [Signal(DEPTH, name=f"sub{b}") for b in range(sub_bits)]
@@ -108,17 +113,20 @@ class VectorUnit(wiring.Component):
         def sub_at(stage):
             return Cat(bits[stage] for bits in subs)
 
+        def valid_at(stage):
+            return Cat(bits[stage] for bits in valids)
+
         # What holds still during a pass.
         rounded = fields.destination >= Destination.ACTIVATION
         mode = lane_mode(m, fields, rounded)
-        column1 = Mux(fields.add2 == SecondAdd.IMMEDIATE1, fields.immediate1, issue.column1)
+        column1 = Mux(fields.add2 == SecondAdd.IMMEDIATE1, fields.immediate1.replicate(side), issue.column1)
         masks = (fields.function == Function.SCORE) & (fields.mask != Mask.NONE)
         hidden = delayed(m, "delay_hidden", issue.hidden, CONVERT, FUNCTION, valid, time, masks)
 
         # Row sums.
-        m.submodules.sum_control = sum_control = SumControl(subwords)
+        m.submodules.sum_control = sum_control = SumControl(config)
         m.d.comb += [
-            sum_control.valid.eq(valid[SUM] & fields.sum),
+            sum_control.valid.eq(Mux(fields.sum, valid_at(SUM), 0)),
             sum_control.last.eq(last[SUM]),
             sum_control.sub.eq(sub_at(SUM)),
             sum_control.columns.eq(fields.columns),
@@ -134,44 +142,48 @@ class VectorUnit(wiring.Component):
         m.d.comb += [
             write.en.eq(issue.continue_valid),
             write.addr.eq(pushed),
-            write.data.eq(issue.parameter_read.data),
+            write.data.eq(issue.parameter_read.data[: 32 * config.rows]),
             read.en.eq(pop),
             read.addr.eq(popped),
         ]
         m.d.sync += [pushed.eq(pushed + issue.continue_valid), popped.eq(popped + pop)]
 
         # Lanes.
-        zeros, nonfinites, results, bytes_, sums, maxima = [], [], [], [], [], []
+        start = read.data.word_select(sub_at(RESULT + 1), 32 * lanes_per_column)
+        members = []
         for n in range(lanes):
+            column, row = divmod(n, lanes_per_column)
             lane = instantiate(m, f"lane{n}", lane_signature(subwords), lane_module(subwords))
-            wiring.connect(m, sum_control.controls, lane.sums)
-            start = read.data.word_select(sub_at(RESULT + 1), 32 * lanes)
+            wiring.connect(m, getattr(sum_control, f"controls_{column}"), lane.sums)
             m.d.comb += [
                 lane.mode.eq(mode),
-                lane.valid.eq(valid),
+                lane.valid.eq(valids[column]),
                 lane.time.eq(time),
                 lane.x.eq(issue.x.word_select(n, 32)),
                 lane.y.eq(issue.y.word_select(n, 32)),
                 lane.lane0.eq(issue.lane0.word_select(n, 32)),
                 lane.lane1.eq(issue.lane1.word_select(n, 32)),
-                lane.column0.eq(issue.column0),
-                lane.column1.eq(column1),
-                lane.column2.eq(issue.column2),
+                lane.column0.eq(issue.column0.word_select(column, 32)),
+                lane.column1.eq(column1.word_select(column, 32)),
+                lane.column2.eq(issue.column2.word_select(column, 32)),
                 lane.hidden.eq(hidden[n] & masks),
                 lane.maximum_first.eq(first[RESULT + 1]),
                 lane.maximum_sub.eq(sub_at(RESULT + 1)),
-                lane.maximum_start.eq(start.word_select(n, 32)),
+                lane.maximum_start.eq(start.word_select(row, 32)),
                 lane.write_enable.eq(self.table_write.enable),
                 lane.write_address.eq(self.table_write.address),
                 lane.write_data.eq(self.table_write.data),
             ]
-            zeros.append(lane.zero)
-            nonfinites.append(lane.nonfinite)
-            results.append(lane.result)
-            bytes_.append(lane.rounded)
-            sums.append(lane.sum)
-            maxima.append(lane.maximum)
-        m.d.sync += self.flags.eq(Cat(Cat(zeros).any(), Cat(nonfinites).any()))
+            members.append(lane)
+        # The lane of a row's even columns ends its sum and its maximum with those of the odd ones.
+        own, others = members[:lanes_per_column], members[lanes_per_column:]
+        maxima = [lane.maximum for lane in own]
+        for row, other in enumerate(others):
+            m.d.comb += own[row].other.eq(other.partial)
+            more = (fields.columns != 1) & (other.maximum.as_signed() > own[row].maximum.as_signed())
+            maxima[row] = Mux(more, other.maximum, own[row].maximum)
+        zeros, nonfinites = (Cat(getattr(lane, name) for lane in members) for name in ("zero", "nonfinite"))
+        m.d.sync += self.flags.eq(Cat(zeros.any(), nonfinites.any()))
 
         # Writes.
         m.submodules.writer = writer = ResultWriter(config)
@@ -180,23 +192,23 @@ class VectorUnit(wiring.Component):
             # later than the pipeline's last stage, and still before any unit that got a token for it can read.
             inner, port = getattr(writer, name), getattr(self, name)
             m.d.sync += port.enable.eq(inner.enable)
-            with m.If(inner.enable):
+            with m.If(inner.enable.any()):
                 m.d.sync += [port.address.eq(inner.address), port.data.eq(inner.data), port.mask.eq(inner.mask)]
         m.d.comb += [
             writer.fields.eq(fields),
             writer.begin.eq(issue.begin),
-            writer.result_valid.eq(valid[RESULT]),
+            writer.result_valid.eq(valid_at(RESULT)),
             writer.result_last.eq(last[RESULT]),
             writer.result_sub.eq(sub_at(RESULT)),
-            writer.result.eq(Cat(results)),
-            writer.rounded_valid.eq(valid[ROUNDED]),
+            writer.result.eq(Cat(lane.result for lane in members)),
+            writer.rounded_valid.eq(valid_at(ROUNDED)),
             writer.rounded_last.eq(last[ROUNDED]),
             writer.rounded_sub.eq(sub_at(ROUNDED)),
-            writer.rounded.eq(Cat(bytes_)),
-            writer.maximum.eq(Cat(maxima[n].word_select(s, 32) for s in range(subwords) for n in range(lanes))),
+            writer.rounded.eq(Cat(lane.rounded for lane in members)),
+            writer.maximum.eq(Cat(maximum.word_select(s, 32) for s in range(subwords) for maximum in maxima)),
             writer.sum_done.eq(sum_control.done),
             writer.sum_sub.eq(sum_control.done_sub),
-            writer.sum.eq(Cat(sums)),
+            writer.sum.eq(Cat(lane.sum for lane in own)),
         ]
 
         # Out of a register, for the end of a pass goes on to the queue and to the tokens of all units. The last stage
@@ -206,5 +218,5 @@ class VectorUnit(wiring.Component):
         m.d.sync += settled.eq(
             ~valid[: DEPTH - 1].any() & ~(valid[DEPTH - 1] & transposes) & sum_control.idle & writer.idle
         )
-        m.d.comb += issue.drained.eq(settled & ~issue.beat)
+        m.d.comb += issue.drained.eq(settled & ~issue.beat[0])
         return m

@@ -58,7 +58,7 @@ void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const
     };
     for (; n < count && !failure; n++) {
         const uint64_t at = uint64_t(address) + uint64_t(n) * isa::kInstructionBytes;
-        if (at % isa::kInstructionBytes) failure = refuse(ErrorCode::kMisaligned, uint32_t(at));
+        if (address % std::max(isa::kInstructionBytes, isa::kBusBytes)) failure = refuse(ErrorCode::kMisaligned, uint32_t(at));
         else if (at < window_base || at + isa::kInstructionBytes > window_limit)
             failure = refuse(ErrorCode::kOutOfWindow, uint32_t(at));
         if (failure) break;

@@ -63,14 +63,15 @@ class MemoryModel {
         r_valid_ = false;
         if (reads_.front().beat++ == reads_.front().len) reads_.pop_front();
     }
-    void beat_written(const uint8_t* data, uint64_t strobe) {
+    // `strobe` has one bit for each byte of `data`, lowest first.
+    void beat_written(const uint8_t* data, const uint8_t* strobe) {
         Burst& burst = writes_.front();
         const uint64_t at = burst.addr + uint64_t(burst.beat) * bus_bytes_;
         if (at + bus_bytes_ > memory.size()) {
             burst.error = true;
         } else {
             for (uint32_t i = 0; i < bus_bytes_; i++)
-                if (strobe >> (i & 63) & 1) memory[at + i] = data[i];
+                if (strobe[i / 8] >> i % 8 & 1) memory[at + i] = data[i];
         }
         if (burst.beat++ == burst.len) {
             answers_.push_back({now_ + timing_.latency, burst.error});

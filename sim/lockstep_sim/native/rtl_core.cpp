@@ -66,10 +66,9 @@ struct RtlCore {
         if (ar) model.accept_read(top->memory_read_ar_addr, top->memory_read_ar_len, top->memory_read_ar_id);
         if (aw) model.accept_write(top->memory_write_aw_addr, top->memory_write_aw_len);
         if (w) {
-            uint8_t data[kBusBytes];
-            std::memcpy(data, &top->memory_write_w_data, kBusBytes);
-            uint64_t strobe = 0;
-            std::memcpy(&strobe, &top->memory_write_w_strb, (kBusBytes + 7) / 8);
+            uint8_t data[kBusBytes], strobe[(kBusBytes + 7) / 8];
+            std::memcpy(data, &top->memory_write_w_data, sizeof data);
+            std::memcpy(strobe, &top->memory_write_w_strb, sizeof strobe);
             model.beat_written(data, strobe);
         }
         model.next_cycle();

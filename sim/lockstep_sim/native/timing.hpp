@@ -52,15 +52,18 @@ class TimingModel {
                               : i.memory == isa::Memory::kVector || i.memory == isa::Memory::kParameter ? 4 * isa::kRows
                                                                                                         : isa::kRows;
         Item& item = add(i);
-        item.address = i.address, item.stride = i.stride, item.rows = i.rows, item.beats = i.words * word / isa::kBusBytes;
+        item.address = i.address, item.stride = i.stride, item.rows = i.rows, item.beats = whole_beats(i.words * word);
+        // Of a beat of table entries one is written in a cycle.
+        if (i.memory == isa::Memory::kTable && word < isa::kBusBytes) item.writes = i.words - item.beats;
         result_.read_beats += uint64_t(item.rows) * item.beats;
     }
     void add_store(const isa::Store& i) {
         Item& item = add(i);
         item.address = i.address, item.stride = i.stride, item.rows = i.rows;
-        // A word takes whole beats, even where one beat could hold several words.
         const uint32_t word = (i.bytes ? 1 : 4) * isa::kRows;
-        item.words = i.words, item.beats = i.words * std::max(1u, word / isa::kBusBytes);
+        item.beats = whole_beats(i.words * word);
+        // Words that share a beat are sent as one.
+        item.words = std::min(i.words, item.beats);
         result_.write_beats += uint64_t(item.rows) * item.beats;
     }
     void add_matrix(const isa::Matrix& i) {
@@ -76,7 +79,7 @@ class TimingModel {
 
     // Times of everything added so far; false where the program waits for itself.
     bool solve() {
-        const Time fetch = isa::kInstructionBytes / isa::kBusBytes;
+        const Time fetch = kFetchBeats;
         // Doorbell, descriptor, check, first instruction.
         Time now = 2 * (Time(bus_.latency) + kFetchPipeline + fetch);
         if (operands_) {
@@ -101,13 +104,17 @@ class TimingModel {
                     if (before >= lane.next) break;
                     room = items_[lane.queue[before]].start + 1;
                 }
-                // Fetches run ahead by eight instructions, each of which takes its beats.
-                if (dispatched) arrived += fetch;
-                if (dispatched >= kFetchAhead)
-                    arrived = std::max(arrived, dispatch_times[dispatched - kFetchAhead] + bus_.latency + kFetchPipeline + fetch);
+                // Fetches run ahead by eight instructions. Each fetch takes its beats, and room for it is where all
+                // instructions of an earlier one have been dispatched.
+                if (dispatched % kFetched == 0) {
+                    if (dispatched) arrived += fetch;
+                    if (dispatched >= kFetchAhead)
+                        arrived = std::max(arrived, dispatch_times[dispatched - kFetchAhead + kFetched - 1] +
+                                                        bus_.latency + kFetchPipeline + fetch);
+                }
                 now = std::max({now + 1, room, arrived}) + (item.selectors ? kSelect + item.selectors : 0);
                 dispatch_times.push_back(now);
-                fetched_.push_back(now);
+                if (dispatched % kFetched == 0) fetched_.push_back(now);
                 item.dispatched = now + kQueueLatency;
                 lane.queue.push_back(dispatched++);
                 progress = true;
@@ -125,7 +132,7 @@ class TimingModel {
         }
         for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
         result_.instructions = items_.size();
-        result_.read_beats += (items_.size() + 1) * uint64_t(fetch);
+        result_.read_beats += ((items_.size() + kFetched - 1) / kFetched + 1) * uint64_t(fetch);
         if (record_.on()) record_rest();
         for (UnitCycles& u : result_.units) u.idle = result_.cycles - u.busy - u.wait_token - u.wait_data;
         return true;
@@ -150,7 +157,10 @@ class TimingModel {
     static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
     static constexpr Time kQueueLatency = 3;    // dispatcher to the head of a unit's queue
     static constexpr Time kTokenLatency = 3;    // done to the accepted instruction that waited for it
-    static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes;  // fetches of the operands
+    // A fetch: its beats, and the instructions that it brings.
+    static constexpr Time kFetchBeats = std::max(1u, isa::kInstructionBytes / isa::kBusBytes);
+    static constexpr size_t kFetched = std::max(1u, isa::kBusBytes / isa::kInstructionBytes);
+    static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes / kFetched;  // fetches of operands
     static constexpr Time kOperandTurn = 2;     // descriptor to the operands' first address
     static constexpr Time kSelect = 2;          // an instruction with operands, and one more for each
     static constexpr Time kSkipLatency = 2;     // an instruction that does nothing, from its tokens to those it gives
@@ -165,6 +175,7 @@ class TimingModel {
         uint32_t wait, signal, selectors;
         bool idle = false;
         uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, depth = 0, tiles = 0, columns = 0;
+        uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
         VectorShape shape{};
         Time dispatched = 0, accepted = -1, start = -1, end = -1;
         // Progress of an instruction that waits in its middle.
@@ -254,13 +265,17 @@ class TimingModel {
 
     // Instruction words that were fetched until `now` took their beats.
     void charge_fetches(Time now) {
-        const uint64_t beats = isa::kInstructionBytes / isa::kBusBytes;
+        const uint64_t beats = kFetchBeats;
         for (; charged_ < fetched_.size() && fetched_[charged_] <= now; charged_++) {
             const Time begin = bus_free_;
             bus_free_ = transfer(bus_free_, beats);
             record_.burst(kFetch, begin - bus_.latency, begin, bus_free_, beats);
         }
     }
+
+    static constexpr uint32_t whole_beats(uint32_t bytes) { return (bytes + isa::kBusBytes - 1) / isa::kBusBytes; }
+    // Beats of the VECTOR unit that take `columns` columns.
+    static constexpr Time column_beats(Time columns) { return (columns + isa::kColumnsPerBeat - 1) / isa::kColumnsPerBeat; }
 
     template <class Visit>
     static void bursts(const Item& item, Visit visit) {
@@ -291,6 +306,7 @@ class TimingModel {
             burst_ends_.push_back(bus_free_);
             asked++;
         });
+        bus_free_ += Time(item.rows) * item.writes;
         item.end = bus_free_ + kLoadLatency;
         lane.free = asked;
         record_.span(item.unit, kWaitData, told, item.end);
@@ -341,7 +357,7 @@ class TimingModel {
                 work_on(item, cycles, row_cycles);
                 continue;
             }
-            const Time prologue = row_cycles - Time(item.columns) * item.shape.column;
+            const Time prologue = row_cycles - column_beats(item.columns) * item.shape.column;
             if (item.tile == 0) work_on(item, cycles, prologue);
             for (; item.tile < item.tiles; item.tile++) {
                 const size_t number = popped_.size();
@@ -352,7 +368,7 @@ class TimingModel {
                     item.now = available_[number];
                 }
                 const Time columns = std::min<Time>(isa::kRows, Time(item.columns) - Time(item.tile) * isa::kRows);
-                work_on(item, cycles, columns * item.shape.column);
+                work_on(item, cycles, column_beats(columns) * item.shape.column);
                 popped_.push_back(item.now);
             }
             item.tile = 0;
@@ -406,7 +422,7 @@ class TimingModel {
 
     // Instruction words that met no load, and what is still open.
     void record_rest() {
-        const Time fetch = isa::kInstructionBytes / isa::kBusBytes;
+        const Time fetch = Time(kFetchBeats);
         for (; charged_ < fetched_.size(); charged_++) {
             const Time end = std::max<Time>(fetched_[charged_] - 2, 0);
             record_.burst(kFetch, end - fetch - bus_.latency, end - fetch, end, uint64_t(fetch));

@@ -2,19 +2,20 @@
 
 import cocotb
 import numpy as np
+import pytest
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import MATRIX, Instruction
 from lockstep_rtl.generate import component_verilog
 from lockstep_rtl.matrix.unit import MatrixUnit
-from rtl.axi_models import Probe, ReadServer, Source, bench, lanes, never, small, unlanes, word_of
-from rtl.harness import assert_equal, run_cocotb, stalls
+from rtl.axi_models import Probe, ReadServer, Source, bench, lanes, never, shape, small, unlanes, word_of
+from rtl.harness import assert_equal, parameters, run_cocotb, stalls
 
-CONFIG = small(accumulator_tiles=8)
-SIZE, TILES = CONFIG.rows, CONFIG.accumulator_tiles
+CONFIG = small(accumulator_tiles=8, **parameters())
+SIZE, TILES, SIDE = CONFIG.rows, CONFIG.accumulator_tiles, CONFIG.columns_per_beat
 
 
 class TileReader:
-    """The vector unit's side: reads a tile's columns one after the other and pops it with the last one's read."""
+    """The vector unit's side: reads a tile's columns beat by beat and pops it with the last one's read."""
 
     def __init__(self, dut, gap=never):
         self.dut, self.gap = dut, gap
@@ -25,16 +26,16 @@ class TileReader:
         self.go = bool(go)
         self.dut.accumulator_enable.value = self.go
         self.dut.accumulator_column.value = self.column
-        self.dut.accumulator_pop.value = self.go and self.column == SIZE - 1
+        self.dut.accumulator_pop.value = self.go and self.column == SIZE - SIDE
 
     def sample(self):
         if self.asked:
-            self.columns.append(lanes(int(self.dut.accumulator_data.value), SIZE, np.int32))
+            self.columns.extend(lanes(int(self.dut.accumulator_data.value), SIZE * SIDE, np.int32).reshape(SIDE, SIZE))
         self.asked = self.go
         if self.go:
-            if self.column == SIZE - 1:
+            if self.column == SIZE - SIDE:
                 self.pops.append(self.bench.cycle)
-            self.column = (self.column + 1) % SIZE
+            self.column = (self.column + SIDE) % SIZE
 
     @property
     def tiles(self):
@@ -115,7 +116,7 @@ async def done_means_that_the_operands_are_read(dut):
     assert reads[18] == reads[17] + 1 + SIZE - 2, "where K < C, the period's idle cycles come first"
     # The first column leaves the array 3 cycles behind its operands, which came one cycle behind the read; the last
     # row's last column is written R + C - 2 later and can be asked for in the cycle behind.
-    assert reader.pops[1] - (SIZE - 1) == done[0] + 1 + 3 + 2 * SIZE - 2 + 1
+    assert reader.pops[1] - (SIZE // SIDE - 1) == done[0] + 1 + 3 + 2 * SIZE - 2 + 1
 
 
 @cocotb.test()
@@ -171,5 +172,8 @@ async def steps_may_be_negative(dut):
     assert_equal(reader.tiles, expected, "tile, row, column ")
 
 
-def test_matrix_unit_executes_loops_like_golden():
-    run_cocotb(component_verilog(MatrixUnit(CONFIG), "top"), __name__, "matrix_unit")
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_matrix_unit_executes_loops_like_golden(lanes):
+    given = shape(4, 4, lanes)
+    unit = MatrixUnit(small(accumulator_tiles=8, **given))
+    run_cocotb(component_verilog(unit, "top"), __name__, f"matrix_unit_{lanes}", given)

@@ -2,17 +2,26 @@
 
 import cocotb
 import numpy as np
+import pytest
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import LOAD, Instruction, Memory
 from lockstep_rtl.generate import component_verilog
 from lockstep_rtl.scratchpad import fill_stream
 from lockstep_rtl.transfer.load import LoadUnit
-from rtl.axi_models import Probe, ReadMemory, Sink, Source, bench, lanes, never, random_stalls, small, word_of
-from rtl.harness import assert_equal, run_cocotb, stalls
+from rtl.axi_models import Probe, ReadMemory, Sink, Source, bench, lanes, never, random_stalls, shape, small, word_of
+from rtl.harness import assert_equal, parameters, run_cocotb, stalls
 
-CONFIG = small()
-BUS, ROWS = CONFIG.bus_bytes, CONFIG.rows
+CONFIG = small(**parameters())
+BUS, ROWS, WORDS = CONFIG.bus_bytes, CONFIG.rows, CONFIG.operand_words_per_beat
+#: Addresses are written for a bus of 4 bytes; ``at`` is the same beat of this one.
+SIZE = (1 << 14) * BUS
+
+
+def at(address):
+    return address // 4 * BUS
+
+
 PROBED = ("done", "outstanding", *(f"error_{n}" for n in ("valid", "code", "address", "oldest")))
 FILLS = {
     Memory.ACTIVATION: ("fill_activation", np.int8),
@@ -22,7 +31,7 @@ FILLS = {
 }
 
 
-def device_memory(seed=1, size=1 << 16):
+def device_memory(seed=1, size=SIZE):
     """Random bytes; a third of the words are subnormals, zeros or infinities as fp32."""
     random = np.random.default_rng(seed)
     words = random.integers(0, 1 << 32, size // 4, np.uint32)
@@ -75,20 +84,29 @@ class World:
         assert not self.probe.count("error_valid")
         assert not self.probe.values["outstanding"][-1]
 
+    def words(self, memory, name, dtype):
+        """(address, content) of every word that was written, in order."""
+        most = WORDS if memory in (Memory.ACTIVATION, Memory.WEIGHT) else 1
+        layout = fill_stream(8 * ROWS * np.dtype(dtype).itemsize, most).members["payload"].shape
+        found = []
+        for item in map(layout.from_bits, self.sinks[memory].items):
+            words = lanes(item.data, ROWS * most, dtype).reshape(most, ROWS)[: item.enable.bit_length()]
+            found += [(item.address + n, word) for n, word in enumerate(words)]
+        return found
+
     def compare(self, instructions):
         """Every word that was written, in order: address and content."""
         golden = GoldenCore(CONFIG, self.memory)
         for i in instructions:
             golden.execute(i)
         for memory, (name, dtype) in FILLS.items():
-            layout = fill_stream(8 * ROWS * np.dtype(dtype).itemsize).members["payload"].shape
-            words = [layout.from_bits(item) for item in self.sinks[memory].items]
+            written_words = self.words(memory, name, dtype)
             places = addresses(instructions, memory)
-            assert_equal([w.address for w in words], places, f"{name} address of word ")
+            assert_equal([address for address, _ in written_words], places, f"{name} address of word ")
             kept = np.array(getattr(golden, memory.name.lower()))
             written = np.zeros_like(kept)
-            for word in words:
-                written[word.address] = lanes(word.data, ROWS, dtype)
+            for address, word in written_words:
+                written[address] = word
             untouched = np.ones(len(kept), bool)
             untouched[places] = False
             kept[untouched] = 0
@@ -116,15 +134,31 @@ def addresses(instructions, memory):
     )
 
 
+def beats(i):
+    """Bus beats of an instruction: each row has whole beats."""
+    word = {Memory.TABLE: 16, Memory.VECTOR: 4 * ROWS, Memory.PARAMETER: 4 * ROWS}.get(i.memory, ROWS)
+    return i.rows * -(-i.words * word // BUS)
+
+
 LOADS = [
-    Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=40, address=0x0FF0, local=3),
-    Instruction(LOAD, memory=Memory.WEIGHT, rows=5, words=3, address=0x2004, stride=0x1010, local=2, local_stride=7),
-    Instruction(LOAD, memory=Memory.VECTOR, rows=3, words=5, address=0x3FE0, stride=0x58, local=20, local_stride=5),
-    Instruction(LOAD, memory=Memory.PARAMETER, rows=2, words=4, address=0x7000, stride=0x40, local=1, local_stride=8),
-    Instruction(LOAD, memory=Memory.TABLE, rows=2, words=9, address=0x8000, stride=0x400, local=128, local_stride=256),
-    Instruction(LOAD, memory=Memory.VECTOR, rows=1, words=1, address=0x9000, local=63),
-    Instruction(LOAD, memory=Memory.WEIGHT, rows=4, words=1, address=0x9004, stride=4, local=40, local_stride=1),
-    Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=1, address=0xFFFC, local=0),
+    Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=40, address=at(0x0FF0), local=3),
+    Instruction(
+        LOAD, memory=Memory.WEIGHT, rows=5, words=3, address=at(0x2004), stride=at(0x1010), local=2, local_stride=7
+    ),
+    Instruction(
+        LOAD, memory=Memory.VECTOR, rows=3, words=5, address=at(0x3FE0), stride=at(0x58), local=20, local_stride=5
+    ),
+    Instruction(
+        LOAD, memory=Memory.PARAMETER, rows=2, words=4, address=at(0x7000), stride=at(0x40), local=1, local_stride=8
+    ),
+    Instruction(
+        LOAD, memory=Memory.TABLE, rows=2, words=9, address=at(0x8000), stride=at(0x400), local=128, local_stride=256
+    ),
+    Instruction(LOAD, memory=Memory.VECTOR, rows=1, words=1, address=at(0x9000), local=63),
+    Instruction(
+        LOAD, memory=Memory.WEIGHT, rows=4, words=1, address=at(0x9004), stride=at(4), local=40, local_stride=1
+    ),
+    Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=1, address=at(0xFFFC), local=0),
 ]
 
 
@@ -152,41 +186,43 @@ async def all_memories_with_every_channel_stalling(dut):
 async def one_beat_a_cycle_over_rows_and_instructions(dut):
     """With a memory that answers at once, the bus never pauses between bursts of one or of two instructions."""
     loads = [
-        Instruction(LOAD, memory=Memory.ACTIVATION, words=50, address=0x0F00),
-        Instruction(LOAD, memory=Memory.VECTOR, rows=2, words=16, address=0x1000, stride=0x400, local_stride=16),
-        Instruction(LOAD, memory=Memory.WEIGHT, rows=1, words=60, address=0x3000),
+        Instruction(LOAD, memory=Memory.ACTIVATION, words=50, address=at(0x0F00)),
+        Instruction(
+            LOAD, memory=Memory.VECTOR, rows=2, words=16, address=at(0x1000), stride=at(0x400), local_stride=16
+        ),
+        Instruction(LOAD, memory=Memory.WEIGHT, rows=1, words=60, address=at(0x3000)),
     ]
     world = await World.start(dut, loads, device_memory(), latency=3)
     await world.finish(len(loads))
     world.compare(loads)
-    assert_equal(np.diff(world.bus.beats), np.ones(50 + 128 + 60 - 1, int), "cycles between beat ")
+    assert_equal(np.diff(world.bus.beats), np.ones(sum(map(beats, loads)) - 1, int), "cycles between beat ")
 
 
 @cocotb.test()
 async def done_comes_with_the_last_write(dut):
-    load = Instruction(LOAD, memory=Memory.VECTOR, words=4, address=0x100)
+    load = Instruction(LOAD, memory=Memory.VECTOR, words=4, address=at(0x100))
     world = await World.start(dut, [load], device_memory())
     await world.finish(1)
     assert world.probe.cycles("done") == world.sinks[Memory.VECTOR].cycles[-1:]
 
 
-async def fails(dut, loads, base=0, limit=1 << 16, bad=()):
+async def fails(dut, loads, base=0, limit=SIZE, bad=()):
     """(code, address, oldest) of the first error."""
     world = await World.start(dut, loads, device_memory(), bad=bad)
     dut.window_base.value, dut.window_limit.value = base, limit
     await world.bench.until(lambda: world.probe.count("error_valid"), 500, "an error")
-    for _, address, beats in world.bus.bursts:
-        assert base <= address <= limit - beats * BUS, f"a burst at {address:#x}"
+    for _, address, count in world.bus.bursts:
+        assert base <= address <= limit - count * BUS, f"a burst at {address:#x}"
     return world
 
 
 @cocotb.test()
 async def transfers_outside_the_window_or_misaligned_are_refused(dut):
-    outside = Instruction(LOAD, memory=Memory.WEIGHT, rows=1, words=4, address=0x1FF8)
-    await fails(dut, [LOADS[0], outside], limit=0x2000)
-    assert (int(dut.error_code.value), int(dut.error_address.value)) == (ErrorCode.OUT_OF_WINDOW, 0x1FF8 + 8)
+    outside = Instruction(LOAD, memory=Memory.WEIGHT, rows=1, words=4 * WORDS, address=at(0x1FF8))
+    await fails(dut, [LOADS[0], outside], limit=at(0x2000))
+    assert (int(dut.error_code.value), int(dut.error_address.value)) == (ErrorCode.OUT_OF_WINDOW, at(0x2000))
     assert not int(dut.error_oldest.value), "the newest instruction is to blame"
-    await fails(dut, [outside.replace(address=0x1002)])
+    await fails(dut, [outside.replace(address=at(0x1000) + 2)])
     assert int(dut.error_code.value) == ErrorCode.MISALIGNED
 
 
@@ -199,7 +235,7 @@ async def table_entries_beyond_the_last_slot_are_refused(dut):
 
 @cocotb.test()
 async def a_bus_error_stops_the_oldest_instruction(dut):
-    world = await World.start(dut, LOADS[:2], device_memory(), bad=[0x1008])
+    world = await World.start(dut, LOADS[:2], device_memory(), bad=[at(0x1008)])
     seen = []
 
     def failed():
@@ -252,5 +288,9 @@ async def an_address_once_shown_stays_through_halt(dut):
     assert len(world.bus.bursts) == 1
 
 
-def test_load_fills_every_memory_like_golden():
-    run_cocotb(component_verilog(LoadUnit(CONFIG), "top"), __name__, "load")
+@pytest.mark.parametrize(
+    ("rows", "bus_bytes"), [(4, 4), (4, 8), (16, 32), pytest.param(64, 128, marks=pytest.mark.slow)]
+)
+def test_load_fills_every_memory_like_golden(rows, bus_bytes):
+    given = shape(rows, bus_bytes)
+    run_cocotb(component_verilog(LoadUnit(small(**given)), "top"), __name__, f"load_{rows}_{bus_bytes}", given)

@@ -2,23 +2,44 @@
 
 import cocotb
 import numpy as np
+import pytest
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import STORE, Instruction, Memory
 from lockstep_rtl.generate import component_verilog
 from lockstep_rtl.transfer.store import StoreUnit
-from rtl.axi_models import Probe, ReadServer, Source, WriteMemory, bench, never, random_stalls, small, unlanes, word_of
-from rtl.harness import assert_equal, run_cocotb, stalls
+from rtl.axi_models import (
+    Probe,
+    ReadServer,
+    Source,
+    WriteMemory,
+    bench,
+    never,
+    random_stalls,
+    shape,
+    small,
+    unlanes,
+    word_of,
+)
+from rtl.harness import assert_equal, parameters, run_cocotb, stalls
 
-CONFIG = small()
+CONFIG = small(**parameters())
 BUS, ROWS, BEATS = CONFIG.bus_bytes, CONFIG.rows, CONFIG.beats_per_vector_word
+#: Words of bytes in a beat, and beats of one such word or of as many as share a beat.
+BYTE_WORDS, BYTE_BEATS = CONFIG.operand_words_per_beat, max(1, ROWS // BUS)
+#: Addresses are written for a bus of 4 bytes; ``at`` is the same beat of this one.
+SIZE = (1 << 14) * BUS
+
+
+def at(address):
+    return address // 4 * BUS
 
 
 class World:
     """A STORE unit between the vector scratchpad and a device memory."""
 
     @classmethod
-    async def start(cls, dut, instructions, gap=never, read_gap=never, size=1 << 16, **knobs):
+    async def start(cls, dut, instructions, gap=never, read_gap=never, size=SIZE, **knobs):
         self = cls()
         words = np.random.default_rng(3).integers(0, 1 << 32, (CONFIG.vector_words, ROWS), np.uint32)
         self.expected, self.memory = (np.full(size, 0xA5, np.uint8) for _ in range(2))
@@ -51,22 +72,28 @@ def store(**fields):
 
 #: Bytes, and first rows that begin at some lane; 9 and 63 are beyond the last one.
 PARTIAL = [
-    store(bytes=1, rows=3, words=7, address=0x1014, stride=0x40, local=5, local_stride=9),
-    store(bytes=1, words=50, address=0x2000, local=2),
-    store(rows=3, words=2, lane=1, address=0x3000, stride=0x20, local=1, local_stride=3),
-    store(rows=2, words=3, lane=3, address=0x4000, stride=0x40, local=1, local_stride=3),
-    store(bytes=1, rows=3, words=2, lane=2, address=0x5000, stride=0x40, local=1, local_stride=3),
-    store(bytes=1, rows=1, words=3, lane=ROWS - 1, address=0x6000, local=9),
-    store(bytes=1, rows=2, words=3, lane=9, address=0x7000, stride=0x20, local=9),
-    store(rows=2, words=1, lane=63, address=0x7100, stride=0x100, local=9),
+    store(bytes=1, rows=3, words=7, address=at(0x1014), stride=at(0x40), local=5, local_stride=9),
+    store(bytes=1, words=50, address=at(0x2000), local=2),
+    store(rows=3, words=2, lane=1, address=at(0x3000), stride=at(0x20), local=1, local_stride=3),
+    store(rows=2, words=3, lane=3, address=at(0x4000), stride=at(0x40), local=1, local_stride=3),
+    store(bytes=1, rows=3, words=2, lane=2, address=at(0x5000), stride=at(0x40), local=1, local_stride=3),
+    store(bytes=1, rows=1, words=3, lane=ROWS - 1, address=at(0x6000), local=9),
+    store(bytes=1, rows=2, words=3, lane=9, address=at(0x7000), stride=at(0x20), local=9),
+    store(rows=2, words=1, lane=63, address=at(0x7100), stride=at(0x100), local=9),
 ]
 
 STORES = [
-    Instruction(STORE, memory=Memory.VECTOR, rows=1, words=20, address=0x0FF0, local=3),
-    Instruction(STORE, memory=Memory.VECTOR, rows=5, words=3, address=0x2004, stride=0x1010, local=2, local_stride=7),
-    Instruction(STORE, memory=Memory.VECTOR, rows=4, words=1, address=0x8000, stride=16, local=60, local_stride=1),
-    Instruction(STORE, memory=Memory.VECTOR, rows=2, words=9, address=0x9F00, stride=0x100, local=50, local_stride=4),
-    Instruction(STORE, memory=Memory.VECTOR, rows=1, words=1, address=0xFFF0, local=63),
+    Instruction(STORE, memory=Memory.VECTOR, rows=1, words=20, address=at(0x0FF0), local=3),
+    Instruction(
+        STORE, memory=Memory.VECTOR, rows=5, words=3, address=at(0x2004), stride=at(0x1010), local=2, local_stride=7
+    ),
+    Instruction(
+        STORE, memory=Memory.VECTOR, rows=4, words=1, address=at(0x8000), stride=at(16), local=60, local_stride=1
+    ),
+    Instruction(
+        STORE, memory=Memory.VECTOR, rows=2, words=9, address=at(0x9F00), stride=at(0x100), local=50, local_stride=4
+    ),
+    Instruction(STORE, memory=Memory.VECTOR, rows=1, words=1, address=at(0xFFF0), local=63),
 ]
 
 
@@ -94,7 +121,7 @@ async def every_channel_stalls(dut):
 
 @cocotb.test()
 async def a_word_takes_its_beats_and_two_cycles(dut):
-    store = Instruction(STORE, memory=Memory.VECTOR, words=32, address=0x1000)
+    store = Instruction(STORE, memory=Memory.VECTOR, words=32, address=at(0x1000))
     world = await World.start(dut, [store])
     await world.finish([store])
     first = np.array(world.bus.beats[::BEATS])
@@ -102,23 +129,28 @@ async def a_word_takes_its_beats_and_two_cycles(dut):
     store = store.replace(bytes=1)
     world = await World.start(dut, [store])
     await world.finish([store])
-    first = np.array(world.bus.beats[:: ROWS // BUS])
-    assert_equal(np.diff(first), np.full(31, ROWS // BUS + 2), "cycles between the first beats of packed word ")
+    first = np.array(world.bus.beats[::BYTE_BEATS])
+    count = 32 // BYTE_WORDS
+    assert_equal(np.diff(first), np.full(count - 1, BYTE_BEATS + 2), "cycles between the first beats of packed word ")
 
 
 @cocotb.test()
 async def transfers_outside_the_window_or_misaligned_are_refused(dut):
-    for address, code, at in ((0xFFF0, ErrorCode.OUT_OF_WINDOW, 0x10000), (0x102, ErrorCode.MISALIGNED, 0x102)):
+    odd = at(0x100) + 2
+    for address, code, where in (
+        (at(0xFFF8), ErrorCode.OUT_OF_WINDOW, SIZE),
+        (odd, ErrorCode.MISALIGNED, odd),
+    ):
         world = await World.start(dut, [Instruction(STORE, memory=Memory.VECTOR, words=3, address=address)])
         await world.bench.until(lambda world=world: world.probe.count("error_valid"), 500, "an error")
         assert world.probe.values["error_code"][-1] == code
-        assert world.probe.values["error_address"][-1] == at
-        assert all(a + n * BUS <= 0x10000 for _, a, n in world.bus.bursts)
+        assert world.probe.values["error_address"][-1] == where
+        assert all(a + n * BUS <= SIZE for _, a, n in world.bus.bursts)
 
 
 @cocotb.test()
 async def a_bus_error_is_reported(dut):
-    world = await World.start(dut, STORES, bad=[0x3014])
+    world = await World.start(dut, STORES, bad=[at(0x3014)])
     await world.bench.until(lambda: world.probe.count("error_valid"), 2000, "an error")
     assert world.probe.values["error_code"][-1] == ErrorCode.BUS_WRITE
     assert int(dut.error_oldest.value)
@@ -156,5 +188,7 @@ async def an_address_once_shown_stays_through_halt(dut):
     assert len(world.bus.bursts) == 1
 
 
-def test_store_writes_device_memory_like_golden():
-    run_cocotb(component_verilog(StoreUnit(CONFIG), "top"), __name__, "store")
+@pytest.mark.parametrize(("rows", "bus_bytes"), [(4, 4), (4, 8), pytest.param(64, 128, marks=pytest.mark.slow)])
+def test_store_writes_device_memory_like_golden(rows, bus_bytes):
+    given = shape(rows, bus_bytes)
+    run_cocotb(component_verilog(StoreUnit(small(**given)), "top"), __name__, f"store_{rows}_{bus_bytes}", given)

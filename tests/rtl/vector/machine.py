@@ -22,7 +22,7 @@ class Machine:
 
     def __init__(self, dut, config, seed, stall=lambda: False):
         self.dut, self.config, self.stall = dut, config, stall
-        self.random = np.random.default_rng(seed)
+        self.random, self.noise = np.random.default_rng(seed), np.random.default_rng(~seed & 0xFFFF)
         self.golden = GoldenCore(config, np.zeros(16, np.uint8))
         for name in ("vector", "parameter"):
             memory = getattr(self.golden, name)
@@ -50,23 +50,29 @@ class Machine:
         dut = self.dut
         await FallingEdge(dut.clk)
         answers = []
+        side = self.config.columns_per_beat
         for name in ("vector", "parameter"):
-            if int(getattr(dut, f"{name}_read__enable").value):
-                word = self.memories[name][int(getattr(dut, f"{name}_read__address").value)]
-                answers.append((getattr(dut, f"{name}_read__data"), word.copy()))
+            if enable := int(getattr(dut, f"{name}_read__enable").value):
+                address = int(getattr(dut, f"{name}_read__address").value)
+                # A word that is not asked for is anything.
+                words = self.noise.integers(0, 1 << 32, (side, self.config.rows), np.uint32)
+                for n in range(enable.bit_length()):
+                    words[n] = self.memories[name][address + n]
+                answers.append((getattr(dut, f"{name}_read__data"), words))
         if int(dut.accumulator__enable.value):
             assert self.available, f"cycle {self.cycle}: a tile is read that is not there"
             column = int(dut.accumulator__column.value)
-            answers.append((dut.accumulator__data, np.ascontiguousarray(self.tiles[0][:, column]).view(np.uint32)))
+            answers.append((dut.accumulator__data, self.tiles[0][:, column : column + side].T.astype("<u4")))
         pop = int(dut.accumulator__pop.value)
         for name, size in (("vector", 4), ("parameter", 4), ("activation", 1), ("weight", 1)):
-            if int(getattr(dut, f"{name}_write__enable").value):
+            if enable := int(getattr(dut, f"{name}_write__enable").value):
                 address = int(getattr(dut, f"{name}_write__address").value)
                 mask = int(getattr(dut, f"{name}_write__mask").value)
                 data = int(getattr(dut, f"{name}_write__data").value)
-                raw = np.frombuffer(data.to_bytes(size * self.config.rows, "little"), f"<u{size}")
+                raw = np.frombuffer(data.to_bytes(size * self.config.rows * side, "little"), f"<u{size}")
                 lanes = [lane for lane in range(self.config.rows) if mask >> lane & 1]
-                self.memories[name][address, lanes] = raw[lanes]
+                for n, word in enumerate(raw.reshape(side, -1)[: enable.bit_length()]):
+                    self.memories[name][address + n, lanes] = word[lanes]
         self.flags |= int(dut.flags.value)
         self.stalled += int(dut.stalled.value)
         if int(dut.done.value):
