@@ -47,7 +47,8 @@ class Sequencer(wiring.Component):
     holds, so that data for LOAD is never stuck behind them on the shared bus.
 
     An instruction leaves two cycles behind its arrival at the head, one with n operands n + 2 cycles later. A program
-    that has operands begins with the fetch of all of them, 256 bytes, that of its instructions right behind.
+    that has operands begins with the fetch of all of them, 256 bytes, that of its instructions right behind. Where a
+    bus beat holds two instructions, a fetch brings both, and programs and operands begin with a beat.
     """
 
     def __init__(self, config: CoreConfig) -> None:
