@@ -27,6 +27,17 @@ class Pieces:
         """Words of the largest free piece."""
         return max((end - begin for begin, end in self._free), default=0)
 
+    def fit(self, *pieces: int) -> bool:
+        """Whether pieces of so many words could be taken one after the other."""
+        taken = []
+        for words in pieces:
+            if self.largest < words:
+                break
+            taken.append(self.take(words))
+        for start in taken:
+            self.give(start)
+        return len(taken) == len(pieces)
+
     def take(self, words: int) -> int:
         """The first word of a piece; raises :class:`CapacityError`."""
         for n, (begin, end) in enumerate(self._free):

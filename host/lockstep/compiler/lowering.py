@@ -52,6 +52,10 @@ _KINDS = {
 WEIGHT_RING, PARAMETER_RING = 0.75, 0.5
 
 
+#: Emits one or a few instructions of one unit.
+Step = Callable[[], object]
+
+
 def float_bits(value: float | np.floating[Any]) -> int:
     """The bit pattern of a float32 immediate."""
     return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
@@ -110,6 +114,12 @@ def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
     return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
 
 
+def panel_rows(x: Panels, first: int, tiles: int) -> Panels:
+    """Row tiles ``first`` .. ``first + tiles`` of a value; their words stay those of ``x``, which is what is freed."""
+    absmax = {prescale: words + first for prescale, words in x.absmax.items()}
+    return Panels(x.start + first * x.features, x.features, tiles, absmax)
+
+
 class Fetched(NamedTuple):
     """A chunk on chip: its first WEIGHT word, and the PARAMETER words of its scales with the biases behind them."""
 
@@ -143,7 +153,7 @@ class Lowering:
         self.weights = Pieces("WEIGHT", weight_words, config.weight_words)
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
         self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
-        self._later: deque[Callable[[], object]] = deque()
+        self._later: deque[Step] = deque()
         self._loaded_activation: str | None = None
         self._column_words: dict[str, int] = {}
         for name, slot in SLOTS.items():
@@ -159,12 +169,21 @@ class Lowering:
         """
         self._later.append(lambda: self.builder.emit(type, **fields))
 
+    def steps_later(self, steps: Sequence[Step]) -> None:
+        """Emit steps one by one beside the products to come, as :meth:`later` does; nothing that they read or write
+        may be given back before.
+        """
+        self._later += steps
+
     def give_later(self, words: int) -> None:
         """Give VECTOR words back behind the instructions that wait."""
         self._later.append(lambda: self.vectors.give(words))
 
     def catch_up(self, chunks: int = 1) -> None:
-        """Emit what waits; with ``chunks`` of a product still to come, the share of one of them."""
+        """Emit what waits; with ``chunks`` of a product still to come, the share of one of them.
+
+        Between a chunk's MATRIX and its VECTOR instruction, VECTOR works on it while it would wait for results.
+        """
         for _ in range(-(-len(self._later) // chunks)):
             self._later.popleft()()
 
@@ -339,31 +358,46 @@ class Lowering:
 
     def quantise(self, x: Panels, prescale: str | None) -> QuantisedPanels:
         """Per-row int8 of x * prescale, as the left operand of products."""
-        absmax = self.row_maxima(x, prescale)
-        q = QuantisedPanels(
-            self.activations.take(x.tiles * x.features), x.features, x.tiles, self.parameters.take(x.tiles)
-        )
-        inverse = self.parameters.take(x.tiles)
-        self.scale_and_inverse(absmax, x.tiles, 127, q.scales, inverse)
-        fields = {}
-        if prescale is not None:
-            fields = {"mul1": FirstMultiply.COLUMN0, "column0": self.load_columns(prescale)}
-        self.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.ACTIVATION,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse,
-            tiles=x.tiles,
-            columns=x.features,
-            x=x.start,
-            x_stride=x.features,
-            to=q.start,
-            to_stride=q.features,
-            **fields,
-        )
-        self.parameters.give(inverse)
+        q = self.new_quantised(x)
+        for step in self.quantise_steps(x, prescale, q):
+            step()
         self.drop_columns(prescale)
         return q
+
+    def new_quantised(self, x: Panels) -> QuantisedPanels:
+        """Where the quantised rows of ``x`` will lie."""
+        start = self.activations.take(x.tiles * x.features)
+        return QuantisedPanels(start, x.features, x.tiles, self.parameters.take(x.tiles))
+
+    def quantise_steps(self, x: Panels, prescale: str | None, q: QuantisedPanels) -> list[Step]:
+        """The passes of q = x * prescale, per row; ``prescale`` is not dropped."""
+        inverse: list[int] = []
+
+        def scales() -> None:
+            absmax = self.row_maxima(x, prescale)
+            inverse.append(self.parameters.take(x.tiles))
+            self.scale_and_inverse(absmax, x.tiles, 127, q.scales, inverse[0])
+
+        def values() -> None:
+            fields = {}
+            if prescale is not None:
+                fields = {"mul1": FirstMultiply.COLUMN0, "column0": self.load_columns(prescale)}
+            self.emit_pass(
+                source=Source.VECTOR,
+                destination=Destination.ACTIVATION,
+                mul2=SecondMultiply.LANE0,
+                lane0=inverse[0],
+                tiles=x.tiles,
+                columns=x.features,
+                x=x.start,
+                x_stride=x.features,
+                to=q.start,
+                to_stride=q.features,
+                **fields,
+            )
+            self.parameters.give(inverse[0])
+
+        return [scales, values]
 
     # --- Products ----------------------------------------------------------------------------------------------
 
@@ -467,5 +501,5 @@ class Lowering:
                 fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER}
                 fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
             words = self.product(q, linear, chunk, fetched[n] if n < len(fetched) else None)
-            self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
             self.catch_up(len(linear.chunks) - n)
+            self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
