@@ -10,7 +10,7 @@ row tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,8 +121,9 @@ class CausalAttentionLowering:
                 break
             self._preloaded.append(self._load(head, self.window.sections[0]))
 
-    def attend(self, q: Panels, into: Panels) -> None:
+    def attend(self, q: Panels, into: Panels, at_last: Callable[[], None]) -> None:
         """Attend with ``q``, write to ``into``; ``append`` has brought the new keys and values to the cache before.
+        ``at_last`` is called when no more keys will be loaded.
 
         The scores of the next head stand between a softmax and its product with the values, so that neither unit
         waits for the other:
@@ -160,6 +161,7 @@ class CausalAttentionLowering:
             scored = next_scored
         assert before is not None
         self._weigh(before)
+        at_last()
         self._drain(before, state)
         self._finish(state, into)
         low.activations.give(queries.start)

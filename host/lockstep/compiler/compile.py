@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import LOAD, Memory
@@ -29,7 +30,7 @@ from .allocation import CapacityError
 from .attention import AttentionLowering, Projection
 from .image import Image, LinearImage
 from .labels import Labels
-from .lowering import WEIGHT_RING, Fetched, Lowering, Panels, QuantisedPanels, Step, panel_rows, rows_of
+from .lowering import WEIGHT_RING, Lowering, Panels, QuantisedPanels, Step, panel_rows, rows_of
 from .norms import layer_norm, rms_norm
 from .post_norm import LEAST_BLOCK, PostNorm, PostNormLowering, row_blocks
 from .rotary import ColumnAngles, PanelAngles, rotary
@@ -72,7 +73,6 @@ class StageCompiler:
         self.low = Lowering(config, image, weight_ring)
         self.image = image
         self.angles: dict[tuple[str, str], PanelAngles | ColumnAngles] = {}
-        self.fetched: dict[Value, list[Fetched]] = {}
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
@@ -314,13 +314,13 @@ class StageCompiler:
     def _linear_with(self, linear: Linear, node: Add | Multiply, other: Value) -> Panels:
         """A linear layer whose results meet ``other`` while they are drained."""
         q, operand = self.quantised[linear.quantised], self._read(other)
-        image, fetched = self._image_of(linear, q.features), self.fetched.pop(linear.value, [])
+        image = self._image_of(linear, q.features)
         into = self._reuse_or_new(other, operand.features)
         absmax = self._wanted_maxima(node.value)
         if isinstance(node, Add):
-            self.low.linear(q, image, into, absmax, residual=operand, fetched=fetched)
+            self.low.linear(q, image, into, absmax, residual=operand)
         else:
-            self.low.linear(q, image, into, absmax, factor=operand, fetched=fetched)
+            self.low.linear(q, image, into, absmax, factor=operand)
         self._done(linear.quantised)
         self._done(other)
         return into
@@ -403,21 +403,20 @@ class StageCompiler:
 
     def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
         q = self.quantised[node.quantised]
-        image, fetched = self._image_of(node, q.features), self.fetched.pop(node.value, [])
+        image = self._image_of(node, q.features)
         into = self._new(self.graph.tensors[node.weight].shape[0])
         blocks = row_blocks(self.tiles)
         post = self._post_norm(node, 0) if len(blocks) > 1 and result is node else None
         if post is None:
-            self.low.linear(q, image, into, self._wanted_maxima(result.value), activation, fetched=fetched)
+            self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
             self._done(node.quantised)
             self._finish(result, into)
             return
         self._finish(result, into)
         lowering = self._begin_post_norm(post)
         for first, tiles in blocks:
-            self.low.linear(rows_of(q, first, tiles), image, panel_rows(into, first, tiles), fetched=fetched)
+            self.low.linear(rows_of(q, first, tiles), image, panel_rows(into, first, tiles))
             self._postpone(lowering, first, tiles)
-            fetched = []
         self._done(node.quantised)
 
     # --- Norms behind products ---------------------------------------------------------------------------------
@@ -461,7 +460,7 @@ class StageCompiler:
             done = [nodes.add.x, nodes.add.y]
             done += [nodes.norm.value] * (nodes.norm.value in self.stage.outputs)
             done += [] if nodes.quantise is None else [nodes.norm.value]
-            then += [lowering.drop_columns, lambda: [self._done(value) for value in done]]
+            then += [lowering.drop_columns, *(partial(self._done, value) for value in done)]
             self._ready = first
         lowering.postpone(first, tiles, then)
 
@@ -494,6 +493,9 @@ class StageCompiler:
             block = Panels(low.vectors.take(count * middle), middle, count)
             activation = None if chain.activation is None else chain.activation.function
             low.linear(rows_of(q, start, count), image1, block, (chain.quantise.prescale,), activation)
+            if self.tiles == 1:
+                # While VECTOR quantises, the bus has nothing else to do.
+                low.prefetch(image2)
             quantised = low.quantise(block, chain.quantise.prescale)
             low.free(block)
             if before is not None:
