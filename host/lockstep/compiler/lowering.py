@@ -427,8 +427,8 @@ class Lowering:
     # --- Products ----------------------------------------------------------------------------------------------
 
     def panels_per_chunk(self, depth: int) -> int:
-        """Panels of a linear layer that one chunk may hold: at least four chunks fit the weight ring."""
-        return max(1, min(8, self.weights.start // (4 * depth)))
+        """Panels of a linear layer that one chunk may hold: at least three chunks fit the weight ring."""
+        return max(1, min(8, self.weights.start // (3 * depth)))
 
     def fetch(self, linear: LinearImage, chunk: Chunk) -> Fetched:
         """Load a chunk of a linear layer. It stays until the rings have come around once."""
