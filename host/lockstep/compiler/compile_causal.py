@@ -94,7 +94,7 @@ class CausalStageCompiler(StageCompiler):
             self._load_ahead(self.last_products[node.value])
 
     def _lower(self, node: Node) -> None:
-        if isinstance(node, LayerNorm | RMSNorm):
+        if isinstance(node, LayerNorm | RMSNorm) and self.run.single:
             # While VECTOR makes a norm, the bus has nothing else to do. What the norm itself wants goes first.
             for name in (node.gamma, *([node.beta] if isinstance(node, LayerNorm) else [])):
                 self.low.load_columns(name)
