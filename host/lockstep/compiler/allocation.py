@@ -17,15 +17,31 @@ class Pieces:
     """
 
     def __init__(self, name: str, start: int, end: int) -> None:
-        self.name = name
+        self.name, self.start = name, start
         self._size = end - start
         self._free = [(start, end)]
         self._used: dict[int, int] = {}
 
     @property
+    def empty(self) -> bool:
+        """Whether no piece is in use."""
+        return not self._used
+
+    @property
     def largest(self) -> int:
         """Words of the largest free piece."""
         return max((end - begin for begin, end in self._free), default=0)
+
+    def fit(self, *pieces: int) -> bool:
+        """Whether pieces of so many words could be taken one after the other."""
+        taken = []
+        for words in pieces:
+            if self.largest < words:
+                break
+            taken.append(self.take(words))
+        for start in taken:
+            self.give(start)
+        return len(taken) == len(pieces)
 
     def take(self, words: int) -> int:
         """The first word of a piece; raises :class:`CapacityError`."""
@@ -34,7 +50,19 @@ class Pieces:
                 self._free[n] = (begin + words, end)
                 self._used[begin] = words
                 return begin
-        raise CapacityError(
+        raise self._full(words)
+
+    def take_last(self, words: int) -> int:
+        """The same at the other end of the memory, away from pieces that come and go."""
+        for n, (begin, end) in reversed(list(enumerate(self._free))):
+            if end - begin >= words:
+                self._free[n] = (begin, end - words)
+                self._used[end - words] = words
+                return end - words
+        raise self._full(words)
+
+    def _full(self, words: int) -> CapacityError:
+        return CapacityError(
             f"{words} words of {self.name} memory are needed and {self.largest} of {self._size} are free: "
             "the sequence is too long for this core; split it, or choose a core with more memory"
         )
@@ -75,8 +103,14 @@ class Ring:
                 f"{words} words of {self.name} memory are needed at once and {self.size} are set aside: "
                 "a layer is too wide for this core; choose one with more memory"
             )
-        if self._next + words > self._end:
-            self._next = self._start
-        start = self._next
-        self._next += words
+        start = self.following(words)
+        self._next = start + words
         return start
+
+    def resize(self, end: int) -> None:
+        """Give the ring another end; what lies beyond it is up to the caller."""
+        self._end = end
+
+    def following(self, words: int) -> int:
+        """Where the next piece will begin."""
+        return self._start if self._next + words > self._end else self._next

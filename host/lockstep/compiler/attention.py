@@ -26,7 +26,7 @@ from lockstep_isa.instructions import (
     ThirdMultiply,
 )
 
-from .image import LinearImage
+from .image import Chunk, LinearImage
 from .lowering import SLOTS, Lowering, Panels, QuantisedPanels, float_bits, rows_of
 
 
@@ -46,6 +46,20 @@ class Projection:
     quantised: QuantisedPanels | None
     linear: LinearImage | None
     value: Panels | None
+
+
+@dataclass
+class _Part:
+    """One head's q, k or v on its way: quantised rows, its chunks, and from the first drain on where values (VECTOR)
+    and maxima (PARAMETER) are.
+    """
+
+    name: str
+    rows: QuantisedPanels
+    linear: LinearImage
+    chunks: tuple[Chunk, ...]
+    value: int = -1
+    maxima: int = -1
 
 
 @dataclass
@@ -96,11 +110,12 @@ class AttentionLowering:
         aligned = absmax is not None and (absmax[0] is None or head_dim % lowering.config.rows == 0)
         self.absmax = absmax if aligned else None
 
-    def emit(self, sequences: list[Sequence]) -> None:
-        """All heads of all sequences."""
+    def emit(self, sequences: list[Sequence], ready: int) -> None:
+        """All heads of all sequences; what makes row tiles from ``ready`` on is emitted here, beside products of those
+        before.
+        """
         heads = [_Head(s, h) for s in sequences for h in range(self.heads)]
-        for step in self._project(heads[0]):
-            step()
+        self._begin(heads[0], ready)
         for n, head in enumerate(heads):
             blocks = self._query_blocks(head.sequence)
             for b, (first, tiles) in enumerate(blocks):
@@ -126,6 +141,24 @@ class AttentionLowering:
         return [(first, min(tiles, s.tiles - first)) for first in range(0, s.tiles, tiles)]
 
     # --- Projections -------------------------------------------------------------------------------------------
+
+    def _begin(self, head: _Head, ready: int) -> None:
+        """The projections of the first head, those of the row tiles that are ready first."""
+        low, tiles = self.low, head.sequence.tiles
+        linear = all(projection.linear is not None for projection in self.projections)
+        if not linear or not 0 < ready < tiles:
+            low.catch_up()
+            for step in self._project(head):
+                step()
+            return
+        parts = [self._part(head, name) for name in "qkv"]
+        for first, count in ((0, ready), (ready, tiles - ready)):
+            words = [self._multiply(part, first, count) for part in parts]
+            for n, part in enumerate(parts):
+                low.catch_up(len(parts) - n)
+                self._collect(part, words[n], first, count)
+                if first:
+                    self._convert(head, part)
 
     def _project(self, head: _Head) -> Iterator:
         """Start the three products of a head now; yields what makes an operand of each, to be called in order."""
@@ -153,34 +186,54 @@ class AttentionLowering:
 
                 yield convert
                 continue
-            quantised, linear = projection.quantised, projection.linear
-            assert quantised is not None
-            rows = rows_of(quantised, s.first, s.tiles)
-            number, count = (head.head, self.heads) if name == "q" else self._kv(head)
-            per_head = len(linear.chunks) // count
-            chunks = linear.chunks[number * per_head : (number + 1) * per_head]
-            words = [low.product(rows, linear, chunk) for chunk in chunks]
+            part = self._part(head, name)
+            words = self._multiply(part, 0, s.tiles)
 
-            def drain(name: str = name, rows=rows, linear=linear, chunks=chunks, words=words) -> None:
-                value = low.vectors.take(s.tiles * self.head_dim)
-                maxima = low.parameters.take(s.tiles)
-                for n, (chunk, where) in enumerate(zip(chunks, words, strict=True)):
-                    low.drain(
-                        rows,
-                        linear,
-                        chunk,
-                        where,
-                        value + chunk.first - chunks[0].first,
-                        self.head_dim,
-                        maximum=Maximum.ABSOLUTE,
-                        max_to=maxima,
-                        max_continue=int(n > 0),
-                    )
-                self._operand(head, name, value, self.head_dim, maxima)
-                low.parameters.give(maxima)
-                low.vectors.give(value)
+            def drain(part: _Part = part, words: list[tuple[int, int]] = words) -> None:
+                self._collect(part, words, 0, s.tiles)
+                self._convert(head, part)
 
             yield drain
+
+    def _part(self, head: _Head, name: str) -> _Part:
+        """A head's part of the projection to q, k or v."""
+        projection, s = self.projections["qkv".index(name)], head.sequence
+        quantised, linear = projection.quantised, projection.linear
+        assert quantised is not None
+        assert linear is not None
+        number, count = (head.head, self.heads) if name == "q" else self._kv(head)
+        per_head = len(linear.chunks) // count
+        chunks = linear.chunks[number * per_head : (number + 1) * per_head]
+        return _Part(name, rows_of(quantised, s.first, s.tiles), linear, chunks)
+
+    def _multiply(self, part: _Part, first: int, tiles: int) -> list[tuple[int, int]]:
+        """Start the products of some row tiles."""
+        rows = rows_of(part.rows, first, tiles)
+        return [self.low.product(rows, part.linear, chunk) for chunk in part.chunks]
+
+    def _collect(self, part: _Part, words: list[tuple[int, int]], first: int, tiles: int) -> None:
+        """Drain the products of some row tiles."""
+        low, d = self.low, self.head_dim
+        if part.value < 0:
+            part.value, part.maxima = low.vectors.take(part.rows.tiles * d), low.parameters.take(part.rows.tiles)
+        for n, (chunk, where) in enumerate(zip(part.chunks, words, strict=True)):
+            low.drain(
+                rows_of(part.rows, first, tiles),
+                part.linear,
+                chunk,
+                where,
+                part.value + first * d + chunk.first - part.chunks[0].first,
+                d,
+                maximum=Maximum.ABSOLUTE,
+                max_to=part.maxima + first,
+                max_continue=int(n > 0),
+            )
+
+    def _convert(self, head: _Head, part: _Part) -> None:
+        """Make an operand of the drained values."""
+        self._operand(head, part.name, part.value, self.head_dim, part.maxima)
+        self.low.parameters.give(part.maxima)
+        self.low.vectors.give(part.value)
 
     def _operand(self, head: _Head, name: str, start: int, stride: int, maxima: int) -> None:
         """Quantise one of q, k, v per row, into the memory and the layout in which the array wants it."""

@@ -10,7 +10,7 @@ row tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +61,21 @@ class _Tile:
 @dataclass(frozen=True)
 class _State:
     """What query heads keep from tile to tile, per head and row tile: peak and sum (PARAMETER words), weighted values
-    (VECTOR words).
+    (VECTOR words). And, in the slots of :meth:`CausalAttentionLowering._slot`, while a tile is met: the peaks before
+    it, the factors from those to the peaks behind it, and the tile's own sums.
     """
 
     peak: int
     total: int
     out: int
+    before: int
+    factor: int
+    own_total: int
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """The pieces in PARAMETER."""
+        return self.peak, self.total, self.before, self.factor, self.own_total
 
 
 @dataclass
@@ -91,8 +100,6 @@ class _Met:
     turn: _Turn
     probabilities: int
     scale: int
-    total: int
-    before: int
 
 
 class CausalAttentionLowering:
@@ -121,8 +128,9 @@ class CausalAttentionLowering:
                 break
             self._preloaded.append(self._load(head, self.window.sections[0]))
 
-    def attend(self, q: Panels, into: Panels) -> None:
+    def attend(self, q: Panels, into: Panels, at_last: Callable[[], None]) -> None:
         """Attend with ``q``, write to ``into``; ``append`` has brought the new keys and values to the cache before.
+        ``at_last`` is called when no more keys will be loaded.
 
         The scores of the next head stand between a softmax and its product with the values, so that neither unit
         waits for the other:
@@ -160,6 +168,7 @@ class CausalAttentionLowering:
             scored = next_scored
         assert before is not None
         self._weigh(before)
+        at_last()
         self._drain(before, state)
         self._finish(state, into)
         low.activations.give(queries.start)
@@ -225,9 +234,26 @@ class CausalAttentionLowering:
 
     def _state(self) -> _State:
         low, count = self.low, self.node.heads * self.tiles
-        return _State(
-            low.parameters.take(count), low.parameters.take(count), low.vectors.take(count * self.node.head_dim)
-        )
+        take = low.parameters.take
+        out = low.vectors.take(count * self.node.head_dim)
+        # Two turns are under way at a time.
+        slots = 2 * (count if self.tiles == 1 else self.tiles)
+        return _State(take(count), take(count), out, take(slots), take(slots), take(slots))
+
+    def _slot(self, turn: _Turn) -> int:
+        """Where a turn keeps what lasts until its end: with one row tile all heads of a tile of keys have places beside
+        each other, so that one pass serves them all.
+        """
+        heads = self.node.heads
+        if self.tiles == 1:
+            return turn.section.index % 2 * heads + turn.head
+        return (turn.section.index * heads + turn.head) % 2 * self.tiles
+
+    def _together(self, turn: _Turn) -> tuple[int, int]:
+        """The first entry and the entries, per head and row tile, that one short pass serves."""
+        if self.tiles == 1:
+            return 0, self.node.heads
+        return turn.head * self.tiles, self.tiles
 
     def _room_for_tile(self) -> bool:
         """Whether another tile of keys and values fits beside those in use."""
@@ -266,17 +292,10 @@ class CausalAttentionLowering:
         section, tile = turn.section, turn.shared[0]
         first, most = section.index == 0, self.most_keys
         columns = varying("columns", 0, section.keys)
-        peak, total = state.peak + turn.head * tiles, state.total + turn.head * tiles
-        before, own_total = low.parameters.take(tiles), low.parameters.take(tiles)
-        if not first:
-            low.emit_pass(
-                source=Source.PARAMETER,
-                destination=Destination.PARAMETER,
-                tiles=1,
-                x=peak,
-                to=before,
-                **varying("columns", tiles, section.tiles),
-            )
+        peak = state.peak + turn.head * tiles
+        total = state.total + turn.head * tiles if first else state.own_total + self._slot(turn)
+        if not first and (tiles > 1 or turn.head == 0):
+            self._keep_peaks(turn, state)
         weights, largest = low.vectors.take(tiles * most), low.parameters.take(tiles)
         low.emit_pass(
             source=Source.ACCUMULATOR,
@@ -305,7 +324,7 @@ class CausalAttentionLowering:
             table=SLOTS["exp2"],
             lane0=peak,
             sum=1,
-            sum_to=total if first else own_total,
+            sum_to=total,
             mul3=ThirdMultiply.COLUMN2,
             column2=tile.value_scales,
             tap=Tap.AFTER,
@@ -336,7 +355,21 @@ class CausalAttentionLowering:
         low.vectors.give(weights)
         low.parameters.give(largest)
         low.parameters.give(inverse)
-        return _Met(turn, probabilities, scale, own_total, before)
+        return _Met(turn, probabilities, scale)
+
+    def _keep_peaks(self, turn: _Turn, state: _State) -> None:
+        """Copy the peaks that a tile of keys will raise."""
+        first, count = self._together(turn)
+        self.low.emit_pass(
+            source=Source.PARAMETER,
+            destination=Destination.PARAMETER,
+            tiles=count,
+            x=state.peak + first,
+            x_stride=1,
+            to=state.before + self._slot(turn),
+            to_stride=1,
+            **varying("columns", 1, turn.section.present),
+        )
 
     def _weigh(self, met: _Met) -> None:
         """Probabilities times values."""
@@ -379,16 +412,16 @@ class CausalAttentionLowering:
             **join,
         )
         low.activations.give(met.probabilities)
-        for words in (met.before, met.total, met.scale):
-            low.parameters.give(words)
+        low.parameters.give(met.scale)
+        if section.index and (tiles > 1 or met.turn.head == self.node.heads - 1):
+            self._add_totals(met.turn, state)
 
     def _rescale(self, met: _Met, state: _State) -> None:
-        """Bring sum and weighted values to the new peak, and add the tile's sum."""
+        """Bring weighted values to the new peak."""
         low, tiles, d = self.low, self.tiles, self.node.head_dim
         section, first = met.turn.section, met.turn.head * tiles
-        peak, total, out = state.peak + first, state.total + first, state.out + first * d
-        factor = low.parameters.take(tiles)
-        one = varying("columns", 1, section.present)
+        slot = self._slot(met.turn)
+        peak, factor, out = state.peak + first, state.factor + slot, state.out + first * d
         low.emit_pass(
             source=Source.INTEGER,
             destination=Destination.PARAMETER,
@@ -396,27 +429,12 @@ class CausalAttentionLowering:
             table=SLOTS["exp2"],
             lane0=peak,
             tiles=tiles,
-            x=met.before,
+            x=state.before + slot,
             x_stride=1,
             to=factor,
             to_stride=1,
-            **one,
+            **varying("columns", 1, section.present),
         )
-        for fields in (
-            {"mul1": FirstMultiply.LANE1, "lane1": factor},
-            {"add1": FirstAdd.LANE0, "lane0": met.total},
-        ):
-            low.emit_pass(
-                source=Source.PARAMETER,
-                destination=Destination.PARAMETER,
-                tiles=tiles,
-                x=total,
-                x_stride=1,
-                to=total,
-                to_stride=1,
-                **one,
-                **fields,
-            )
         low.emit_pass(
             source=Source.VECTOR,
             destination=Destination.VECTOR,
@@ -429,7 +447,26 @@ class CausalAttentionLowering:
             to_stride=d,
             **varying("columns", d, section.columns),
         )
-        low.parameters.give(factor)
+
+    def _add_totals(self, turn: _Turn, state: _State) -> None:
+        """Bring sums to their new peaks, and add those of the tile."""
+        first, count = self._together(turn)
+        slot = self._slot(turn) - (turn.head if self.tiles == 1 else 0)
+        for fields in (
+            {"mul1": FirstMultiply.LANE1, "lane1": state.factor + slot},
+            {"add1": FirstAdd.LANE0, "lane0": state.own_total + slot},
+        ):
+            self.low.emit_pass(
+                source=Source.PARAMETER,
+                destination=Destination.PARAMETER,
+                tiles=count,
+                x=state.total + first,
+                x_stride=1,
+                to=state.total + first,
+                to_stride=1,
+                **varying("columns", 1, turn.section.present),
+                **fields,
+            )
 
     def _finish(self, state: _State, into: Panels) -> None:
         """The weighted values over the sums, into the columns of their heads."""
@@ -448,6 +485,6 @@ class CausalAttentionLowering:
                 to=group.start,
                 to_stride=group.stride,
             )
-        low.parameters.give(state.peak)
-        low.parameters.give(state.total)
+        for words in state.parameters:
+            low.parameters.give(words)
         low.vectors.give(state.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import LOAD, Memory
@@ -29,14 +30,12 @@ from .allocation import CapacityError
 from .attention import AttentionLowering, Projection
 from .image import Image, LinearImage
 from .labels import Labels
-from .lowering import WEIGHT_RING, Fetched, Lowering, Panels, QuantisedPanels, rows_of
+from .lowering import WEIGHT_RING, Lowering, Panels, QuantisedPanels, Step, panel_rows, rows_of
 from .norms import layer_norm, rms_norm
+from .post_norm import LEAST_BLOCK, PostNorm, PostNormLowering, row_blocks
 from .rotary import ColumnAngles, PanelAngles, rotary
 from .shapes import Binding, sequences_of
 from .stages import Stage
-
-#: Fewest row tiles in a block of a feed-forward layer: weights are streamed once per block.
-_LEAST_BLOCK = 3
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ class StageCompiler:
         self.low = Lowering(config, image, weight_ring)
         self.image = image
         self.angles: dict[tuple[str, str], PanelAngles | ColumnAngles] = {}
-        self.fetched: dict[Value, list[Fetched]] = {}
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
@@ -84,6 +82,11 @@ class StageCompiler:
                 self.readers.setdefault(value, []).append(node)
         self.sections: list[Section] = []
         self._labels = Labels(graph)
+        # Per instruction: what it computes, where that is not the node at hand.
+        self._names: dict[int, str] = {}
+        # Values that were computed with one before them; row tiles that are ready, where others are still postponed.
+        self._computed: set[Value] = set()
+        self._ready = self.tiles
         self.panels: dict[Value, Panels] = {}
         self.quantised: dict[Value, QuantisedPanels] = {}
         self.deferred: dict[Value, Node] = {}
@@ -97,8 +100,7 @@ class StageCompiler:
         for node in self.order():
             first = len(self.low.builder)
             self.emit(node)
-            if len(self.low.builder) > first:
-                self._name(first, node)
+            self._name(first, node)
         self.low.catch_up()
         return self.low.builder.finish()
 
@@ -110,13 +112,33 @@ class StageCompiler:
         """Call the instructions from ``first`` on by what they compute."""
         chain = self.chains.get(node.value)
         name = self._labels.of(node) if chain is None else self._labels.of(chain.first, chain.second)
-        if not self.sections or self.sections[-1].name != name:
-            self.sections.append(Section(first, name))
+        for index in range(first, len(self.low.builder)):
+            own = self._names.pop(index, name)
+            if not self.sections or self.sections[-1].name != own:
+                self.sections.append(Section(index, own))
+
+    def _named(self, node: Node, step: Step) -> Step:
+        """A step whose instructions are called by ``node`` wherever they are emitted."""
+
+        def named() -> None:
+            first = len(self.low.builder)
+            step()
+            self._names |= dict.fromkeys(range(first, len(self.low.builder)), self._labels.of(node))
+
+        return named
 
     def emit(self, node: Node) -> None:
         """Emit a node, or leave it to its only reader."""
-        if not self._defer(node):
+        if node.value not in self._computed and not self._defer(node):
+            if not isinstance(node, Attention) and node.value not in self.chains:
+                self._settle()
             self._lower(node)
+
+    def _settle(self) -> None:
+        """All row tiles are ready."""
+        if self._ready < self.tiles:
+            self.low.catch_up()
+            self._ready = self.tiles
 
     # --- Values ------------------------------------------------------------------------------------------------
 
@@ -137,6 +159,8 @@ class StageCompiler:
                 self.low.free_quantised(self.quantised.pop(value))
 
     def _new(self, features: int) -> Panels:
+        if self.low.vectors.largest < self.tiles * features:
+            self._settle()
         return Panels(self.low.vectors.take(self.tiles * features), features, self.tiles)
 
     def _reuse_or_new(self, value: Value, features: int) -> Panels:
@@ -290,13 +314,13 @@ class StageCompiler:
     def _linear_with(self, linear: Linear, node: Add | Multiply, other: Value) -> Panels:
         """A linear layer whose results meet ``other`` while they are drained."""
         q, operand = self.quantised[linear.quantised], self._read(other)
-        image, fetched = self._image_of(linear, q.features), self.fetched.pop(linear.value, [])
+        image = self._image_of(linear, q.features)
         into = self._reuse_or_new(other, operand.features)
         absmax = self._wanted_maxima(node.value)
         if isinstance(node, Add):
-            self.low.linear(q, image, into, absmax, residual=operand, fetched=fetched)
+            self.low.linear(q, image, into, absmax, residual=operand)
         else:
-            self.low.linear(q, image, into, absmax, factor=operand, fetched=fetched)
+            self.low.linear(q, image, into, absmax, factor=operand)
         self._done(linear.quantised)
         self._done(other)
         return into
@@ -379,11 +403,66 @@ class StageCompiler:
 
     def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
         q = self.quantised[node.quantised]
-        image, fetched = self._image_of(node, q.features), self.fetched.pop(node.value, [])
+        image = self._image_of(node, q.features)
         into = self._new(self.graph.tensors[node.weight].shape[0])
-        self.low.linear(q, image, into, self._wanted_maxima(result.value), activation, fetched=fetched)
-        self._done(node.quantised)
+        blocks = row_blocks(self.tiles)
+        post = self._post_norm(node, 0) if len(blocks) > 1 and result is node else None
+        if post is None:
+            self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
+            self._done(node.quantised)
+            self._finish(result, into)
+            return
         self._finish(result, into)
+        lowering = self._begin_post_norm(post)
+        for first, tiles in blocks:
+            self.low.linear(rows_of(q, first, tiles), image, panel_rows(into, first, tiles))
+            self._postpone(lowering, first, tiles)
+        self._done(node.quantised)
+
+    # --- Norms behind products ---------------------------------------------------------------------------------
+
+    def _post_norm(self, product: Linear, beside: int) -> PostNorm | None:
+        """The layer norm of a sum with a product, if nothing else reads that, the other operand is there, and its
+        quantised rows fit beside so many ACTIVATION words.
+        """
+        add = self._only_reader(product.value)
+        if not isinstance(add, Add) or add.x == add.y:
+            return None
+        norm, other = self._only_reader(add.value), add.y if add.x == product.value else add.x
+        if not isinstance(norm, LayerNorm) or (other not in self.panels and other not in self.stage.inputs):
+            return None
+        if not self.low.activations.fit(self.tiles * self.graph.tensors[norm.gamma].size, beside):
+            return None
+        quantise = [r for r in self.readers.get(norm.value, []) if isinstance(r, Quantise)]
+        return PostNorm(add, norm, quantise[0] if quantise else None)
+
+    def _begin_post_norm(self, post: PostNorm) -> PostNormLowering:
+        """Places for the norm and its quantised rows, which are emitted from here on."""
+        add, norm, low = post.add, post.norm, self.low
+        x, y = self._read(add.x), self._read(add.y)
+        into, quantised = self._reuse_or_new(add.x, x.features), None
+        self.panels[norm.value] = into
+        self._computed |= {add.value, norm.value}
+        if post.quantise is not None:
+            quantised = self.quantised[post.quantise.value] = low.new_quantised(into)
+            into.absmax[post.quantise.prescale] = low.parameters.take(self.tiles)
+            self._computed.add(post.quantise.value)
+        return PostNormLowering(low, post, x, y, into, quantised, self._named)
+
+    def _postpone(self, lowering: PostNormLowering, first: int, tiles: int) -> None:
+        """Leave some row tiles of a norm to the products to come."""
+        then: list[Step] = []
+        nodes, into = lowering.nodes, lowering.into
+        if nodes.norm.value in self.stage.outputs:
+            address = self.bindings[nodes.norm.value].address + first * into.features * self.config.vector_word_bytes
+            then.append(self._named(nodes.norm, lambda: self.low.store(panel_rows(into, first, tiles), address)))
+        if first + tiles == self.tiles:
+            done = [nodes.add.x, nodes.add.y]
+            done += [nodes.norm.value] * (nodes.norm.value in self.stage.outputs)
+            done += [] if nodes.quantise is None else [nodes.norm.value]
+            then += [lowering.drop_columns, *(partial(self._done, value) for value in done)]
+            self._ready = first
+        lowering.postpone(first, tiles, then)
 
     def _image_of(self, linear: Linear, depth: int) -> LinearImage:
         most = self.low.panels_per_chunk(depth)
@@ -397,29 +476,45 @@ class StageCompiler:
         image1 = self.image.linear(first.weight, first.scales, first.bias, None, low.panels_per_chunk(q.features))
         image2 = self.image.linear(second.weight, second.scales, second.bias, None, low.panels_per_chunk(middle))
         into = self._new(self.graph.tensors[second.weight].shape[0])
+        norm = None
+        if post := self._post_norm(second, 2 * LEAST_BLOCK * middle):
+            self._finish(second, into)
+            norm = self._begin_post_norm(post)
+        tiles = max(LEAST_BLOCK, -(-self.tiles // 2))
+        if low.vectors.largest < tiles * middle:
+            self._settle()
         fits = min(low.vectors.largest // middle, low.activations.largest // (2 * middle))
-        tiles = max(1, min(fits, max(_LEAST_BLOCK, -(-self.tiles // 2))))
+        tiles = max(1, min(fits, tiles))
         before: tuple[int, QuantisedPanels] | None = None
         for start in range(0, self.tiles, tiles):
             count = min(tiles, self.tiles - start)
+            if start + count > self._ready:
+                self._settle()
             block = Panels(low.vectors.take(count * middle), middle, count)
             activation = None if chain.activation is None else chain.activation.function
             low.linear(rows_of(q, start, count), image1, block, (chain.quantise.prescale,), activation)
+            if self.tiles == 1:
+                # While VECTOR quantises, the bus has nothing else to do.
+                low.prefetch(image2)
             quantised = low.quantise(block, chain.quantise.prescale)
             low.free(block)
             if before is not None:
-                self._second_product(before, image2, into)
+                self._second_product(before, image2, into, norm)
             before = (start, quantised)
         assert before is not None
-        self._second_product(before, image2, into)
+        self._second_product(before, image2, into, norm)
         self._done(first.quantised)
-        self._finish(second, into)
+        if norm is None:
+            self._finish(second, into)
 
-    def _second_product(self, block: tuple[int, QuantisedPanels], image: LinearImage, into: Panels) -> None:
+    def _second_product(
+        self, block: tuple[int, QuantisedPanels], image: LinearImage, into: Panels, norm: PostNormLowering | None
+    ) -> None:
         start, quantised = block
-        rows = Panels(into.start + start * into.features, into.features, quantised.tiles)
-        self.low.linear(quantised, image, rows)
+        self.low.linear(quantised, image, panel_rows(into, start, quantised.tiles))
         self.low.free_quantised(quantised)
+        if norm is not None:
+            self._postpone(norm, start, quantised.tiles)
 
     def _projection(self, value: Value, node: Attention) -> Projection:
         producer = self.deferred.pop(value, None)
@@ -450,7 +545,8 @@ class StageCompiler:
             self.pending_reads[node.bias] -= 1
         shape = (node.heads, node.head_dim, node.scale)
         lowering = AttentionLowering(self.low, q, k, v, *shape, into, absmax, node.kv_heads, bias)
-        lowering.emit(self.sequences)
+        lowering.emit(self.sequences, self._ready)
+        self._ready = self.tiles
         for value, producer in producers.items():
             self._done(producer.quantised if isinstance(producer, Linear) else value)
         self._finish(node, into)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import LOAD, Memory
 
-from lockstep.graph import Attention, Graph, Linear, Node, Quantise, Value
+from lockstep.graph import Attention, Graph, LayerNorm, Linear, Node, Quantise, RMSNorm, Value
 
 from .causal import CausalAttentionLowering
 from .compile import StageCompiler
@@ -48,8 +48,11 @@ class CausalStageCompiler(StageCompiler):
         self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single)
         self.attentions: dict[Value, CausalAttentionLowering] = {}
         self.appended: set[Value] = set()
+        self.low.widen_ring()
         # The last product before an attention: behind it, queries are made ready and the bus is free.
         self.last_products: dict[Value, Attention] = {}
+        # When nodes are emitted.
+        self._ranks: dict[Value, int] = {}
 
     def order(self) -> Iterable[Node]:
         """The stage's nodes in the order of their emission.
@@ -80,14 +83,25 @@ class CausalStageCompiler(StageCompiler):
                 product = node.value
             elif isinstance(node, Attention) and product is not None:
                 self.last_products[product] = node
+        self._ranks = {value: n for n, value in enumerate(ordered)}
         return ordered.values()
 
     def emit(self, node: Node) -> None:
+        if node.value in self.last_products:
+            self.low.narrow_ring()
         super().emit(node)
         if node.value in self.last_products:
             self._load_ahead(self.last_products[node.value])
 
     def _lower(self, node: Node) -> None:
+        if isinstance(node, LayerNorm | RMSNorm) and self.run.single:
+            # While VECTOR makes a norm, the bus has nothing else to do. What the norm itself wants goes first.
+            for name in (node.gamma, *([node.beta] if isinstance(node, LayerNorm) else [])):
+                self.low.load_columns(name)
+            for prescale in self._wanted_maxima(node.value) or ():
+                if prescale is not None:
+                    self.low.load_columns(prescale)
+            self._prefetch(node.value)
         if isinstance(node, Linear) and node.value == self.graph.output:
             self._logits(node)
         else:
@@ -149,7 +163,7 @@ class CausalStageCompiler(StageCompiler):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
         self.low.catch_up()
-        attention.attend(q, into)
+        attention.attend(q, into, lambda: self._stream_on(node.value))
         self._done(node.q)
         self._finish(node, into)
 
@@ -158,17 +172,24 @@ class CausalStageCompiler(StageCompiler):
         if {node.k, node.v} <= self.appended:
             self.low.catch_up()
             self.attentions[node.value].preload()
-        self._prefetch(node.value)
+        self._prefetch(node.value, 0.5)
 
-    def _prefetch(self, value: Value) -> None:
+    def _stream_on(self, value: Value) -> None:
+        """All keys and values are loaded: their words serve weights until the next attention."""
+        self.low.widen_ring()
+        self._prefetch(value)
+
+    def _prefetch(self, value: Value, share: float = 1) -> None:
         """Load the first weights that will meet a value once it is quantised."""
         quantised = self._only_reader(value)
-        if not isinstance(quantised, Quantise) or not (readers := self.readers.get(quantised.value)):
-            return
-        linear = readers[0]
-        if isinstance(linear, Linear) and linear.value != self.graph.output:
-            depth = self.graph.tensors[linear.weight].shape[1]
-            self.fetched[linear.value] = self.low.prefetch(self._image_of(linear, depth))
+        if isinstance(quantised, Quantise):
+            self._prefetch_products(quantised.value, share)
+
+    def _prefetch_products(self, quantised: Value, share: float) -> None:
+        linears = [r for r in self.readers.get(quantised, []) if isinstance(r, Linear) and r.value != self.graph.output]
+        if linears:
+            first = min(linears, key=lambda linear: self._ranks[linear.value])
+            self.low.prefetch(self._image_of(first, self.graph.tensors[first.weight].shape[1]), share)
 
     # --- The output --------------------------------------------------------------------------------------------
 

@@ -52,6 +52,12 @@ _KINDS = {
 WEIGHT_RING, PARAMETER_RING = 0.75, 0.5
 
 
+#: Chunks that a prefetch loads at once.
+_AHEAD_NOW = 2
+#: Emits one or a few instructions of one unit.
+Step = Callable[[], object]
+
+
 def float_bits(value: float | np.floating[Any]) -> int:
     """The bit pattern of a float32 immediate."""
     return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
@@ -110,11 +116,33 @@ def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
     return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
 
 
+def panel_rows(x: Panels, first: int, tiles: int) -> Panels:
+    """Row tiles ``first`` .. ``first + tiles`` of a value; their words stay those of ``x``, which is what is freed."""
+    absmax = {prescale: words + first for prescale, words in x.absmax.items()}
+    return Panels(x.start + first * x.features, x.features, tiles, absmax)
+
+
 class Fetched(NamedTuple):
     """A chunk on chip: its first WEIGHT word, and the PARAMETER words of its scales with the biases behind them."""
 
     weights: int
     scales: int
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A chunk on chip whose products are not emitted yet, with its sizes."""
+
+    weights: int
+    scales: int
+    words: int
+    parameters: int
+
+    def touches(self, weights: int, words: int, scales: int, parameters: int) -> bool:
+        """Whether another chunk would lie where this one does."""
+        return (weights < self.weights + self.words and self.weights < weights + words) or (
+            scales < self.scales + self.parameters and self.scales < scales + parameters
+        )
 
 
 class Lowering:
@@ -143,7 +171,11 @@ class Lowering:
         self.weights = Pieces("WEIGHT", weight_words, config.weight_words)
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
         self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
-        self._later: deque[Callable[[], object]] = deque()
+        self._later: deque[Step] = deque()
+        # Chunks on chip that wait for their products, by the address of their weights.
+        self._ahead: dict[int, _Ahead] = {}
+        # The product whose chunks are being loaded ahead, and how much of the weight ring they may fill.
+        self._next_product: tuple[LinearImage, float] | None = None
         self._loaded_activation: str | None = None
         self._column_words: dict[str, int] = {}
         for name, slot in SLOTS.items():
@@ -159,12 +191,21 @@ class Lowering:
         """
         self._later.append(lambda: self.builder.emit(type, **fields))
 
+    def steps_later(self, steps: Sequence[Step]) -> None:
+        """Emit steps one by one beside the products to come, as :meth:`later` does; nothing that they read or write
+        may be given back before.
+        """
+        self._later += steps
+
     def give_later(self, words: int) -> None:
         """Give VECTOR words back behind the instructions that wait."""
         self._later.append(lambda: self.vectors.give(words))
 
     def catch_up(self, chunks: int = 1) -> None:
-        """Emit what waits; with ``chunks`` of a product still to come, the share of one of them."""
+        """Emit what waits; with ``chunks`` of a product still to come, the share of one of them.
+
+        Between a chunk's MATRIX and its VECTOR instruction, VECTOR works on it while it would wait for results.
+        """
         for _ in range(-(-len(self._later) // chunks)):
             self._later.popleft()()
 
@@ -189,7 +230,8 @@ class Lowering:
         """PARAMETER words with a value per column; they live until :meth:`drop_columns`."""
         if name not in self._column_words:
             address, words = self.image.columns(name)
-            self._column_words[name] = self.parameters.take(words)
+            # LOAD goes in order: were these the words of a pass that is not done yet, all weights would wait for it.
+            self._column_words[name] = self.parameters.take_last(words)
             self.builder.emit(
                 LOAD, memory=Memory.PARAMETER, words=words, address=address, local=self._column_words[name]
             )
@@ -248,6 +290,8 @@ class Lowering:
     def emit_pass(self, **fields: int) -> None:
         """One VECTOR instruction."""
         self.builder.emit(VECTOR, **fields)
+        if self._next_product is not None and fields["source"] == Source.VECTOR:
+            self._fetch_ahead(1)
 
     def scalars(self, x: int, to: int, tiles: int, operand: int = 0, **fields: int) -> None:
         """One value per row: PARAMETER words x .. x + tiles become words to .. to + tiles.
@@ -339,67 +383,117 @@ class Lowering:
 
     def quantise(self, x: Panels, prescale: str | None) -> QuantisedPanels:
         """Per-row int8 of x * prescale, as the left operand of products."""
-        absmax = self.row_maxima(x, prescale)
-        q = QuantisedPanels(
-            self.activations.take(x.tiles * x.features), x.features, x.tiles, self.parameters.take(x.tiles)
-        )
-        inverse = self.parameters.take(x.tiles)
-        self.scale_and_inverse(absmax, x.tiles, 127, q.scales, inverse)
-        fields = {}
-        if prescale is not None:
-            fields = {"mul1": FirstMultiply.COLUMN0, "column0": self.load_columns(prescale)}
-        self.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.ACTIVATION,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse,
-            tiles=x.tiles,
-            columns=x.features,
-            x=x.start,
-            x_stride=x.features,
-            to=q.start,
-            to_stride=q.features,
-            **fields,
-        )
-        self.parameters.give(inverse)
+        q = self.new_quantised(x)
+        for step in self.quantise_steps(x, prescale, q):
+            step()
         self.drop_columns(prescale)
         return q
+
+    def new_quantised(self, x: Panels) -> QuantisedPanels:
+        """Where the quantised rows of ``x`` will lie."""
+        start = self.activations.take(x.tiles * x.features)
+        return QuantisedPanels(start, x.features, x.tiles, self.parameters.take(x.tiles))
+
+    def quantise_steps(self, x: Panels, prescale: str | None, q: QuantisedPanels) -> list[Step]:
+        """The passes of q = x * prescale, per row; ``prescale`` is not dropped."""
+        inverse: list[int] = []
+
+        def scales() -> None:
+            absmax = self.row_maxima(x, prescale)
+            inverse.append(self.parameters.take(x.tiles))
+            self.scale_and_inverse(absmax, x.tiles, 127, q.scales, inverse[0])
+
+        def values() -> None:
+            fields = {}
+            if prescale is not None:
+                fields = {"mul1": FirstMultiply.COLUMN0, "column0": self.load_columns(prescale)}
+            self.emit_pass(
+                source=Source.VECTOR,
+                destination=Destination.ACTIVATION,
+                mul2=SecondMultiply.LANE0,
+                lane0=inverse[0],
+                tiles=x.tiles,
+                columns=x.features,
+                x=x.start,
+                x_stride=x.features,
+                to=q.start,
+                to_stride=q.features,
+                **fields,
+            )
+            self.parameters.give(inverse[0])
+
+        return [scales, values]
 
     # --- Products ----------------------------------------------------------------------------------------------
 
     def panels_per_chunk(self, depth: int) -> int:
-        """Panels of a linear layer that one chunk may hold: at least four chunks fit the weight ring."""
-        return max(1, min(8, self.weight_ring.size // (4 * depth)))
+        """Panels of a linear layer that one chunk may hold: at least three chunks fit the weight ring."""
+        return max(1, min(8, self.weights.start // (3 * depth)))
 
     def fetch(self, linear: LinearImage, chunk: Chunk) -> Fetched:
         """Load a chunk of a linear layer. It stays until the rings have come around once."""
-        weights = self.weight_ring.take(chunk.panels * linear.depth)
-        self.builder.emit(
-            LOAD, memory=Memory.WEIGHT, words=chunk.panels * linear.depth, address=chunk.weights, local=weights
-        )
-        words = chunk.panels * (2 if linear.has_bias else 1)
-        scales = self.parameter_ring.take(words)
-        self.builder.emit(LOAD, memory=Memory.PARAMETER, words=words, address=chunk.parameters, local=scales)
+        words, parameters = self._chunk_words(linear, chunk)
+        weights, scales = self.weight_ring.take(words), self.parameter_ring.take(parameters)
+        # What waits there for a product that comes later is lost, and will be loaded again.
+        for key, ahead in list(self._ahead.items()):
+            if ahead.touches(weights, words, scales, parameters):
+                del self._ahead[key]
+        self.builder.emit(LOAD, memory=Memory.WEIGHT, words=words, address=chunk.weights, local=weights)
+        self.builder.emit(LOAD, memory=Memory.PARAMETER, words=parameters, address=chunk.parameters, local=scales)
         return Fetched(weights, scales)
 
-    def prefetch(self, linear: LinearImage) -> list[Fetched]:
-        """Load as many chunks as half the ring holds, well before their products; nothing else may take from the ring
-        in between.
-        """
-        fetched: list[Fetched] = []
-        for chunk in linear.chunks:
-            if 2 * (len(fetched) + 1) * chunk.panels * linear.depth > self.weight_ring.size:
-                break
-            fetched.append(self.fetch(linear, chunk))
-        return fetched
+    @staticmethod
+    def _chunk_words(linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
+        """WEIGHT and PARAMETER words of a chunk."""
+        return chunk.panels * linear.depth, chunk.panels * (2 if linear.has_bias else 1)
 
-    def product(
-        self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk, fetched: Fetched | None = None
-    ) -> tuple[int, int]:
+    def widen_ring(self) -> None:
+        """Let weights stream through all of the WEIGHT memory, as long as nothing else lies there."""
+        if self.weights.empty:
+            self.weight_ring.resize(self.config.weight_words)
+
+    def narrow_ring(self) -> None:
+        """Keep streamed weights to their share of the WEIGHT memory; what waits beyond it will be loaded again."""
+        self.weight_ring.resize(self.weights.start)
+        self._ahead = {
+            key: ahead for key, ahead in self._ahead.items() if ahead.weights + ahead.words <= self.weights.start
+        }
+
+    def prefetch(self, linear: LinearImage, share: float = 1) -> None:
+        """Load chunks well before their products: a few now, one more behind each long pass to come.
+
+        At most this ``share`` of the weight ring, and no more than it holds beside chunks that wait there already. Not
+        all at once: the dispatcher goes in order, so LOADs that fill their queue would stop the passes behind them.
+        """
+        self._next_product = linear, share
+        self._fetch_ahead(_AHEAD_NOW)
+
+    def _fetch_ahead(self, most: int) -> None:
+        """Load at most so many chunks of the next product."""
+        assert self._next_product is not None
+        (linear, share), words = self._next_product, 0
+        for chunk in linear.chunks:
+            if chunk.weights in self._ahead:
+                words += self._ahead[chunk.weights].words
+                continue
+            own, parameters = self._chunk_words(linear, chunk)
+            words += own
+            if most == 0 or words > share * self.weight_ring.size:
+                break
+            start, scales = self.weight_ring.following(own), self.parameter_ring.following(parameters)
+            waiting = self._ahead.values()
+            if any(a.touches(start, own, scales, parameters) for a in waiting):
+                break
+            self._ahead[chunk.weights] = _Ahead(*self.fetch(linear, chunk), own, parameters)
+            most -= 1
+
+    def product(self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
         """Load a chunk, if it is not there yet, and start its products; returns the PARAMETER words of its scales and
         biases.
         """
-        weights, scales = fetched or self.fetch(linear, chunk)
+        self._next_product = None
+        ahead = self._ahead.pop(chunk.weights, None)
+        weights, scales = self.fetch(linear, chunk) if ahead is None else (ahead.weights, ahead.scales)
         self.builder.emit(
             MATRIX,
             depth=linear.depth,
@@ -449,12 +543,11 @@ class Lowering:
         activation: str | None = None,
         residual: Panels | None = None,
         factor: Panels | None = None,
-        fetched: Sequence[Fetched] = (),
     ) -> None:
         """into = activation(q . weight + bias), chunk by chunk.
 
         ``residual`` is added in the place of a bias; ``factor`` multiplies the result, and then ``absmax`` names no
-        pre-scale. Both may be ``into`` itself. ``fetched`` : the first chunks, if :meth:`prefetch` has loaded them.
+        pre-scale. Both may be ``into`` itself.
         """
         function = {} if activation is None else self.function_fields(activation)
         for n, chunk in enumerate(linear.chunks):
@@ -466,6 +559,6 @@ class Lowering:
             if factor is not None:
                 fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER}
                 fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
-            words = self.product(q, linear, chunk, fetched[n] if n < len(fetched) else None)
-            self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
+            words = self.product(q, linear, chunk)
             self.catch_up(len(linear.chunks) - n)
+            self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)

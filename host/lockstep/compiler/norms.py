@@ -13,7 +13,7 @@ from lockstep_isa.instructions import (
     Source,
 )
 
-from .lowering import SLOTS, Lowering, Panels, float_bits, head_groups
+from .lowering import SLOTS, Lowering, Panels, Step, float_bits, head_groups
 
 
 def layer_norm(
@@ -27,58 +27,81 @@ def layer_norm(
     absmax: tuple[str | None] | None,
 ) -> None:
     """into = layer_norm(x + y), or of x alone; ``absmax`` names the pre-scale whose maxima to keep, in a tuple."""
-    n, tiles = x.features, x.tiles
-    mean, rstd = low.parameters.take(tiles), low.parameters.take(tiles)
-    if y is not None:
-        low.add(x, y, into, sum=1, sum_to=mean)
-        x = into
-    else:
-        low.emit_pass(source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=mean)
-    share = np.float32(1 / n)
-    low.scalars(mean, mean, tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
-    low.emit_pass(
-        source=Source.VECTOR,
-        add1=FirstAdd.LANE0,
-        lane0=mean,
-        mul1=FirstMultiply.SELF,
-        tiles=tiles,
-        columns=n,
-        x=x.start,
-        x_stride=n,
-        sum=1,
-        sum_to=rstd,
-    )
-    low.scalars(
-        rstd,
-        rstd,
-        tiles,
-        mul1=FirstMultiply.IMMEDIATE0,
-        immediate0=float_bits(share),
-        add2=SecondAdd.IMMEDIATE1,
-        immediate1=float_bits(eps),
-        function=Function.RSQRT,
-        table=SLOTS["rsqrt"],
-    )
-    fields = {} if absmax is None else low.absmax_fields(into, absmax[0], 0, False)
-    low.elementwise(
-        x,
-        into,
-        add1=FirstAdd.LANE0,
-        lane0=mean,
-        mul1=FirstMultiply.LANE1,
-        lane1=rstd,
-        mul2=SecondMultiply.COLUMN0,
-        column0=low.load_columns(gamma),
-        add2=SecondAdd.COLUMN1,
-        column1=low.load_columns(beta),
-        **fields,
-    )
-    for words in (mean, rstd):
-        low.parameters.give(words)
-    for name in (gamma, beta):
+    for step in layer_norm_steps(low, x, y, into, gamma, beta, eps, absmax):
+        step()
+    for name in (gamma, beta, *(absmax or ())):
         low.drop_columns(name)
-    if absmax is not None:
-        low.drop_columns(absmax[0])
+
+
+def layer_norm_steps(
+    low: Lowering,
+    x: Panels,
+    y: Panels | None,
+    into: Panels,
+    gamma: str,
+    beta: str,
+    eps: float,
+    absmax: tuple[str | None] | None,
+) -> list[Step]:
+    """The passes of :func:`layer_norm`, one by one; column words stay loaded."""
+    n, tiles = x.features, x.tiles
+    share = np.float32(1 / n)
+    summed = x if y is None else into
+    # PARAMETER words of means and reciprocal deviations.
+    words: list[int] = []
+
+    def mean() -> None:
+        words.extend((low.parameters.take(tiles), low.parameters.take(tiles)))
+        if y is not None:
+            low.add(x, y, into, sum=1, sum_to=words[0])
+        else:
+            low.emit_pass(source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=words[0])
+        low.scalars(words[0], words[0], tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
+
+    def deviation() -> None:
+        low.emit_pass(
+            source=Source.VECTOR,
+            add1=FirstAdd.LANE0,
+            lane0=words[0],
+            mul1=FirstMultiply.SELF,
+            tiles=tiles,
+            columns=n,
+            x=summed.start,
+            x_stride=n,
+            sum=1,
+            sum_to=words[1],
+        )
+        low.scalars(
+            words[1],
+            words[1],
+            tiles,
+            mul1=FirstMultiply.IMMEDIATE0,
+            immediate0=float_bits(share),
+            add2=SecondAdd.IMMEDIATE1,
+            immediate1=float_bits(eps),
+            function=Function.RSQRT,
+            table=SLOTS["rsqrt"],
+        )
+
+    def apply() -> None:
+        fields = {} if absmax is None else low.absmax_fields(into, absmax[0], 0, False)
+        low.elementwise(
+            summed,
+            into,
+            add1=FirstAdd.LANE0,
+            lane0=words[0],
+            mul1=FirstMultiply.LANE1,
+            lane1=words[1],
+            mul2=SecondMultiply.COLUMN0,
+            column0=low.load_columns(gamma),
+            add2=SecondAdd.COLUMN1,
+            column1=low.load_columns(beta),
+            **fields,
+        )
+        for word in words:
+            low.parameters.give(word)
+
+    return [mean, deviation, apply]
 
 
 def rms_norm(
