@@ -88,7 +88,7 @@ def test_one_program_serves_every_context() -> None:
     with open_device("fast:laptop") as device:
         loaded: list[Any] = []
         load = device.load
-        device.load = lambda program, check=True: loaded.append(program) or load(program, check)  # type: ignore
+        device.load = lambda program, **options: loaded.append(program) or load(program, **options)  # type: ignore
         session = DeviceExecutor(device).open_session(model, TOKENS)
         for token in IDS:
             session.extend(np.array([token]))

@@ -62,7 +62,8 @@ class _Tile:
 class _State:
     """What query heads keep from tile to tile, per head and row tile: peak and sum (PARAMETER words), weighted values
     (VECTOR words). And, in the slots of :meth:`CausalAttentionLowering._slot`, while a tile is met: the peaks before
-    it, the factors from those to the peaks behind it, and the tile's own sums.
+    it, the factors from those to the peaks behind it, the tile's own sums; with one
+    row tile also what it adds to the values (VECTOR words, one set).
     """
 
     peak: int
@@ -71,6 +72,7 @@ class _State:
     before: int
     factor: int
     own_total: int
+    fresh: int | None
 
     @property
     def parameters(self) -> tuple[int, ...]:
@@ -235,10 +237,11 @@ class CausalAttentionLowering:
     def _state(self) -> _State:
         low, count = self.low, self.node.heads * self.tiles
         take = low.parameters.take
-        out = low.vectors.take(count * self.node.head_dim)
+        words = count * self.node.head_dim
+        out, fresh = low.vectors.take(words), low.vectors.take(words) if self.tiles == 1 else None
         # Two turns are under way at a time.
         slots = 2 * (count if self.tiles == 1 else self.tiles)
-        return _State(take(count), take(count), out, take(slots), take(slots), take(slots))
+        return _State(take(count), take(count), out, take(slots), take(slots), take(slots), fresh)
 
     def _slot(self, turn: _Turn) -> int:
         """Where a turn keeps what lasts until its end: with one row tile all heads of a tile of keys have places beside
@@ -248,6 +251,10 @@ class CausalAttentionLowering:
         if self.tiles == 1:
             return turn.section.index % 2 * heads + turn.head
         return (turn.section.index * heads + turn.head) % 2 * self.tiles
+
+    def _slots(self, turn: _Turn) -> int:
+        """The first slot of the entries of :meth:`_together`."""
+        return self._slot(turn) - (turn.head if self.tiles == 1 else 0)
 
     def _together(self, turn: _Turn) -> tuple[int, int]:
         """The first entry and the entries, per head and row tile, that one short pass serves."""
@@ -355,6 +362,8 @@ class CausalAttentionLowering:
         low.vectors.give(weights)
         low.parameters.give(largest)
         low.parameters.give(inverse)
+        if not first and self._closes(turn):
+            self._close(turn, state)
         return _Met(turn, probabilities, scale)
 
     def _keep_peaks(self, turn: _Turn, state: _State) -> None:
@@ -366,7 +375,7 @@ class CausalAttentionLowering:
             tiles=count,
             x=state.peak + first,
             x_stride=1,
-            to=state.before + self._slot(turn),
+            to=state.before + self._slots(turn),
             to_stride=1,
             **varying("columns", 1, turn.section.present),
         )
@@ -392,12 +401,14 @@ class CausalAttentionLowering:
                 self.low.parameters.give(words)
 
     def _drain(self, met: _Met, state: _State) -> None:
-        """The weighted values, joined with what the tiles before have left."""
+        """The weighted values, joined with what the tiles before have left: at once, or for all heads together."""
         low, tiles, d, section = self.low, self.tiles, self.node.head_dim, met.turn.section
-        out = state.out + met.turn.head * tiles * d
-        join: dict[str, int] = {}
-        if section.index:
-            self._rescale(met, state)
+        offset = met.turn.head * tiles * d
+        out, join = state.out + offset, {}
+        if section.index and state.fresh is not None:
+            out = state.fresh + offset
+        elif section.index:
+            self._rescale(met.turn, state, {})
             join = {"add2": SecondAdd.Y, "y": out, "y_stride": d}
         # There are result tiles only where the tile of keys was not skipped.
         low.emit_pass(
@@ -413,45 +424,44 @@ class CausalAttentionLowering:
         )
         low.activations.give(met.probabilities)
         low.parameters.give(met.scale)
-        if section.index and (tiles > 1 or met.turn.head == self.node.heads - 1):
-            self._add_totals(met.turn, state)
+        if section.index and state.fresh is not None and self._closes(met.turn):
+            self._rescale(met.turn, state, {"add2": SecondAdd.Y, "y": state.fresh, "y_stride": d})
 
-    def _rescale(self, met: _Met, state: _State) -> None:
-        """Bring weighted values to the new peak."""
-        low, tiles, d = self.low, self.tiles, self.node.head_dim
-        section, first = met.turn.section, met.turn.head * tiles
-        slot = self._slot(met.turn)
-        peak, factor, out = state.peak + first, state.factor + slot, state.out + first * d
-        low.emit_pass(
+    def _closes(self, turn: _Turn) -> bool:
+        """Whether a turn is the last one of those that share short passes."""
+        return self.tiles > 1 or turn.head == self.node.heads - 1
+
+    def _rescale(self, turn: _Turn, state: _State, join: dict[str, int]) -> None:
+        """Bring weighted values to the new peaks."""
+        (first, count), slot, d = self._together(turn), self._slots(turn), self.node.head_dim
+        self.low.emit_pass(
+            source=Source.VECTOR,
+            destination=Destination.VECTOR,
+            mul1=FirstMultiply.LANE1,
+            lane1=state.factor + slot,
+            tiles=count,
+            x=state.out + first * d,
+            x_stride=d,
+            to=state.out + first * d,
+            to_stride=d,
+            **varying("columns", d, turn.section.columns),
+            **join,
+        )
+
+    def _close(self, turn: _Turn, state: _State) -> None:
+        """What brings values to the new peaks; bring sums there, and add those of the tile."""
+        (first, count), slot = self._together(turn), self._slots(turn)
+        shape = {"tiles": count, "x_stride": 1, "to_stride": 1, **varying("columns", 1, turn.section.present)}
+        self.low.emit_pass(
             source=Source.INTEGER,
             destination=Destination.PARAMETER,
             function=Function.EXP2,
             table=SLOTS["exp2"],
-            lane0=peak,
-            tiles=tiles,
+            lane0=state.peak + first,
             x=state.before + slot,
-            x_stride=1,
-            to=factor,
-            to_stride=1,
-            **varying("columns", 1, section.present),
+            to=state.factor + slot,
+            **shape,
         )
-        low.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.VECTOR,
-            mul1=FirstMultiply.LANE1,
-            lane1=factor,
-            tiles=tiles,
-            x=out,
-            x_stride=d,
-            to=out,
-            to_stride=d,
-            **varying("columns", d, section.columns),
-        )
-
-    def _add_totals(self, turn: _Turn, state: _State) -> None:
-        """Bring sums to their new peaks, and add those of the tile."""
-        first, count = self._together(turn)
-        slot = self._slot(turn) - (turn.head if self.tiles == 1 else 0)
         for fields in (
             {"mul1": FirstMultiply.LANE1, "lane1": state.factor + slot},
             {"add1": FirstAdd.LANE0, "lane0": state.own_total + slot},
@@ -459,12 +469,9 @@ class CausalAttentionLowering:
             self.low.emit_pass(
                 source=Source.PARAMETER,
                 destination=Destination.PARAMETER,
-                tiles=count,
                 x=state.total + first,
-                x_stride=1,
                 to=state.total + first,
-                to_stride=1,
-                **varying("columns", 1, turn.section.present),
+                **shape,
                 **fields,
             )
 
@@ -488,3 +495,5 @@ class CausalAttentionLowering:
         for words in state.parameters:
             low.parameters.give(words)
         low.vectors.give(state.out)
+        if state.fresh is not None:
+            low.vectors.give(state.fresh)

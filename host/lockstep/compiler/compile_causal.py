@@ -163,6 +163,7 @@ class CausalStageCompiler(StageCompiler):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
         self.low.catch_up()
+        self.low.narrow_ring()
         attention.attend(q, into, lambda: self._stream_on(node.value))
         self._done(node.q)
         self._finish(node, into)
