@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from lockstep_isa.config import CoreConfig
@@ -33,17 +32,10 @@ from .labels import Labels
 from .lowering import WEIGHT_RING, Lowering, Panels, QuantisedPanels, Step, panel_rows, rows_of
 from .norms import layer_norm, rms_norm
 from .post_norm import LEAST_BLOCK, PostNorm, PostNormLowering, row_blocks
+from .readers import FeedForward, Readers
 from .rotary import ColumnAngles, PanelAngles, rotary
 from .shapes import Binding, sequences_of
 from .stages import Stage
-
-
-@dataclass(frozen=True)
-class _FeedForward:
-    first: Linear
-    activation: Activation | None
-    quantise: Quantise
-    second: Linear
 
 
 class StageCompiler:
@@ -76,10 +68,7 @@ class StageCompiler:
         self.sequences = sequences_of(lengths, config.rows)
         self.tiles = sum(s.tiles for s in self.sequences)
         self.bindings = bindings
-        self.readers: dict[Value, list[Node]] = {}
-        for node in stage.device:
-            for value in node.inputs:
-                self.readers.setdefault(value, []).append(node)
+        self.readers = Readers(graph, stage)
         self.sections: list[Section] = []
         self._labels = Labels(graph)
         # Per instruction: what it computes, where that is not the node at hand.
@@ -90,8 +79,8 @@ class StageCompiler:
         self.panels: dict[Value, Panels] = {}
         self.quantised: dict[Value, QuantisedPanels] = {}
         self.deferred: dict[Value, Node] = {}
-        self.chains: dict[Value, _FeedForward] = {}
-        self.pending_reads = {v: len(r) for v, r in self.readers.items()}
+        self.chains: dict[Value, FeedForward] = {}
+        self.pending_reads = {v: len(r) for v, r in self.readers.of.items()}
         for value in stage.outputs:
             self.pending_reads[value] = self.pending_reads.get(value, 0) + 1
 
@@ -184,71 +173,22 @@ class StageCompiler:
         elif node.value not in self.pending_reads:
             self.low.free(self.panels.pop(node.value))
 
-    def _wanted_maxima(self, value: Value) -> tuple[str | None] | None:
-        """The pre-scale of the Quantise that reads a value, so that its producer can keep the maxima on the way."""
-        for reader in self.readers.get(value, []):
-            if isinstance(reader, Quantise):
-                return (reader.prescale,)
-        return None
-
-    def _only_reader(self, value: Value) -> Node | None:
-        readers = self.readers.get(value, [])
-        return readers[0] if len(readers) == 1 and value not in self.stage.outputs else None
-
     # --- Nodes -------------------------------------------------------------------------------------------------
 
     def _defer(self, node: Node) -> bool:
         """Whether a node is emitted together with its only reader."""
-        reader = self._only_reader(node.value)
         if node.value in self.deferred:
             return True
         if node.value in self.chains:
             return False
-        if isinstance(node, Linear) and (chain := self._feed_forward_chain(node)):
+        if isinstance(node, Linear) and (chain := self.readers.feed_forward_chain(node)):
             self.chains[chain.second.value] = chain
             self.deferred |= {n.value: n for n in (node, chain.activation, chain.quantise) if n is not None}
             return True
-        together = (
-            (isinstance(node, Linear) and isinstance(reader, Attention) and self._per_head(node, reader))
-            or (isinstance(node, Linear) and isinstance(reader, Activation))
-            or (isinstance(node, Linear) and isinstance(reader, Multiply) and self._rides(node, reader))
-            or (
-                isinstance(node, Linear) and isinstance(reader, Add) and node.bias is None and self._rides(node, reader)
-            )
-            or (isinstance(node, Add) and isinstance(reader, LayerNorm))
-        )
+        together = self.readers.together(node, self.deferred)
         if together:
             self.deferred[node.value] = node
         return together
-
-    def _feed_forward_chain(self, first: Linear) -> _FeedForward | None:
-        """Linear, perhaps an activation, Quantise, Linear, each read by the next only: done in blocks of rows."""
-        reader = self._only_reader(first.value)
-        activation = reader if isinstance(reader, Activation) else None
-        if activation is not None:
-            reader = self._only_reader(activation.value)
-        if not isinstance(reader, Quantise):
-            return None
-        second = self._only_reader(reader.value)
-        return _FeedForward(first, activation, reader, second) if isinstance(second, Linear) else None
-
-    def _per_head(self, node: Linear, reader: Attention) -> bool:
-        heads = reader.heads if node.value == reader.q else reader.kv_heads
-        return self.graph.tensors[node.weight].shape[0] == heads * reader.head_dim
-
-    def _rides(self, node: Linear, reader: Add | Multiply) -> bool:
-        """Whether the other operand of a sum or product can meet this linear layer's results as they are drained."""
-        other = reader.y if reader.x == node.value else reader.x
-        if other == node.value or other in self.deferred:
-            return False
-        if isinstance(reader, Multiply):
-            return not self._prescaled(reader.value)
-        # Sums that ride on a layer norm are left to it.
-        return not isinstance(self._only_reader(reader.value), LayerNorm)
-
-    def _prescaled(self, value: Value) -> bool:
-        wanted = self._wanted_maxima(value)
-        return wanted is not None and wanted[0] is not None
 
     def _lower(self, node: Node) -> None:
         match node:
@@ -294,7 +234,7 @@ class StageCompiler:
             return
         x, y = self._read(node.x), self._read(node.y)
         into = self._reuse_or_new(node.x, x.features)
-        absmax = self._wanted_maxima(node.value)
+        absmax = self.readers.wanted_maxima(node.value)
         fields = {}
         if absmax is not None and absmax[0] is None:
             fields = self.low.absmax_fields(into, None, 0, False)
@@ -316,7 +256,7 @@ class StageCompiler:
         q, operand = self.quantised[linear.quantised], self._read(other)
         image = self._image_of(linear, q.features)
         into = self._reuse_or_new(other, operand.features)
-        absmax = self._wanted_maxima(node.value)
+        absmax = self.readers.wanted_maxima(node.value)
         if isinstance(node, Add):
             self.low.linear(q, image, into, absmax, residual=operand)
         else:
@@ -326,7 +266,7 @@ class StageCompiler:
         return into
 
     def _layer_norm(self, node: LayerNorm) -> None:
-        absmax = self._wanted_maxima(node.value)
+        absmax = self.readers.wanted_maxima(node.value)
         added = self.deferred.pop(node.x, None)
         if isinstance(added, Add):
             x, y = self._read(added.x), self._read(added.y)
@@ -344,7 +284,7 @@ class StageCompiler:
     def _rms_norm(self, node: RMSNorm) -> None:
         x = self._read(node.x)
         into = self._reuse_or_new(node.x, x.features)
-        absmax = self._wanted_maxima(node.value)
+        absmax = self.readers.wanted_maxima(node.value)
         rms_norm(self.low, x, into, node.gamma, node.eps, node.groups, absmax)
         self._done(node.x)
         self._finish(node, into)
@@ -394,7 +334,7 @@ class StageCompiler:
         x = self._read(node.x)
         into = self._reuse_or_new(node.x, x.features)
         fields = self.low.function_fields(node.function)
-        absmax = self._wanted_maxima(node.value)
+        absmax = self.readers.wanted_maxima(node.value)
         if absmax is not None:
             fields |= self.low.absmax_fields(into, absmax[0], 0, False)
         self.low.elementwise(x, into, **fields)
@@ -408,7 +348,7 @@ class StageCompiler:
         blocks = row_blocks(self.tiles)
         post = self._post_norm(node, 0) if len(blocks) > 1 and result is node else None
         if post is None:
-            self.low.linear(q, image, into, self._wanted_maxima(result.value), activation)
+            self.low.linear(q, image, into, self.readers.wanted_maxima(result.value), activation)
             self._done(node.quantised)
             self._finish(result, into)
             return
@@ -425,15 +365,15 @@ class StageCompiler:
         """The layer norm of a sum with a product, if nothing else reads that, the other operand is there, and its
         quantised rows fit beside so many ACTIVATION words.
         """
-        add = self._only_reader(product.value)
+        add = self.readers.only_reader(product.value)
         if not isinstance(add, Add) or add.x == add.y:
             return None
-        norm, other = self._only_reader(add.value), add.y if add.x == product.value else add.x
+        norm, other = self.readers.only_reader(add.value), add.y if add.x == product.value else add.x
         if not isinstance(norm, LayerNorm) or (other not in self.panels and other not in self.stage.inputs):
             return None
         if not self.low.activations.fit(self.tiles * self.graph.tensors[norm.gamma].size, beside):
             return None
-        quantise = [r for r in self.readers.get(norm.value, []) if isinstance(r, Quantise)]
+        quantise = [r for r in self.readers.of.get(norm.value, []) if isinstance(r, Quantise)]
         return PostNorm(add, norm, quantise[0] if quantise else None)
 
     def _begin_post_norm(self, post: PostNorm) -> PostNormLowering:
@@ -468,7 +408,7 @@ class StageCompiler:
         most = self.low.panels_per_chunk(depth)
         return self.image.linear(linear.weight, linear.scales, linear.bias, None, most)
 
-    def _feed_forward(self, chain: _FeedForward) -> None:
+    def _feed_forward(self, chain: FeedForward) -> None:
         """A block's second product runs behind the next block's first one, so that requantisation hides behind that."""
         low, first, second = self.low, chain.first, chain.second
         q = self.quantised[first.quantised]
@@ -538,7 +478,7 @@ class StageCompiler:
         producers = {v: self.deferred.get(v) for v in operands}
         q, k, v = (self._projection(value, node) for value in operands)
         into = self._new(node.heads * node.head_dim)
-        absmax = self._wanted_maxima(node.value)
+        absmax = self.readers.wanted_maxima(node.value)
         bias = None
         if node.bias is not None:
             bias = (self.bindings[node.bias].address, self.bindings[node.bias].features)

@@ -98,7 +98,7 @@ class CausalStageCompiler(StageCompiler):
             # While VECTOR makes a norm, the bus has nothing else to do. What the norm itself wants goes first.
             for name in (node.gamma, *([node.beta] if isinstance(node, LayerNorm) else [])):
                 self.low.load_columns(name)
-            for prescale in self._wanted_maxima(node.value) or ():
+            for prescale in self.readers.wanted_maxima(node.value) or ():
                 if prescale is not None:
                     self.low.load_columns(prescale)
             self._prefetch(node.value)
@@ -138,7 +138,7 @@ class CausalStageCompiler(StageCompiler):
 
     def _append(self, value: Value, panels: Panels) -> None:
         """Put new keys or values into the cache as soon as they are there."""
-        for reader in self.readers.get(value, []):
+        for reader in self.readers.of.get(value, []):
             if isinstance(reader, Attention) and value in (reader.k, reader.v):
                 attention = self._cached(reader)
                 self.appended.add(value)
@@ -182,12 +182,14 @@ class CausalStageCompiler(StageCompiler):
 
     def _prefetch(self, value: Value, share: float = 1) -> None:
         """Load the first weights that will meet a value once it is quantised."""
-        quantised = self._only_reader(value)
+        quantised = self.readers.only_reader(value)
         if isinstance(quantised, Quantise):
             self._prefetch_products(quantised.value, share)
 
     def _prefetch_products(self, quantised: Value, share: float) -> None:
-        linears = [r for r in self.readers.get(quantised, []) if isinstance(r, Linear) and r.value != self.graph.output]
+        linears = [
+            r for r in self.readers.of.get(quantised, []) if isinstance(r, Linear) and r.value != self.graph.output
+        ]
         if linears:
             first = min(linears, key=lambda linear: self._ranks[linear.value])
             self.low.prefetch(self._image_of(first, self.graph.tensors[first.weight].shape[1]), share)
