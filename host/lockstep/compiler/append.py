@@ -8,7 +8,8 @@ from lockstep.graph import Attention
 
 from .context import Context, LayerCache
 from .heads import head_scales, round_heads, varying
-from .lowering import Lowering, Panels
+from .lowering import Lowering
+from .onchip import Panels
 
 
 class CacheAppend:

@@ -27,7 +27,8 @@ from lockstep_isa.instructions import (
 )
 
 from .image import Chunk, LinearImage
-from .lowering import SLOTS, Lowering, Panels, QuantisedPanels, float_bits, rows_of
+from .lowering import SLOTS, Lowering, float_bits
+from .onchip import Panels, QuantisedPanels, rows_of
 
 
 @dataclass(frozen=True)

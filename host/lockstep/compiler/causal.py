@@ -36,7 +36,8 @@ from lockstep.graph import Attention
 from .append import CacheAppend
 from .context import Context, LayerCache, Section, Window
 from .heads import head_scales, round_heads, varying
-from .lowering import SLOTS, Lowering, Panels, float_bits, head_groups
+from .lowering import SLOTS, Lowering, float_bits
+from .onchip import Panels, head_groups
 
 
 @dataclass(frozen=True)

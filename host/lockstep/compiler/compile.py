@@ -29,8 +29,9 @@ from .allocation import CapacityError
 from .attention import AttentionLowering, Projection
 from .image import Image, LinearImage
 from .labels import Labels
-from .lowering import WEIGHT_RING, Lowering, Panels, QuantisedPanels, Step, panel_rows, rows_of
+from .lowering import WEIGHT_RING, Lowering, Step
 from .norms import layer_norm, rms_norm
+from .onchip import Panels, QuantisedPanels, panel_rows, rows_of
 from .post_norm import LEAST_BLOCK, PostNorm, PostNormLowering, row_blocks
 from .readers import FeedForward, Readers
 from .rotary import ColumnAngles, PanelAngles, rotary
@@ -173,8 +174,6 @@ class StageCompiler:
         elif node.value not in self.pending_reads:
             self.low.free(self.panels.pop(node.value))
 
-    # --- Nodes -------------------------------------------------------------------------------------------------
-
     def _defer(self, node: Node) -> bool:
         """Whether a node is emitted together with its only reader."""
         if node.value in self.deferred:
@@ -185,10 +184,19 @@ class StageCompiler:
             self.chains[chain.second.value] = chain
             self.deferred |= {n.value: n for n in (node, chain.activation, chain.quantise) if n is not None}
             return True
-        together = self.readers.together(node, self.deferred)
+        reader = self.readers.only_reader(node.value)
+        if isinstance(node, Linear) and isinstance(reader, Attention):
+            together = self._per_head(node, reader)
+        else:
+            together = self.readers.together(node, self.deferred)
         if together:
             self.deferred[node.value] = node
         return together
+
+    def _per_head(self, node: Linear, reader: Attention) -> bool:
+        """Whether a projection is computed head by head, with its attention."""
+        heads = reader.heads if node.value == reader.q else reader.kv_heads
+        return self.graph.tensors[node.weight].shape[0] == heads * reader.head_dim
 
     def _lower(self, node: Node) -> None:
         match node:

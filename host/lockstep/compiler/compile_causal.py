@@ -13,7 +13,7 @@ from .causal import CausalAttentionLowering
 from .compile import StageCompiler
 from .context import CausalRun, Context
 from .image import Image
-from .lowering import Panels, rows_of
+from .onchip import Panels, rows_of
 from .rotary import ColumnAngles, PanelAngles
 from .shapes import Binding
 from .stages import Stage

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lockstep_isa.instructions import Destination, Maximum, SecondMultiply, Source, selector
 
-from .lowering import Lowering, Panels, head_groups
+from .lowering import Lowering
+from .onchip import Panels, head_groups
 
 
 def varying(name: str, value: int, operand: int) -> dict[str, int]:

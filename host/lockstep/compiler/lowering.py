@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from lockstep_driver.builder import ProgramBuilder
@@ -39,6 +38,7 @@ from lockstep_isa.tables import FUNCTIONS
 
 from .allocation import Pieces, Ring
 from .image import Chunk, Image, LinearImage
+from .onchip import Ahead, Fetched, Panels, QuantisedPanels
 
 #: Table slots: three functions that every program needs, and one for the activation at hand.
 SLOTS = {"exp2": 0, "recip": 1, "rsqrt": 2}
@@ -61,88 +61,6 @@ Step = Callable[[], object]
 def float_bits(value: float | np.floating[Any]) -> int:
     """The bit pattern of a float32 immediate."""
     return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
-
-
-@dataclass
-class Panels:
-    """A value on chip: float32[tiles * rows, features] in VECTOR words from ``start``, ``features`` words a tile.
-
-    ``absmax`` maps the name of a pre-scale (or none) to the PARAMETER words with the absolute maxima of its rows.
-    ``head_maxima`` are PARAMETER words with those of each head and row tile, if some pass has left them.
-    """
-
-    start: int
-    features: int
-    tiles: int
-    absmax: dict[str | None, int] = field(default_factory=dict)
-    head_maxima: int | None = None
-
-
-@dataclass(frozen=True)
-class QuantisedPanels:
-    """int8[tiles * rows, features] in ACTIVATION words from ``start``; PARAMETER word ``scales`` + t scales tile t."""
-
-    start: int
-    features: int
-    tiles: int
-    scales: int
-
-
-@dataclass(frozen=True)
-class HeadGroup:
-    """Some heads of a value in one pass: ``count`` tiles, each ``stride`` words from the one before.
-
-    ``first`` is the first tile in an array that has one entry per head and row tile.
-    """
-
-    start: int
-    count: int
-    stride: int
-    first: int
-
-
-def head_groups(x: Panels, heads: int) -> Iterator[HeadGroup]:
-    """Passes that cover every head of ``x``: all heads at once with one row tile, else head by head."""
-    d = x.features // heads
-    if x.tiles == 1:
-        yield HeadGroup(x.start, heads, d, 0)
-        return
-    for head in range(heads):
-        yield HeadGroup(x.start + head * d, x.tiles, x.features, head * x.tiles)
-
-
-def rows_of(q: QuantisedPanels, first: int, tiles: int) -> QuantisedPanels:
-    """Row tiles ``first`` .. ``first + tiles`` of a quantised value."""
-    return QuantisedPanels(q.start + first * q.features, q.features, tiles, q.scales + first)
-
-
-def panel_rows(x: Panels, first: int, tiles: int) -> Panels:
-    """Row tiles ``first`` .. ``first + tiles`` of a value; their words stay those of ``x``, which is what is freed."""
-    absmax = {prescale: words + first for prescale, words in x.absmax.items()}
-    return Panels(x.start + first * x.features, x.features, tiles, absmax)
-
-
-class Fetched(NamedTuple):
-    """A chunk on chip: its first WEIGHT word, and the PARAMETER words of its scales with the biases behind them."""
-
-    weights: int
-    scales: int
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """A chunk on chip whose products are not emitted yet, with its sizes."""
-
-    weights: int
-    scales: int
-    words: int
-    parameters: int
-
-    def touches(self, weights: int, words: int, scales: int, parameters: int) -> bool:
-        """Whether another chunk would lie where this one does."""
-        return (weights < self.weights + self.words and self.weights < weights + words) or (
-            scales < self.scales + self.parameters and self.scales < scales + parameters
-        )
 
 
 class Lowering:
@@ -174,7 +92,7 @@ class Lowering:
         self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words - 1)
         self._later: deque[Step] = deque()
         # Chunks on chip that wait for their products, by the address of their weights.
-        self._ahead: dict[int, _Ahead] = {}
+        self._ahead: dict[int, Ahead] = {}
         # The product whose chunks are being loaded ahead, and how much of the weight ring they may fill.
         self._next_product: tuple[LinearImage, float] | None = None
         self._loaded_activation: str | None = None
@@ -485,7 +403,7 @@ class Lowering:
             waiting = self._ahead.values()
             if any(a.touches(start, own, scales, parameters) for a in waiting):
                 break
-            self._ahead[chunk.weights] = _Ahead(*self.fetch(linear, chunk), own, parameters)
+            self._ahead[chunk.weights] = Ahead(*self.fetch(linear, chunk), own, parameters)
             most -= 1
 
     def product(self, q: QuantisedPanels, linear: LinearImage, chunk: Chunk) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from lockstep_isa.instructions import (
     Source,
 )
 
-from .lowering import SLOTS, Lowering, Panels, Step, float_bits, head_groups
+from .lowering import SLOTS, Lowering, Step, float_bits
+from .onchip import Panels, head_groups
 
 
 def layer_norm(

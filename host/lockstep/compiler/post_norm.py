@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from lockstep.graph import Add, LayerNorm, Node, Quantise
 
-from .lowering import Lowering, Panels, QuantisedPanels, Step, panel_rows, rows_of
+from .lowering import Lowering, Step
 from .norms import layer_norm_steps
+from .onchip import Panels, QuantisedPanels, panel_rows, rows_of
 
 #: Fewest row tiles in a block: weights are streamed once per block.
 LEAST_BLOCK = 3

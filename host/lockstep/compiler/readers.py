@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from lockstep.graph import (
     Activation,
     Add,
-    Attention,
     Graph,
     LayerNorm,
     Linear,
@@ -69,11 +68,6 @@ class Readers:
         second = self.only_reader(reader.value)
         return FeedForward(first, activation, reader, second) if isinstance(second, Linear) else None
 
-    def per_head(self, node: Linear, reader: Attention) -> bool:
-        """Whether the outputs of a linear layer are those of the attention's heads, one behind the other."""
-        heads = reader.heads if node.value == reader.q else reader.kv_heads
-        return self.graph.tensors[node.weight].shape[0] == heads * reader.head_dim
-
     def rides(self, node: Linear, reader: Add | Multiply, deferred: Container[Value]) -> bool:
         """Whether the other operand of a sum or product can meet this linear layer's results as they are drained.
 
@@ -93,14 +87,12 @@ class Readers:
         return wanted is not None and wanted[0] is not None
 
     def together(self, node: Node, deferred: Container[Value]) -> bool:
-        """Whether a node is compiled with its only reader; ``deferred`` as for :meth:`rides`."""
+        """Whether a node is compiled with its only reader, which is no attention; ``deferred`` as for :meth:`rides`."""
         reader = self.only_reader(node.value)
         if isinstance(node, Add):
             return isinstance(reader, LayerNorm)
         if not isinstance(node, Linear):
             return False
-        if isinstance(reader, Attention):
-            return self.per_head(node, reader)
         if isinstance(reader, Multiply) or (isinstance(reader, Add) and node.bias is None):
             return self.rides(node, reader, deferred)
         return isinstance(reader, Activation)

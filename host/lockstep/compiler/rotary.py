@@ -20,7 +20,8 @@ from lockstep_isa.instructions import (
     ThirdMultiply,
 )
 
-from .lowering import HeadGroup, Lowering, Panels, float_bits, head_groups
+from .lowering import Lowering, float_bits
+from .onchip import HeadGroup, Panels, head_groups
 
 
 @dataclass(frozen=True)
