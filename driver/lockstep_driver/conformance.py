@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from lockstep_isa import numerics
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import (
@@ -20,9 +21,13 @@ from lockstep_isa.instructions import (
     STORE,
     VECTOR,
     Destination,
+    FirstMultiply,
     Instruction,
     Memory,
+    SecondAdd,
     Source,
+    Tap,
+    ThirdMultiply,
     Unit,
     encode,
 )
@@ -167,6 +172,43 @@ def adds_the_operands_of_each_run(device: Device) -> None:
     for count, row in zip(lengths, found, strict=True):
         expected = np.where(np.arange(row.size) < count * rows, values, np.float32(0))
         assert (row == expected).all(), f"a run with length {count} left {np.count_nonzero(row)} values"
+
+
+@check
+def reads_column_words_up_to_the_end_of_their_memory(device: Device) -> None:
+    """Words of three columns end with PARAMETER: rows of one group and of several, part of one, x from both sides."""
+    config, tiles = device.config, 2
+    rng = np.random.default_rng(10)
+    for source in (Source.VECTOR, Source.PARAMETER):
+        for columns in (1, config.rows, config.rows + 1, 3 * config.rows):
+            groups, taken = -(-columns // config.rows), tiles * columns
+            words = [rng.normal(size=(count, config.rows)).astype(np.float32) for count in (taken, 2 * groups)]
+            buffers = [device.allocate(w.nbytes) for w in words]
+            for buffer, values in zip(buffers, words, strict=True):
+                buffer.write(values)
+            result = device.allocate(words[0].nbytes)
+            result.write(np.zeros_like(words[0]))
+            end = config.parameter_words
+            builder = ProgramBuilder(config)
+            memory = Memory.VECTOR if source == Source.VECTOR else Memory.PARAMETER
+            builder.emit(LOAD, memory=memory, words=taken, address=buffers[0].address)
+            parameters = {"memory": Memory.PARAMETER, "words": 2 * groups, "local": end - 2 * groups}
+            builder.emit(LOAD, address=buffers[1].address, **parameters)
+            operands = {"column0": end - 2 * groups, "column1": end - groups, "column2": end - groups}
+            steps = {"mul1": FirstMultiply.COLUMN0, "add2": SecondAdd.COLUMN1, "mul3": ThirdMultiply.COLUMN2}
+            shape = {"source": source, "tiles": tiles, "columns": columns, "x_stride": columns}
+            target = {"destination": Destination.VECTOR, "tap": Tap.AFTER, "to": taken, "to_stride": columns}
+            builder.emit(VECTOR, **shape, **target, **operands, **steps)
+            builder.emit(STORE, memory=Memory.VECTOR, words=taken, address=result.address, local=taken)
+            device.run(builder.finish(), timeout=60)
+            found = result.data.view(np.float32).reshape(words[0].shape).copy()
+            for buffer in (*buffers, result):
+                device.free(buffer)
+            first, second = words[1].reshape(2, -1)[:, :columns, None]
+            x = words[0].reshape(tiles, columns, config.rows)
+            expected = numerics.mul(numerics.add(numerics.mul(x, first), second), second).reshape(found.shape)
+            wrong = np.flatnonzero((found != expected).any(axis=1))
+            assert not wrong.size, f"{columns} columns from {source.name}: word {wrong[0]} is wrong"
 
 
 @check

@@ -88,8 +88,7 @@ class Lowering:
         self.weight_ring = Ring("WEIGHT", 0, weight_words)
         self.weights = Pieces("WEIGHT", weight_words, config.weight_words)
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
-        # VECTOR reads the column words of the next group ahead, wanted or not: none may follow the last word.
-        self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words - 1)
+        self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
         self._later: deque[Step] = deque()
         # Chunks on chip that wait for their products, by the address of their weights.
         self._ahead: dict[int, Ahead] = {}

@@ -153,6 +153,9 @@ class Issue(wiring.Component):
         least = Signal(range(CONTINUE_PROLOGUE))  # further cycles that the prologue must take
         fetching, one_left = Signal(), Signal()
         choice = Signal(6)
+        # What the next group of columns needs: nothing behind the row's last group, whose words may end the memory.
+        next_needs = Signal(3)
+        m.d.comb += next_needs.eq(Mux(fetch_group == final_beat[group_bits:], 0, column_needs))
         bases = (i.column0, i.column1, i.column2, i.lane0, i.lane1, i.max_to)
         fetch_address = Signal(ADDRESS_BITS)
         m.d.comb += [choice.eq(needed & (~needed + 1)[:6]), one_left.eq((needed & ~choice) == 0)]
@@ -222,7 +225,7 @@ class Issue(wiring.Component):
                     m.d.sync += least.eq(least - 1)
                 with m.If(one_left & (least == 0)):
                     with m.If(~from_parameter):
-                        m.d.sync += [needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
+                        m.d.sync += [needed.eq(next_needs), fetch_group.eq(fetch_group + 1)]
                     m.next = "ISSUE"
             with m.State("ISSUE"):
                 m.d.comb += [
@@ -232,7 +235,7 @@ class Issue(wiring.Component):
                     y_alone.eq(go & read_y),
                 ]
                 with m.If(late & one_left):
-                    m.d.sync += [late.eq(0), needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
+                    m.d.sync += [late.eq(0), needed.eq(next_needs), fetch_group.eq(fetch_group + 1)]
                 with m.If(y_alone):
                     m.d.sync += [read_y.eq(0), y_address.eq(y_address + side)]
                 with m.If(issues):
@@ -264,10 +267,10 @@ class Issue(wiring.Component):
                                 m.next = "DRAIN"
                         with m.Elif(group_ends & column_needs.any()):
                             with m.If(from_parameter):
-                                m.d.sync += [needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
+                                m.d.sync += [needed.eq(next_needs), fetch_group.eq(fetch_group + 1)]
                                 m.next = "FETCH"
                             with m.Elif(one_left):
-                                m.d.sync += [needed.eq(column_needs), fetch_group.eq(fetch_group + 1)]
+                                m.d.sync += [needed.eq(next_needs), fetch_group.eq(fetch_group + 1)]
                             with m.Else():
                                 m.d.sync += late.eq(1)
             with m.State("DRAIN"), m.If(self.drained):
