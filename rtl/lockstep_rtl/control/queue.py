@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import InstructionType
 
+from ..fifo import HeadFIFO
 from ..interfaces import instruction_layout, instruction_stream
 
 #: Bits of an instruction's index in its program.
@@ -63,8 +63,8 @@ class UnitQueue(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.queue = queue = SyncFIFOBuffered(width=self.entry.size, depth=self.config.queue_depth)
-        m.submodules.flight = flight = SyncFIFOBuffered(width=_RUNNING.size, depth=IN_FLIGHT)
+        m.submodules.queue = queue = HeadFIFO(width=self.entry.size, depth=self.config.queue_depth)
+        m.submodules.flight = flight = HeadFIFO(width=_RUNNING.size, depth=IN_FLIGHT)
         head = data.View(self.entry, queue.r_data)
         begins, accepted, taken = Signal(), Signal(), Signal()
         # A grant is looked at one cycle later, out of a register. It stays: only this unit takes its tokens.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
@@ -21,6 +20,7 @@ from lockstep_isa.instructions import (
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
 
 from ..axi import ADDRESS_BITS, ReadMaster
+from ..fifo import HeadFIFO
 from ..transfer.bursts import UnitError, Window
 from .operands import OPERAND_BYTES, OperandAdder
 from .queue import INDEX_BITS, queue_entry
@@ -81,7 +81,7 @@ class Sequencer(wiring.Component):
         pairs = fetch_bytes // INSTRUCTION_BYTES - 1  # 1 where one fetch brings two instructions
         ahead = FETCH_AHEAD >> pairs
         word_bits = 8 * fetch_bytes
-        m.submodules.buffer = buffer = SyncFIFOBuffered(width=word_bits, depth=ahead)
+        m.submodules.buffer = buffer = HeadFIFO(width=word_bits, depth=ahead)
 
         # Fetch: bursts of one instruction, or beats of two; ``credit`` of them are asked for or waiting.
         address, remaining = Signal(ADDRESS_BITS), Signal(32)
@@ -137,6 +137,7 @@ class Sequencer(wiring.Component):
         known, malformed, dispatch, pushed = (Signal(name=n) for n in ("known", "malformed", "dispatch", "pushed"))
         # The verdict on the head is one cycle old: it is looked at in one cycle and dispatched from the next one on.
         vetted, is_known, is_malformed = Signal(), Signal(), Signal()
+        kinds = Signal(len(INSTRUCTION_TYPES))
         m.d.comb += operands.begin.eq(buffer.r_rdy & dispatching & ~vetted)
         m.d.sync += [
             vetted.eq(buffer.r_rdy & ~next_head & dispatching),
@@ -148,7 +149,7 @@ class Sequencer(wiring.Component):
             offset, field = t.layout[name]
             return head[offset : offset + field.width]
 
-        for t in INSTRUCTION_TYPES:
+        for kind, t in enumerate(INSTRUCTION_TYPES):
             push = getattr(self, f"push_{t.name.lower()}")
             resolved = {f.name: operands.sums[n][: f.width] for n, f in enumerate(t.variable)}
             m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(operands.skip)]
@@ -166,12 +167,14 @@ class Sequencer(wiring.Component):
             ]
             if t is STORE:
                 wrong.append(bits(t, "memory") != Memory.VECTOR)
+            m.d.sync += kinds[kind].eq(head[:4] == t.opcode)
+            m.d.comb += push.valid.eq(dispatch & kinds[kind] & ~is_malformed)
+            with m.If(kinds[kind] & push.ready):
+                m.d.comb += pushed.eq(push.valid)
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),
                     malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
-                    push.valid.eq(dispatch & ~is_malformed),
-                    pushed.eq(push.valid & push.ready),
                     operands.counts.eq(Cat(f.minimum for f in t.variable)),
                 ]
                 for n, f in enumerate(t.variable):

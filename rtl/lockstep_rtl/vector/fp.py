@@ -36,13 +36,20 @@ def round_and_pack(
 
     Exponents that end at or below 0 give a signed zero, at or above 255 infinity, unless ``raw``.
     """
-    rounded = Signal(25)
-    final = Signal(signed(len(exponent) + 1))
-    m.d.comb += [rounded.eq(significand + up), final.eq(exponent + rounded[24])]
-    tiny, huge = final <= 0, final >= 255
-    keep = ~tiny & ~huge | raw
+    rounded = Signal(24)
+    # Whether rounding carries out is known without the sum, and the exponent for both cases without the carry: the
+    # chains of the two additions need not follow each other.
+    carry = Signal()
+    m.d.comb += [rounded.eq(significand + up), carry.eq(up & significand.all())]
+    words = []
+    for more in (0, 1):
+        final = Signal(signed(len(exponent) + 1))
+        tiny, huge = exponent <= -more, exponent >= 255 - more
+        m.d.comb += final.eq(exponent + more)
+        words.append(Cat(~tiny & ~huge | raw, Mux(raw, final[:8], Mux(tiny, 0, Mux(huge, 255, final[:8])))))
+    chosen = Mux(carry, words[1], words[0])
     # Where rounding carries out, the low 23 bits are zero, as they must be.
-    return Cat(Mux(keep, rounded[:23], 0), Mux(keep, final[:8], Mux(tiny, 0, 255)), sign)
+    return Cat(Mux(chosen[0], rounded[:23], 0), chosen[1:], sign)
 
 
 class FloatMultiply(wiring.Component):
@@ -67,8 +74,9 @@ class FloatMultiply(wiring.Component):
         # Stage 0: multiply halves of the significands, add exponents. A bypassed word is multiplied by exactly 1.
         low, middle0, middle1, high = (Signal(24) for _ in range(4))
         exponent = Signal(signed(10))
-        sign = Signal()
-        zero, infinite, nan, bypass = Signal(), Signal(), Signal(), Signal()
+        sign, bypass = Signal(), Signal()
+        # One of each operand: its exponent is not zero, its exponent is all ones, its fraction is not zero.
+        nonzeros, specials, fractions = Signal(2), Signal(2), Signal(2)
         factor = Mux(self.bypass, 1 << 23, b.significand)
         with m.If(self.enables[0]):
             m.d.sync += [
@@ -78,13 +86,15 @@ class FloatMultiply(wiring.Component):
                 high.eq(a.significand[12:] * factor[12:]),
                 exponent.eq(a.exponent + Mux(self.bypass, 0, b.exponent - 127)),
                 sign.eq(a.sign ^ (b.sign & ~self.bypass)),
-                zero.eq(~(a.nonzero & b.nonzero)),
-                infinite.eq(a.infinite | b.infinite),
-                nan.eq(a.nan | b.nan | (a.infinite & ~b.nonzero) | (b.infinite & ~a.nonzero)),
+                nonzeros.eq(Cat(a.nonzero, b.nonzero)),
+                specials.eq(Cat(a.special, b.special)),
+                fractions.eq(Cat(a.fraction.any(), b.fraction.any())),
                 bypass.eq(self.bypass),
             ]
 
-        # Stage 1: the product.
+        # Stage 1: the product, and what it is where it is none.
+        is_nan, is_infinite = specials & fractions, specials & ~fractions
+        infinite_times_zero = (is_infinite & Cat(~nonzeros[1], ~nonzeros[0])).any()
         product = Signal(48)
         exponent0 = Signal(signed(10))
         sign0, zero0, infinite0, nan0, bypass0 = (Signal() for _ in range(5))
@@ -93,9 +103,9 @@ class FloatMultiply(wiring.Component):
                 product.eq(Cat(low, high) + ((middle0 + middle1) << 12)),
                 exponent0.eq(exponent),
                 sign0.eq(sign),
-                zero0.eq(zero & ~bypass),
-                infinite0.eq(infinite & ~bypass),
-                nan0.eq(nan & ~bypass),
+                zero0.eq(~nonzeros.all() & ~bypass),
+                infinite0.eq(is_infinite.any() & ~bypass),
+                nan0.eq((is_nan.any() | infinite_times_zero) & ~bypass),
                 bypass0.eq(bypass),
             ]
 
@@ -174,7 +184,9 @@ class FloatAdd(wiring.Component):
         large, little = Signal(24), Signal(24)
         shift = Signal(5)
         exponent = Signal(8)
-        sign, both_negative, minus, infinite, nan, bypass = (Signal() for _ in range(6))
+        sign, both_negative, minus, bypass = (Signal() for _ in range(4))
+        # One of each operand: its exponent is all ones, its fraction is not zero.
+        specials, fractions = Signal(2), Signal(2)
         with m.If(self.enables[0]):
             m.d.sync += [
                 large.eq(Mux(big_parts.nonzero | self.bypass, big_parts.significand, 0)),
@@ -184,8 +196,8 @@ class FloatAdd(wiring.Component):
                 sign.eq(big_parts.sign),
                 both_negative.eq(a.sign & b.sign),
                 minus.eq(differ),
-                infinite.eq(a.infinite | b.infinite),
-                nan.eq(a.nan | b.nan | (a.infinite & b.infinite & differ)),
+                specials.eq(Cat(a.special, b.special)),
+                fractions.eq(Cat(a.fraction.any(), b.fraction.any())),
                 bypass.eq(self.bypass),
             ]
 
@@ -198,14 +210,15 @@ class FloatAdd(wiring.Component):
         exponent1 = Signal(8)
         sign1, both1, infinite1, nan1, bypass1 = (Signal() for _ in range(5))
         scaled = Cat(Const(0, 3), large)
+        is_nan, is_infinite = specials & fractions, specials & ~fractions
         with m.If(self.enables[1]):
             m.d.sync += [
                 total.eq(Mux(minus, scaled - addend, scaled + addend)),
                 exponent1.eq(exponent),
                 sign1.eq(sign),
                 both1.eq(both_negative),
-                infinite1.eq(infinite & ~bypass),
-                nan1.eq(nan & ~bypass),
+                infinite1.eq(is_infinite.any() & ~bypass),
+                nan1.eq((is_nan.any() | (is_infinite.all() & minus)) & ~bypass),
                 bypass1.eq(bypass),
             ]
 

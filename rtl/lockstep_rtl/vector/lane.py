@@ -24,32 +24,60 @@ from .timing import ADD1, ADD2, CONVERT, DEPTH, FUNCTION, MUL1, MUL2, MUL3, RESU
 
 
 class LaneMode(data.Struct):
-    """What holds still during a pass, worked out once for all lanes."""
+    """What holds still during a pass, worked out once for all lanes: no lane decodes a field."""
 
-    source: Source
-    add1: FirstAdd
-    mul1: FirstMultiply
-    mul2: SecondMultiply
-    add2: SecondAdd
-    mul3: ThirdMultiply
-    tap: Tap
+    integer: 1  # x is an int32
+    add1: 1
+    add1_y: 1
+    mul1: 1
+    mul1_self: 1
+    mul1_immediate: 1
+    mul1_lane: 1
+    mul1_waits: 1
+    mul2: 1
+    mul2_lane: 1
+    add2: 1
+    add2_y: 1
+    mul3: 1
+    mul3_y: 1
+    early: 1  # the value in front of the third multiplier is written
     sum: 1
-    maximum: Maximum
+    maximum: 1
+    exponents: 1  # the maximum is that of exponents
+    has_exponents: 1
     max_continue: 1
     rounded: 1  # the destination takes 8 bits
     immediate0: 32
     function: FunctionMode
 
 
-def lane_mode(m, instruction, rounded):
+def lane_mode(m: Module, instruction, rounded) -> Signal:
     """The LaneMode of an instruction, in registers: right one cycle behind it."""
-    mode = Signal(LaneMode)
-    for name in ("source", "add1", "mul1", "mul2", "add2", "mul3", "tap", "sum", "maximum", "max_continue"):
-        m.d.sync += getattr(mode, name).eq(getattr(instruction, name))
+    mode, i = Signal(LaneMode), instruction
     m.d.sync += [
+        mode.integer.eq(i.source.matches(Source.ACCUMULATOR, Source.INTEGER)),
+        mode.add1.eq(i.add1 != FirstAdd.NONE),
+        mode.add1_y.eq(i.add1 == FirstAdd.Y),
+        mode.mul1.eq(i.mul1 != FirstMultiply.NONE),
+        mode.mul1_self.eq(i.mul1 == FirstMultiply.SELF),
+        mode.mul1_immediate.eq(i.mul1 == FirstMultiply.IMMEDIATE0),
+        mode.mul1_lane.eq(i.mul1 == FirstMultiply.LANE1),
+        mode.mul1_waits.eq((i.mul1 == FirstMultiply.LANE1) | (i.mul1 == FirstMultiply.COLUMN0)),
+        mode.mul2.eq(i.mul2 != SecondMultiply.NONE),
+        mode.mul2_lane.eq(i.mul2 == SecondMultiply.LANE0),
+        mode.add2.eq(i.add2 != SecondAdd.NONE),
+        mode.add2_y.eq(i.add2 == SecondAdd.Y),
+        mode.mul3.eq(i.mul3 != ThirdMultiply.NONE),
+        mode.mul3_y.eq(i.mul3 == ThirdMultiply.Y),
+        mode.early.eq((i.tap == Tap.BEFORE) & (i.mul3 != ThirdMultiply.NONE)),
+        mode.sum.eq(i.sum),
+        mode.maximum.eq(i.maximum != Maximum.NONE),
+        mode.exponents.eq(i.maximum == Maximum.EXPONENT),
+        mode.has_exponents.eq(i.function == Function.SCORE),
+        mode.max_continue.eq(i.max_continue),
         mode.rounded.eq(rounded),
-        mode.immediate0.eq(instruction.immediate0),
-        mode.function.eq(function_mode(m, instruction)),
+        mode.immediate0.eq(i.immediate0),
+        mode.function.eq(function_mode(m, i)),
     ]
     return mode
 
@@ -133,56 +161,53 @@ class Lane(wiring.Component):
         m.submodules.convert = convert = IntToFloat()
         m.d.comb += [
             convert.a.eq(x),
-            convert.bypass.eq(~mode.source.matches(Source.ACCUMULATOR, Source.INTEGER)),
+            convert.bypass.eq(~mode.integer),
             convert.enables.eq(valid[CONVERT:ADD1]),
         ]
-        add1_y = mode.add1 == FirstAdd.Y
-        mul1_lane = mode.mul1 == FirstMultiply.LANE1
-        mul2_lane = mode.mul2 == SecondMultiply.LANE0
-        mul3_y = mode.mul3 == ThirdMultiply.Y
-        mul1_waits = mul1_lane | (mode.mul1 == FirstMultiply.COLUMN0)
         scale_stage = FUNCTION + FunctionStage.SCALE
         exp2 = mode.function.interpolate & (mode.function.mask == 31)
-        add1_b = wait("add1", Mux(add1_y, y, lane0), CONVERT, ADD1, mode.add1 != FirstAdd.NONE)
-        mul1_b = wait("mul1", Mux(mul1_lane, lane1, self.column0), CONVERT, MUL1, mul1_waits)
-        mul2_b = wait("mul2", Mux(mul2_lane, lane0, self.column0), CONVERT, MUL2, mode.mul2 != SecondMultiply.NONE)
+        add1_b = wait("add1", Mux(mode.add1_y, y, lane0), CONVERT, ADD1, mode.add1)
+        mul1_b = wait("mul1", Mux(mode.mul1_lane, lane1, self.column0), CONVERT, MUL1, mode.mul1_waits)
+        mul2_b = wait("mul2", Mux(mode.mul2_lane, lane0, self.column0), CONVERT, MUL2, mode.mul2)
         scale = wait("scale", lane0, CONVERT, scale_stage, exp2)
         # From a stage later on, its memory is half as deep.
         add2_b = Signal(32)
-        with m.If(valid[CONVERT] & (mode.add2 != SecondAdd.NONE)):
-            m.d.sync += add2_b.eq(Mux(mode.add2 == SecondAdd.Y, y, self.column1))
-        add2_b = wait("add2", add2_b, CONVERT + 1, ADD2, mode.add2 != SecondAdd.NONE)
-        mul3_b = wait("mul3", Mux(mul3_y, y, self.column2), CONVERT, MUL3, mode.mul3 != ThirdMultiply.NONE)
+        with m.If(valid[CONVERT] & mode.add2):
+            m.d.sync += add2_b.eq(Mux(mode.add2_y, y, self.column1))
+        add2_b = wait("add2", add2_b, CONVERT + 1, ADD2, mode.add2)
+        mul3_b = wait("mul3", Mux(mode.mul3_y, y, self.column2), CONVERT, MUL3, mode.mul3)
 
         # Stages 6 to 23.
         m.submodules.add1 = add1 = FloatAdd()
         m.d.comb += [
             add1.a.eq(convert.z),
             add1.b.eq(add1_b),
-            add1.bypass.eq(mode.add1 == FirstAdd.NONE),
+            add1.bypass.eq(~mode.add1),
             add1.enables.eq(valid[ADD1:MUL1]),
         ]
         m.submodules.mul1 = mul1 = FloatMultiply()
-        m.d.comb += [mul1.a.eq(add1.z), mul1.b.eq(mul1_b), mul1.enables.eq(valid[MUL1:MUL2])]
-        with m.Switch(mode.mul1):
-            with m.Case(FirstMultiply.NONE):
-                m.d.comb += mul1.bypass.eq(1)
-            with m.Case(FirstMultiply.SELF):
-                m.d.comb += mul1.b.eq(add1.z)
-            with m.Case(FirstMultiply.IMMEDIATE0):
-                m.d.comb += mul1.b.eq(mode.immediate0)
+        m.d.comb += [
+            mul1.a.eq(add1.z),
+            mul1.b.eq(mul1_b),
+            mul1.bypass.eq(~mode.mul1),
+            mul1.enables.eq(valid[MUL1:MUL2]),
+        ]
+        with m.If(mode.mul1_self):
+            m.d.comb += mul1.b.eq(add1.z)
+        with m.Elif(mode.mul1_immediate):
+            m.d.comb += mul1.b.eq(mode.immediate0)
         m.submodules.mul2 = mul2 = FloatMultiply()
         m.d.comb += [
             mul2.a.eq(mul1.z),
             mul2.b.eq(mul2_b),
-            mul2.bypass.eq(mode.mul2 == SecondMultiply.NONE),
+            mul2.bypass.eq(~mode.mul2),
             mul2.enables.eq(valid[MUL2:ADD2]),
         ]
         m.submodules.add2 = add2 = FloatAdd()
         m.d.comb += [
             add2.a.eq(mul2.z),
             add2.b.eq(add2_b),
-            add2.bypass.eq(mode.add2 == SecondAdd.NONE),
+            add2.bypass.eq(~mode.add2),
             add2.enables.eq(valid[ADD2:FUNCTION]),
         ]
 
@@ -207,29 +232,27 @@ class Lane(wiring.Component):
         m.d.comb += [
             mul3.a.eq(function.z),
             mul3.b.eq(mul3_b),
-            mul3.bypass.eq(mode.mul3 == ThirdMultiply.NONE),
+            mul3.bypass.eq(~mode.mul3),
             mul3.enables.eq(valid[MUL3:RESULT]),
         ]
-        early = (mode.tap == Tap.BEFORE) & (mode.mul3 != ThirdMultiply.NONE)
-        before = wait("before", function.z, MUL3, RESULT, early)
+        before = wait("before", function.z, MUL3, RESULT, mode.early)
         m.submodules.sums = sums = PartialSums(self.subwords)
         wiring.connect(m, wiring.flipped(self.sums), sums.controls)
         m.d.comb += [sums.x.eq(function.z), sums.valid.eq(valid[SUM] & mode.sum), self.sum.eq(sums.sum)]
         m.d.comb += [sums.other.eq(self.other), self.partial.eq(sums.partial)]
 
         # Stages 57 and 58.
-        exponent_mode = mode.maximum == Maximum.EXPONENT
         # Functions other than SCORE count as having the exponent 0.
-        n = Mux(mode.function.function == Function.SCORE, function.n, 0)
-        exponent = wait("exponent", n, scale_stage, RESULT, exponent_mode)
+        n = Mux(mode.has_exponents, function.n, 0)
+        exponent = wait("exponent", n, scale_stage, RESULT, mode.exponents)
         m.submodules.maximum = maximum = RunningMaximum(self.subwords)
         m.d.comb += [
-            self.result.eq(Mux(early, before, mul3.z)),
+            self.result.eq(Mux(mode.early, before, mul3.z)),
             maximum.x.eq(mul3.z),
             maximum.exponent.eq(exponent),
-            maximum.use_exponent.eq(exponent_mode),
+            maximum.use_exponent.eq(mode.exponents),
             maximum.resume.eq(mode.max_continue),
-            maximum.valid.eq(valid[RESULT:ROUNDED] & (mode.maximum != Maximum.NONE).replicate(2)),
+            maximum.valid.eq(valid[RESULT:ROUNDED] & mode.maximum.replicate(2)),
             maximum.first.eq(self.maximum_first),
             maximum.sub.eq(self.maximum_sub),
             maximum.start.eq(self.maximum_start),
