@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from lockstep_isa.instructions import (
-    Destination,
-    FirstAdd,
-    FirstMultiply,
-    SecondAdd,
-    SecondMultiply,
-    Source,
-)
+from lockstep_isa.instructions import Destination, FirstAdd, FirstMultiply, SecondAdd, SecondMultiply, Source
 
 from .lowering import Lowering, Step
 from .onchip import Panels, head_groups

@@ -16,12 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from lockstep_isa.attention import score_factor
-from lockstep_isa.instructions import (
-    Destination,
-    FirstAdd,
-    FirstMultiply,
-    SecondMultiply,
-)
+from lockstep_isa.instructions import Destination, FirstAdd, FirstMultiply, SecondMultiply
 
 from lockstep.compiler.layout import panel_count
 from lockstep.compiler.passes import RECIPROCAL, Softmax, rounding, scaling
