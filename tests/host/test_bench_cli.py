@@ -68,6 +68,21 @@ def test_people_see_the_formula_the_bar_and_what_others_published(cli: Command) 
     assert "decode of llama-tiny behind 20 tokens on fast:laptop" in done.err
 
 
+def test_grouped_heads_read_less_of_keys_and_values(cli: Command) -> None:
+    found = {}
+    for kv_heads in (1, 4):
+        arguments = (*DECODE, "--context", 40, "--kv-heads", kv_heads, "--device", "fast:laptop", "--json")
+        (found[kv_heads],) = cli(*arguments).json
+    for kv_heads, one in found.items():
+        assert one["identical"]
+        assert one["parameters"]["kv_heads"] == kv_heads
+        # A layer of 256 features, 640 between, 4 heads of 64; 41 tokens of keys and values, with scales.
+        weights, cache = (2 * 4 + 2 * kv_heads) * 64 * 256 + 3 * 640 * 256, 41 * 2 * kv_heads * (64 + 4)
+        assert one["limit_numbers"].startswith(f"({weights:,} + {cache:,}) /")
+    (unasked,) = cli(*DECODE, "--context", 40, "--device", "fast:laptop", "--json").json
+    assert unasked["cycles"] == found[4]["cycles"]
+
+
 def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
     found = cli("bench", "minilm", "--tokens", 20, "--reference", "cpu", "--device", "fast:laptop", "--json").json
     (one,) = found
@@ -89,6 +104,9 @@ def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
         (("minilm", "--tokens", 0), ("at least 1",)),
         (("decode", "--shape", "gpt5"), ("gpt2-medium", "llama-1b")),
         (("decode", "--context", 0), ("--context",)),
+        (("decode", "--shape", "llama-tiny", "--kv-heads", 3), ("3 heads", "the 4 of queries", "one of 1, 2, 4")),
+        (("decode", "--shape", "llama-tiny", "--kv-heads", 0), ("--kv-heads", "one of 1, 2, 4")),
+        (("decode", "--shape", "llama-tiny", "--shape", "gpt2-medium", "--kv-heads", 4), ("gpt2-medium", "llama-1b")),
         (("gemm", "--core", "tiny"), ("--device", "one of them")),
     ],
 )

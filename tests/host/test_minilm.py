@@ -29,9 +29,11 @@ def expected(minilm):
 
 
 def test_norms_hide_behind_products(minilm):
-    """The array works in 95 % of the cycles: no layer waits for the norm of the one before."""
+    """The array works in 97.23 % of the cycles; in 97.05 % if norms are emitted before the products that follow, and in
+    93.40 % if a norm takes all row tiles at a time.
+    """
     _, counters = run(minilm, "fast:laptop", 128)
-    assert counters.mac_cycles >= 0.95 * counters.cycles
+    assert counters.mac_cycles >= 0.9715 * counters.cycles
 
 
 def run(minilm, uri: str, length: int):

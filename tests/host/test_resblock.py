@@ -62,11 +62,11 @@ def test_full_size_on_paper_beats_the_published_cycles(kind: Kind, published: in
         assert check(device, kind) < published
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_second_part_hides_the_quantisation(kind: Kind) -> None:
+@pytest.mark.parametrize(("kind", "cycles"), [("mha", 1_200), ("ffn", 370)])
+def test_a_second_part_hides_the_quantisation(kind: Kind, cycles: int) -> None:
+    """It saves 1,242 cycles in mha and 387 in ffn."""
     with open_device("fast:paper") as device:
-        # VECTOR needs some 400 cycles more at the end of ffn than the array has products for, and more in mha.
-        assert check(device, kind, parts=2) + 200 < check(device, kind, parts=1)
+        assert check(device, kind, parts=2) + cycles < check(device, kind, parts=1)
 
 
 def test_a_wrong_weight_is_noticed() -> None:

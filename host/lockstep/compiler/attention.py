@@ -10,25 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
+from lockstep_isa.attention import score_factor
 from lockstep_isa.instructions import (
     LOAD,
     MATRIX,
     Destination,
     FirstMultiply,
-    Function,
     Maximum,
     Memory,
     SecondAdd,
     SecondMultiply,
     Source,
-    Tap,
-    ThirdMultiply,
 )
 
 from .image import Chunk, LinearImage
-from .lowering import SLOTS, Lowering, float_bits
+from .lowering import Lowering
 from .onchip import Panels, QuantisedPanels, rows_of
+from .passes import RECIPROCAL, Softmax, rounding, scaling
 
 
 @dataclass(frozen=True)
@@ -246,25 +244,20 @@ class AttentionLowering:
         if name == "q":
             head.q = QuantisedPanels(low.activations.take(s.tiles * d), d, s.tiles, scale)
             head.c = low.parameters.take(s.tiles)
-            factor = np.float32(np.log2(np.e) * self.scale)
-            low.scalars(scale, head.c, s.tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(factor))
-            fields = {"destination": Destination.ACTIVATION, "to": head.q.start, "to_stride": d}
+            low.scalars(scale, head.c, s.tiles, **scaling(score_factor(self.scale, d)))
+            destination = Destination.ACTIVATION
+            fields = {"to": head.q.start, "to_stride": d}
         elif name == "k":
             head.k, head.sk = low.weights.take(s.tiles * d), scale
-            fields = {"destination": Destination.WEIGHT, "to": head.k, "to_stride": d}
+            destination = Destination.WEIGHT
+            fields = {"to": head.k, "to_stride": d}
         else:
             groups = -(-d // rows)
             head.v, head.sv = low.weights.take(groups * s.tiles * rows), scale
-            fields = {
-                "destination": Destination.WEIGHT_TRANSPOSED,
-                "to": head.v,
-                "to_stride": rows,
-                "to_group": s.tiles * rows,
-            }
+            destination = Destination.WEIGHT_TRANSPOSED
+            fields = {"to": head.v, "to_stride": rows, "to_group": s.tiles * rows}
         low.emit_pass(
-            source=Source.VECTOR,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse,
+            **rounding(inverse, destination),
             tiles=s.tiles,
             columns=d,
             x=start,
@@ -294,6 +287,7 @@ class AttentionLowering:
         """Scores to uint8 probabilities: ACTIVATION words, and PARAMETER words of their scales and reciprocal sums."""
         low, keys = self.low, head.sequence.tokens
         weights = low.vectors.take(tiles * keys)
+        softmax = Softmax(weights, keys, tiles, {"columns": keys})
         peak, total, most = (low.parameters.take(tiles) for _ in range(3))
         added: dict[str, int] = {}
         if self.bias is not None:
@@ -310,60 +304,15 @@ class AttentionLowering:
                 local_stride=keys,
             )
             added = {"add2": SecondAdd.Y, "y": start, "y_stride": keys}
-        low.emit_pass(
-            source=Source.ACCUMULATOR,
-            destination=Destination.VECTOR,
-            mul1=FirstMultiply.COLUMN0,
-            column0=head.sk,
-            mul2=SecondMultiply.LANE0,
-            lane0=head.c + first,
-            function=Function.SCORE,
-            maximum=Maximum.EXPONENT,
-            max_to=peak,
-            tiles=tiles,
-            columns=keys,
-            to=weights,
-            to_stride=keys,
-            **added,
-        )
+        low.emit_pass(**softmax.scores(head.sk, head.c + first, peak), **added)
         if added:
             low.vectors.give(added["y"])
-        low.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.VECTOR,
-            function=Function.EXP2,
-            table=SLOTS["exp2"],
-            lane0=peak,
-            sum=1,
-            sum_to=total,
-            mul3=ThirdMultiply.COLUMN2,
-            column2=head.sv,
-            tap=Tap.AFTER,
-            maximum=Maximum.ABSOLUTE,
-            max_to=most,
-            tiles=tiles,
-            columns=keys,
-            x=weights,
-            x_stride=keys,
-            to=weights,
-            to_stride=keys,
-        )
+        low.emit_pass(**softmax.exponentials(peak, total, head.sv, most))
         scale, inverse = low.parameters.take(tiles), low.parameters.take(tiles)
         low.scale_and_inverse(most, tiles, 255, scale, inverse)
-        low.scalars(total, total, tiles, function=Function.RECIP, table=SLOTS["recip"])
+        low.scalars(total, total, tiles, **RECIPROCAL)
         probabilities = low.activations.take(tiles * keys)
-        low.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.ACTIVATION,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse,
-            tiles=tiles,
-            columns=keys,
-            x=weights,
-            x_stride=keys,
-            to=probabilities,
-            to_stride=keys,
-        )
+        low.emit_pass(**softmax.probabilities(inverse, probabilities))
         low.vectors.give(weights)
         for words in (peak, most, inverse):
             low.parameters.give(words)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
+from lockstep_isa.attention import score_factor
 from lockstep_isa.instructions import (
     LOAD,
     MATRIX,
@@ -22,13 +22,10 @@ from lockstep_isa.instructions import (
     FirstMultiply,
     Function,
     Mask,
-    Maximum,
     Memory,
     SecondAdd,
     SecondMultiply,
     Source,
-    Tap,
-    ThirdMultiply,
 )
 
 from lockstep.graph import Attention
@@ -36,8 +33,9 @@ from lockstep.graph import Attention
 from .append import CacheAppend
 from .context import Context, LayerCache, Section, Window
 from .heads import head_scales, round_heads, varying
-from .lowering import SLOTS, Lowering, float_bits
+from .lowering import Lowering
 from .onchip import Panels, head_groups
+from .passes import RECIPROCAL, SLOTS, Softmax, scaling
 
 
 @dataclass(frozen=True)
@@ -190,8 +188,7 @@ class CausalAttentionLowering:
         low.parameters.give(inverse)
         count = node.heads * self.tiles
         factors = low.parameters.take(count)
-        factor = np.float32(np.log2(np.e) * node.scale)
-        low.scalars(scale, factors, count, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(factor))
+        low.scalars(scale, factors, count, **scaling(score_factor(node.scale, node.head_dim)))
         return _Quantised(start, words, scale), factors
 
     def _load(self, kv_head: int, section: Section) -> _Tile:
@@ -299,67 +296,25 @@ class CausalAttentionLowering:
         low, node, tiles = self.low, self.node, self.tiles
         section, tile = turn.section, turn.shared[0]
         first, most = section.index == 0, self.most_keys
-        columns = varying("columns", 0, section.keys)
         peak = state.peak + turn.head * tiles
         total = state.total + turn.head * tiles if first else state.own_total + self._slot(turn)
         if not first and (tiles > 1 or turn.head == 0):
             self._keep_peaks(turn, state)
         weights, largest = low.vectors.take(tiles * most), low.parameters.take(tiles)
+        softmax = Softmax(weights, most, tiles, varying("columns", 0, section.keys))
         low.emit_pass(
-            source=Source.ACCUMULATOR,
-            destination=Destination.VECTOR,
-            mul1=FirstMultiply.COLUMN0,
-            column0=tile.key_scales,
-            mul2=SecondMultiply.LANE0,
-            lane0=factors + turn.head * tiles,
-            function=Function.SCORE,
+            **softmax.scores(tile.key_scales, factors + turn.head * tiles, peak),
             mask=Mask.CAUSAL,
             first_row=-section.index * node.tile % (1 << 20),
             first_row_operand=self.window.row,
             window=node.window or 0,
-            maximum=Maximum.EXPONENT,
-            max_to=peak,
             max_continue=int(not first),
-            tiles=tiles,
-            to=weights,
-            to_stride=most,
-            **columns,
         )
-        low.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.VECTOR,
-            function=Function.EXP2,
-            table=SLOTS["exp2"],
-            lane0=peak,
-            sum=1,
-            sum_to=total,
-            mul3=ThirdMultiply.COLUMN2,
-            column2=tile.value_scales,
-            tap=Tap.AFTER,
-            maximum=Maximum.ABSOLUTE,
-            max_to=largest,
-            tiles=tiles,
-            x=weights,
-            x_stride=most,
-            to=weights,
-            to_stride=most,
-            **columns,
-        )
+        low.emit_pass(**softmax.exponentials(peak, total, tile.value_scales, largest))
         scale, inverse = low.parameters.take(tiles), low.parameters.take(tiles)
         low.scale_and_inverse(largest, tiles, 255, scale, inverse, section.tiles)
         probabilities = low.activations.take(tiles * most)
-        low.emit_pass(
-            source=Source.VECTOR,
-            destination=Destination.ACTIVATION,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse,
-            tiles=tiles,
-            x=weights,
-            x_stride=most,
-            to=probabilities,
-            to_stride=most,
-            **columns,
-        )
+        low.emit_pass(**softmax.probabilities(inverse, probabilities))
         low.vectors.give(weights)
         low.parameters.give(largest)
         low.parameters.give(inverse)
@@ -479,7 +434,7 @@ class CausalAttentionLowering:
     def _finish(self, state: _State, into: Panels) -> None:
         """The weighted values over the sums, into the columns of their heads."""
         low, heads, d = self.low, self.node.heads, self.node.head_dim
-        low.scalars(state.total, state.total, heads * self.tiles, function=Function.RECIP, table=SLOTS["recip"])
+        low.scalars(state.total, state.total, heads * self.tiles, **RECIPROCAL)
         for group in head_groups(into, heads):
             low.emit_pass(
                 source=Source.VECTOR,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lockstep_driver import Buffer, Counters, Device, LoadedProgram
+from lockstep_driver import Counters, Device, LoadedProgram
 from lockstep_isa.numerics import mul
 from lockstep_isa.program import Program
 
@@ -21,19 +20,10 @@ from .compile import StageCompiler
 from .experts import DeviceExperts, Run
 from .image import Image
 from .layout import from_panels, panel_count, to_panels
+from .placed import Placed, place
 from .session import DeviceSession
-from .shapes import Binding, feature_counts, sequences_of
+from .shapes import feature_counts, sequences_of
 from .stages import Stage, split
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One stage for one batch shape: the program, also on the device, and the buffers of values that cross."""
-
-    program: Program
-    loaded: LoadedProgram
-    buffers: dict[Value, Buffer]
-    bindings: dict[Value, Binding]
 
 
 class DeviceExecutor:
@@ -52,7 +42,7 @@ class DeviceExecutor:
         self._stages: list[Stage] = []
         self._features: dict[Value, int] = {}
         self._image: Image | None = None
-        self._compiled: dict[tuple[int, tuple[int, ...]], Compiled] = {}
+        self._compiled: dict[tuple[int, tuple[int, ...]], Placed] = {}
         self._parts: list[DeviceExecutor] = []
         self._experts = DeviceExperts(device, self._open_part)
 
@@ -121,10 +111,8 @@ class DeviceExecutor:
 
     def close(self) -> None:
         """Free what lies in device memory; the device stays open."""
-        for compiled in self._compiled.values():
-            self.device.unload(compiled.loaded)
-            for buffer in compiled.buffers.values():
-                self.device.free(buffer)
+        for placed in self._compiled.values():
+            placed.close()
         self._compiled.clear()
         for part in self._parts:
             part.close()
@@ -159,31 +147,25 @@ class DeviceExecutor:
             if stage.device:
                 # What the host hands over says how many rows there are: an image has no tokens of its own.
                 lengths = tuple(max(len(_rows(known[value])) for value in stage.inputs) for known in values)
-                compiled = self._compile(graph, number, lengths, values)
-                self._run_stage(stage, compiled, lengths, values)
+                placed = self._compile(graph, number, lengths, values)
+                self._run_stage(stage, placed, lengths, values)
         return [known[graph.output] for known in values]
 
-    def _compile(self, graph: Graph, number: int, lengths: tuple[int, ...], values: list[dict[Value, Any]]) -> Compiled:
+    def _compile(self, graph: Graph, number: int, lengths: tuple[int, ...], values: list[dict[Value, Any]]) -> Placed:
         key = (number, lengths)
         if key not in self._compiled:
-            assert self._image is not None
-            stage, config = self._stages[number], self.device.config
+            image, stage, config = self._image, self._stages[number], self.device.config
+            assert image is not None
             tiles = sum(panel_count(tokens, config.rows) for tokens in lengths)
-            buffers: dict[Value, Buffer] = {}
-            bindings: dict[Value, Binding] = {}
-            try:
-                for value in dict.fromkeys((*stage.inputs, *stage.outputs)):
-                    features = self._features.get(value) or self._infer(stage, value, values[0])
-                    buffers[value] = self.device.allocate(tiles * features * config.vector_word_bytes)
-                    bindings[value] = Binding(buffers[value].address, features)
-                compiler = StageCompiler(config, graph, stage, self._image, lengths, bindings)
-                program = compiler.compile()
-                loaded = self.device.load(program, sections=tuple(compiler.sections))
-            except Exception:
-                for buffer in buffers.values():
-                    self.device.free(buffer)
-                raise
-            self._compiled[key] = Compiled(program, loaded, buffers, bindings)
+            shapes = {
+                value: (tiles, self._features.get(value) or self._infer(stage, value, values[0]))
+                for value in (*stage.inputs, *stage.outputs)
+            }
+            self._compiled[key], _ = place(
+                self.device,
+                shapes,
+                lambda bindings: StageCompiler(config, graph, stage, image, lengths, bindings),
+            )
         return self._compiled[key]
 
     def _infer(self, stage: Stage, value: Value, known: dict[Value, Any]) -> int:
@@ -200,20 +182,19 @@ class DeviceExecutor:
         raise ModelError(f"the number of features of value {value} is not known; this graph cannot run on a device")
 
     def _run_stage(
-        self, stage: Stage, compiled: Compiled, lengths: tuple[int, ...], values: list[dict[Value, Any]]
+        self, stage: Stage, placed: Placed, lengths: tuple[int, ...], values: list[dict[Value, Any]]
     ) -> None:
         rows = self.device.config.rows
         for value in stage.inputs:
-            features = compiled.bindings[value].features
+            features = placed.bindings[value].features
             panels = [
                 to_panels(np.broadcast_to(_rows(known[value]), (tokens, features)), rows)
                 for known, tokens in zip(values, lengths, strict=True)
             ]
-            compiled.buffers[value].write(np.concatenate(panels))
-        self.launch(compiled.loaded)
+            placed.write(value, np.concatenate(panels))
+        self.launch(placed.loaded)
         for value in stage.outputs:
-            features = compiled.bindings[value].features
-            raw = compiled.buffers[value].data.view(np.float32).reshape(-1, features, rows)
+            raw = placed.read(value)
             for known, sequence in zip(values, sequences_of(lengths, rows), strict=True):
                 known[value] = from_panels(raw[sequence.first : sequence.first + sequence.tiles], sequence.tokens)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from lockstep_isa.instructions import Destination, Maximum, SecondMultiply, Source, selector
+from lockstep_isa.instructions import Destination, Maximum, Source, selector
 
 from .lowering import Lowering
 from .onchip import Panels, head_groups
+from .passes import rounding
 
 
 def varying(name: str, value: int, operand: int) -> dict[str, int]:
@@ -44,10 +45,7 @@ def round_heads(
         words = rows if transposed else d
         fields = {"to_group": x.tiles * rows} if transposed else {}
         low.emit_pass(
-            source=Source.VECTOR,
-            destination=destination,
-            mul2=SecondMultiply.LANE0,
-            lane0=inverse + group.first,
+            **rounding(inverse + group.first, destination),
             tiles=group.count,
             columns=d,
             x=group.start,

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from lockstep_driver import Buffer, Device
 from lockstep_isa.config import CoreConfig
-from lockstep_isa.instructions import TABLE_ENTRIES
 from lockstep_isa.numerics import flush
-from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
-from .layout import column_words, to_panels
+from .layout import column_words, table_words, to_panels
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,7 @@ class Image:
         """Byte address of a function table, as LOAD to the TABLE memory wants it."""
         key = ("table", name)
         if key not in self._known:
-            function = FUNCTIONS[name]
-            entries = np.zeros((TABLE_ENTRIES, 4), np.float32)
-            for column, values in enumerate((function.c0, function.c1, function.c2)):
-                entries[: function.entries, column] = values
-            self._known[key] = self._place(entries)
+            self._known[key] = self._place(table_words(name))
         return self._known[key]  # type: ignore[return-value]
 
     def angles(self, cos: str, sin: str) -> tuple[int, int]:

@@ -8,6 +8,8 @@ output channels in the place of tokens, so activations can stand on either side 
 from __future__ import annotations
 
 import numpy as np
+from lockstep_isa.instructions import TABLE_ENTRIES
+from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
 
@@ -36,3 +38,12 @@ def column_words(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
     words = np.zeros(-(-len(values) // rows) * rows, np.float32)
     words[: len(values)] = values
     return words.reshape(-1, rows)
+
+
+def table_words(name: str) -> NDArray[np.float32]:
+    """A function table as LOAD brings it to the TABLE memory, float32[entries, 4]."""
+    function = FUNCTIONS[name]
+    entries = np.zeros((TABLE_ENTRIES, 4), np.float32)
+    for column, values in enumerate((function.c0, function.c1, function.c2)):
+        entries[: function.entries, column] = values
+    return entries

@@ -7,12 +7,9 @@ signals: the builder finds the tokens, so the order of emission decides only wha
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import (
@@ -39,10 +36,8 @@ from lockstep_isa.tables import FUNCTIONS
 from .allocation import Pieces, Ring
 from .image import Chunk, Image, LinearImage
 from .onchip import Ahead, Fetched, Panels, QuantisedPanels
+from .passes import ACTIVATION_SLOT, RECIPROCAL, SLOTS, rounding, scaling
 
-#: Table slots: three functions that every program needs, and one for the activation at hand.
-SLOTS = {"exp2": 0, "recip": 1, "rsqrt": 2}
-ACTIVATION_SLOT = 3
 _KINDS = {
     "relu_minus": Function.RELU_MINUS,
     "odd": Function.ODD,
@@ -56,11 +51,6 @@ WEIGHT_RING, PARAMETER_RING = 0.75, 0.5
 _AHEAD_NOW = 2
 #: Emits one or a few instructions of one unit.
 Step = Callable[[], object]
-
-
-def float_bits(value: float | np.floating[Any]) -> int:
-    """The bit pattern of a float32 immediate."""
-    return struct.unpack("<I", struct.pack("<f", np.float32(value)))[0]
 
 
 class Lowering:
@@ -286,9 +276,8 @@ class Lowering:
         self, absmax: int, tiles: int, steps: int, scale: int, inverse: int, operand: int = 0
     ) -> None:
         """scale = absmax / steps and inverse = 1 / scale, one value per row; ``operand`` may stand for ``tiles``."""
-        share = float_bits(np.float32(1 / steps))
-        self.scalars(absmax, scale, tiles, operand, mul1=FirstMultiply.IMMEDIATE0, immediate0=share)
-        self.scalars(scale, inverse, tiles, operand, function=Function.RECIP, table=SLOTS["recip"])
+        self.scalars(absmax, scale, tiles, operand, **scaling(1 / steps))
+        self.scalars(scale, inverse, tiles, operand, **RECIPROCAL)
 
     def row_maxima(self, x: Panels, prescale: str | None) -> int:
         """PARAMETER words with the absolute maxima of the rows of x, computed now if no pass has left them."""
@@ -326,10 +315,7 @@ class Lowering:
             if prescale is not None:
                 fields = {"mul1": FirstMultiply.COLUMN0, "column0": self.load_columns(prescale)}
             self.emit_pass(
-                source=Source.VECTOR,
-                destination=Destination.ACTIVATION,
-                mul2=SecondMultiply.LANE0,
-                lane0=inverse[0],
+                **rounding(inverse[0], Destination.ACTIVATION),
                 tiles=x.tiles,
                 columns=x.features,
                 x=x.start,

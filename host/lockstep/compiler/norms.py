@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-from lockstep_isa.instructions import (
-    Destination,
-    FirstAdd,
-    FirstMultiply,
-    Function,
-    SecondAdd,
-    SecondMultiply,
-    Source,
-)
+from lockstep_isa.instructions import Destination, FirstAdd, FirstMultiply, SecondAdd, SecondMultiply, Source
 
-from .lowering import SLOTS, Lowering, Step, float_bits
+from .lowering import Lowering, Step
 from .onchip import Panels, head_groups
+from .passes import reciprocal_root, scaling
 
 
 def layer_norm(
@@ -46,7 +38,6 @@ def layer_norm_steps(
 ) -> list[Step]:
     """The passes of :func:`layer_norm`, one by one; column words stay loaded."""
     n, tiles = x.features, x.tiles
-    share = np.float32(1 / n)
     summed = x if y is None else into
     # PARAMETER words of means and reciprocal deviations.
     words: list[int] = []
@@ -57,7 +48,7 @@ def layer_norm_steps(
             low.add(x, y, into, sum=1, sum_to=words[0])
         else:
             low.emit_pass(source=Source.VECTOR, tiles=tiles, columns=n, x=x.start, x_stride=n, sum=1, sum_to=words[0])
-        low.scalars(words[0], words[0], tiles, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(-share))
+        low.scalars(words[0], words[0], tiles, **scaling(-1 / n))
 
     def deviation() -> None:
         low.emit_pass(
@@ -72,17 +63,7 @@ def layer_norm_steps(
             sum=1,
             sum_to=words[1],
         )
-        low.scalars(
-            words[1],
-            words[1],
-            tiles,
-            mul1=FirstMultiply.IMMEDIATE0,
-            immediate0=float_bits(share),
-            add2=SecondAdd.IMMEDIATE1,
-            immediate1=float_bits(eps),
-            function=Function.RSQRT,
-            table=SLOTS["rsqrt"],
-        )
+        low.scalars(words[1], words[1], tiles, **reciprocal_root(n, eps))
 
     def apply() -> None:
         fields = {} if absmax is None else low.absmax_fields(into, absmax[0], 0, False)
@@ -129,17 +110,7 @@ def rms_norm(
             sum=1,
             sum_to=rstd + piece.first,
         )
-    low.scalars(
-        rstd,
-        rstd,
-        x.tiles * groups,
-        mul1=FirstMultiply.IMMEDIATE0,
-        immediate0=float_bits(np.float32(1 / n)),
-        add2=SecondAdd.IMMEDIATE1,
-        immediate1=float_bits(eps),
-        function=Function.RSQRT,
-        table=SLOTS["rsqrt"],
-    )
+    low.scalars(rstd, rstd, x.tiles * groups, **reciprocal_root(n, eps))
     for piece in pieces:
         # Maxima are those of whole rows: they ride along where a row is one piece.
         fields = {} if absmax is None or groups > 1 else low.absmax_fields(into, absmax[0], 0, False)

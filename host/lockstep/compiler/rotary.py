@@ -20,8 +20,9 @@ from lockstep_isa.instructions import (
     ThirdMultiply,
 )
 
-from .lowering import Lowering, float_bits
+from .lowering import Lowering
 from .onchip import HeadGroup, Panels, head_groups
+from .passes import scaling
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _by_panels(
     pairs, stride = angles.pairs, 2 * angles.pairs
     times = {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER, "y_stride": 0 if one_tile else stride}
     cosines, sines = times | {"y": angles.start}, times | {"y": angles.start + pairs}
-    minus = {"mul1": FirstMultiply.IMMEDIATE0, "immediate0": float_bits(-1.0)}
+    minus = scaling(-1.0)
     _pass(low, group, pairs, turned, stride, pairs, **sines, **minus)
     _pass(low, group, 0, turned + pairs, stride, pairs, **sines)
     _pass(low, group, 0, group.start, group.stride, pairs, **cosines)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from lockstep_driver import Buffer, LoadedProgram
 
 from lockstep.errors import ModelError, SequenceLengthError
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
@@ -17,7 +15,8 @@ from .allocation import CapacityError
 from .compile_causal import CausalStageCompiler
 from .context import Cache, CausalRun, Context, rounded_capacity
 from .layout import from_panels, to_panels
-from .shapes import Binding, feature_counts
+from .placed import Placed, place
+from .shapes import feature_counts
 from .stages import Stage, split
 
 if TYPE_CHECKING:
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
 MOST_TILES = 8
 
 Logits = Literal["last", "all", "none"]
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    loaded: LoadedProgram
-    context: Context
-    buffers: dict[Value, Buffer]
-    bindings: dict[Value, Binding]
 
 
 class DeviceSession:
@@ -65,7 +56,7 @@ class DeviceSession:
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
         self._cache = Cache(device, graph, self._held)
-        self._programs: dict[tuple[int, int, bool, Logits], _Compiled] = {}
+        self._programs: dict[tuple[int, int, bool, Logits], tuple[Placed, Context]] = {}
         self._most = min(MOST_TILES, self._held // self._rows)
         self._ids = np.zeros(capacity, np.int64)
         self.length = 0
@@ -117,11 +108,8 @@ class DeviceSession:
         if self._closed:
             return
         self._closed = True
-        device = self._executor.device
-        for compiled in self._programs.values():
-            device.unload(compiled.loaded)
-            for buffer in compiled.buffers.values():
-                device.free(buffer)
+        for placed, _ in self._programs.values():
+            placed.close()
         self._programs.clear()
         self._cache.close()
 
@@ -142,57 +130,46 @@ class DeviceSession:
                     values[node.value] = self._executor.host_value(self._graph, node, [values[v] for v in node.inputs])
             if not stage.device:
                 continue
-            compiled = self._program(number, tiles, count == 1, wanted)
-            self._write(stage, compiled, values, first % self._rows, count, tiles)
-            self._executor.launch(compiled.loaded, compiled.context.values(first))
+            placed, context = self._program(number, tiles, count == 1, wanted)
+            self._write(stage, placed, values, first % self._rows, count, tiles)
+            self._executor.launch(placed.loaded, context.values(first))
             for value in stage.outputs:
-                found = self._read(compiled, value, first, count, tiles, wanted)
+                found = self._read(placed, value, first, count, tiles, wanted)
                 values[value] = found
                 if value == self._graph.output:
                     result = found
         return None if wanted == "none" else result
 
-    def _write(
-        self, stage: Stage, compiled: _Compiled, values: dict[Value, Any], lane: int, count: int, tiles: int
-    ) -> None:
+    def _write(self, stage: Stage, placed: Placed, values: dict[Value, Any], lane: int, count: int, tiles: int) -> None:
         for value in stage.inputs:
-            features = compiled.bindings[value].features
-            rows = np.zeros((tiles * self._rows, features), np.float32)
+            rows = np.zeros((tiles * self._rows, placed.bindings[value].features), np.float32)
             rows[lane : lane + count] = values[value]
-            compiled.buffers[value].write(to_panels(rows, self._rows))
+            placed.write(value, to_panels(rows, self._rows))
 
-    def _read(
-        self, compiled: _Compiled, value: Value, first: int, count: int, tiles: int, wanted: Logits
-    ) -> np.ndarray:
-        features, lane = compiled.bindings[value].features, first % self._rows
-        raw = compiled.buffers[value].data.view(np.float32).reshape(-1, features, self._rows)
+    def _read(self, placed: Placed, value: Value, first: int, count: int, tiles: int, wanted: Logits) -> np.ndarray:
+        raw, lane = placed.read(value), first % self._rows
         if value == self._graph.output and wanted == "last":
             return raw[-1, :, (lane + count - 1) % self._rows][None].copy()
         return from_panels(raw, tiles * self._rows)[lane : lane + count]
 
-    def _program(self, number: int, tiles: int, single: bool, wanted: Logits) -> _Compiled:
+    def _program(self, number: int, tiles: int, single: bool, wanted: Logits) -> tuple[Placed, Context]:
         key = (number, tiles, single, wanted)
         if key not in self._programs:
             self._programs[key] = self._compile(self._stages[number], tiles, single, wanted)
         return self._programs[key]
 
-    def _compile(self, stage: Stage, tiles: int, single: bool, wanted: Logits) -> _Compiled:
+    def _compile(self, stage: Stage, tiles: int, single: bool, wanted: Logits) -> tuple[Placed, Context]:
         device, graph = self._executor.device, self._graph
         output = next(node for node in graph if node.value == graph.output)
-        buffers: dict[Value, Buffer] = {}
-        bindings: dict[Value, Binding] = {}
-        try:
-            for value in dict.fromkeys((*stage.inputs, *stage.outputs)):
-                features = self._features[value]
-                kept = 1 if value == graph.output and wanted != "all" and isinstance(output, Linear) else tiles
-                buffers[value] = device.allocate(kept * features * device.config.vector_word_bytes)
-                bindings[value] = Binding(buffers[value].address, features)
-            run = CausalRun(self._held, tiles, single, self._cache.layers, wanted)
-            compiler = CausalStageCompiler(device.config, graph, stage, self._image, bindings, run)
-            program = compiler.compile()
-            loaded = device.load(program, sections=tuple(compiler.sections))
-        except Exception:
-            for buffer in buffers.values():
-                device.free(buffer)
-            raise
-        return _Compiled(loaded, compiler.context, buffers, bindings)
+        last = wanted != "all" and isinstance(output, Linear)
+        shapes = {
+            value: (1 if last and value == graph.output else tiles, self._features[value])
+            for value in (*stage.inputs, *stage.outputs)
+        }
+        run = CausalRun(self._held, tiles, single, self._cache.layers, wanted)
+        placed, compiler = place(
+            device,
+            shapes,
+            lambda bindings: CausalStageCompiler(device.config, graph, stage, self._image, bindings, run),
+        )
+        return placed, compiler.context

@@ -16,22 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 from lockstep_isa.attention import score_factor
-from lockstep_isa.instructions import (
-    Destination,
-    FirstAdd,
-    FirstMultiply,
-    Function,
-    Maximum,
-    SecondMultiply,
-    Source,
-    Tap,
-    ThirdMultiply,
-)
+from lockstep_isa.instructions import Destination, FirstAdd, FirstMultiply, SecondMultiply
 
 from lockstep.compiler.layout import panel_count
-from lockstep.compiler.lowering import float_bits
+from lockstep.compiler.passes import RECIPROCAL, Softmax, rounding, scaling
 
-from .builder import TABLES, UINT8_SHARE, BlockBuilder
+from .builder import UINT8_SHARE, BlockBuilder
 from .emitter import Chunk, early_pieces, pack
 from .reference import Parameters
 
@@ -140,13 +130,11 @@ class MultiHead(BlockBuilder):
             return lambda: e.first_product(x, load, drain)
         return lambda: e.product(x, drain)
 
-    def _round(self, name: int, **fields: int) -> None:
+    def _round(self, name: int, destination: Destination, **fields: int) -> None:
         """q, k or v of all heads of the group as int8."""
         d = self.sizes.head_dim
         self.e.vector(
-            source=Source.VECTOR,
-            mul2=SecondMultiply.LANE0,
-            lane0=self.words.reciprocal + name * self.count,
+            **rounding(self.words.reciprocal + name * self.count, destination),
             tiles=self.count,
             columns=d,
             x=self.values[name],
@@ -156,24 +144,16 @@ class MultiHead(BlockBuilder):
 
     def _queries_and_keys(self) -> None:
         e, w, d = self.e, self.words, self.sizes.head_dim
-        reciprocal = {"function": Function.RECIP, "table": TABLES["recip"]}
-        e.scalars(w.q, w.reciprocal, 2 * self.count, **reciprocal)
-        self._round(0, destination=Destination.ACTIVATION, to=self.q8, to_stride=d)
-        self._round(1, destination=Destination.WEIGHT, to=self.k8, to_stride=d)
-        factor = float_bits(score_factor(None, d))
-        e.scalars(w.q, w.c, self.count, mul1=FirstMultiply.IMMEDIATE0, immediate0=factor)
+        e.scalars(w.q, w.reciprocal, 2 * self.count, **RECIPROCAL)
+        self._round(0, Destination.ACTIVATION, to=self.q8, to_stride=d)
+        self._round(1, Destination.WEIGHT, to=self.k8, to_stride=d)
+        e.scalars(w.q, w.c, self.count, **scaling(score_factor(None, d)))
 
     def _transpose_values(self) -> None:
         rows = self.config.rows
         e, w = self.e, self.words
-        e.scalars(w.v, w.reciprocal + 2 * self.count, self.count, function=Function.RECIP, table=TABLES["recip"])
-        self._round(
-            2,
-            destination=Destination.WEIGHT_TRANSPOSED,
-            to=self.v8,
-            to_stride=rows,
-            to_group=self.count * rows,
-        )
+        e.scalars(w.v, w.reciprocal + 2 * self.count, self.count, **RECIPROCAL)
+        self._round(2, Destination.WEIGHT_TRANSPOSED, to=self.v8, to_stride=rows, to_group=self.count * rows)
 
     # --- Scores, probabilities, values --------------------------------------------------------------------------
 
@@ -208,23 +188,18 @@ class MultiHead(BlockBuilder):
             start = h * tiles * d
             self.e.matrix(depth=d, outer=tiles, inner=tiles, a=self.q8 + start, a_outer=d, w=self.k8 + start, w_inner=d)
 
+    def _rows(self, head: int, heads: int = 1) -> Softmax:
+        """The passes of some heads of the group."""
+        keys = self.sizes.seq
+        at = self.exponentials + head * self.tiles * keys
+        return Softmax(at, keys, heads * self.tiles, {"columns": keys})
+
     def _softmax(self, ready: range) -> None:
         """Scores of the group out of the accumulators, and exponentials of the heads whose values are ``ready``."""
-        keys, w = self.sizes.seq, self.words
+        w = self.words
         for h in range(self.group):
             first = h * self.tiles
-            self.e.drain(
-                keys,
-                self.exponentials + first * keys,
-                keys,
-                mul1=FirstMultiply.COLUMN0,
-                column0=w.k + first,
-                mul2=SecondMultiply.LANE0,
-                lane0=w.c + first,
-                function=Function.SCORE,
-                maximum=Maximum.EXPONENT,
-                max_to=w.peak + first,
-            )
+            self.e.vector(**self._rows(h).scores(w.k + first, w.c + first, w.peak + first))
         for h in ready:
             self._exponentials(h)
 
@@ -234,57 +209,19 @@ class MultiHead(BlockBuilder):
 
     def _exponentials(self, head: int) -> None:
         """Scores of one head to exponentials times value scales, with their sums and maxima."""
-        keys, w = self.sizes.seq, self.words
-        first = head * self.tiles
-        at = self.exponentials + first * keys
-        self.e.vector(
-            source=Source.VECTOR,
-            destination=Destination.VECTOR,
-            function=Function.EXP2,
-            table=TABLES["exp2"],
-            lane0=w.peak + first,
-            sum=1,
-            sum_to=w.most + self.count + first,
-            mul3=ThirdMultiply.COLUMN2,
-            column2=w.v + first,
-            tap=Tap.AFTER,
-            maximum=Maximum.ABSOLUTE,
-            max_to=w.most + first,
-            tiles=self.tiles,
-            columns=keys,
-            x=at,
-            x_stride=keys,
-            to=at,
-            to_stride=keys,
-        )
+        w, first = self.words, head * self.tiles
+        sums = w.most + self.count + first
+        self.e.vector(**self._rows(head).exponentials(w.peak + first, sums, w.v + first, w.most + first))
 
     def _probabilities(self) -> None:
         """Exponentials of the group to uint8, and values to int8."""
-        e, w, keys = self.e, self.words, self.sizes.seq
+        e, w = self.e, self.words
         # The reciprocals of both: of the maxima times 1 / 255, and of the sums as they are.
-        e.scalars(
-            w.most,
-            w.inverse,
-            2 * self.count,
-            mul1=FirstMultiply.COLUMN0,
-            column0=self.factors,
-            function=Function.RECIP,
-            table=TABLES["recip"],
-        )
-        e.vector(
-            source=Source.VECTOR,
-            destination=Destination.ACTIVATION,
-            mul2=SecondMultiply.LANE0,
-            lane0=w.inverse,
-            tiles=self.count,
-            columns=keys,
-            x=self.exponentials,
-            x_stride=keys,
-            to=self.probabilities,
-            to_stride=keys,
-        )
+        shares = {"mul1": FirstMultiply.COLUMN0, "column0": self.factors}
+        e.scalars(w.most, w.inverse, 2 * self.count, **shares, **RECIPROCAL)
+        e.vector(**self._rows(0, self.group).probabilities(w.inverse, self.probabilities))
         self._transpose_values()
-        e.scalars(w.most, w.scale, self.count, mul1=FirstMultiply.IMMEDIATE0, immediate0=float_bits(UINT8_SHARE))
+        e.scalars(w.most, w.scale, self.count, **scaling(UINT8_SHARE))
 
     def _mix(self) -> None:
         keys, rows, tiles = self.sizes.seq, self.config.rows, self.tiles

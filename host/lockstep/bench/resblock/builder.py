@@ -17,7 +17,6 @@ from lockstep_isa.instructions import (
     Destination,
     FirstAdd,
     FirstMultiply,
-    Function,
     Memory,
     SecondAdd,
     SecondMultiply,
@@ -25,16 +24,13 @@ from lockstep_isa.instructions import (
 )
 from lockstep_isa.numerics import F32, PARTIAL_SUMS
 from lockstep_isa.program import Program
-from lockstep_isa.tables import FUNCTIONS
 
-from lockstep.compiler.layout import column_words, panel_count
-from lockstep.compiler.lowering import float_bits
+from lockstep.compiler.layout import column_words, panel_count, table_words
+from lockstep.compiler.passes import RECIPROCAL, SLOTS, reciprocal_root, rounding, scaling
 
 from .emitter import CHUNK_COLUMNS, Chunk, Emitter, Image, Operand, adds_exactly, pack
 from .reference import EPSILON, Parameters, Sizes
 
-#: Table slots.
-TABLES = {"exp2": 0, "recip": 1, "rsqrt": 2}
 #: A left operand that is one part is quantised in slices: columns of the first one, and of each over the one before.
 SLICE_COLUMNS, SLICE_GROWTH = CHUNK_COLUMNS, 7
 #: First column and columns of each slice.
@@ -57,15 +53,6 @@ class Places:
     residual: int
     result: int
     result_scales: int
-
-
-def table_words(name: str) -> F32:
-    """A function table as LOAD wants it, float32[entries, 4]."""
-    function = FUNCTIONS[name]
-    entries = np.zeros((TABLE_ENTRIES, 4), np.float32)
-    for column, values in enumerate((function.c0, function.c1, function.c2)):
-        entries[: function.entries, column] = values
-    return entries
 
 
 class BlockBuilder:
@@ -111,7 +98,7 @@ class BlockBuilder:
         ends = local + np.cumsum([len(block) for block in blocks])
         self.share, self.factors, self.bias, self.gamma, self.beta = (local, *map(int, ends[:-1]))
         constants = self.image.place(words)
-        tables = {slot: self.image.place(table_words(name)) for name, slot in TABLES.items()}
+        tables = {slot: self.image.place(table_words(name)) for name, slot in SLOTS.items()}
 
         def load() -> None:
             e.load(Memory.PARAMETER, len(words), constants, local)
@@ -148,13 +135,10 @@ class BlockBuilder:
         """VECTOR words as int8, with the scales that are there; one pass for each of ``slices``, if there are any."""
         e = self.e
         inverse = e.parameters.take(self.tiles)
-        e.scalars(into.scales, inverse, self.tiles, function=Function.RECIP, table=TABLES["recip"])
+        e.scalars(into.scales, inverse, self.tiles, **RECIPROCAL)
         for first, features in slices or [(0, into.features)]:
             e.vector(
-                source=Source.VECTOR,
-                destination=Destination.ACTIVATION,
-                mul2=SecondMultiply.LANE0,
-                lane0=inverse,
+                **rounding(inverse, Destination.ACTIVATION),
                 tiles=self.tiles,
                 columns=features,
                 x=x + first,
@@ -292,7 +276,7 @@ class BlockBuilder:
         e, n, last = self.e, self.sizes.d_model, self._blocks - 1
         columns = n - last * PARTIAL_SUMS
         x = self.places.residual + last * PARTIAL_SUMS
-        share = {"mul1": FirstMultiply.IMMEDIATE0, "immediate0": float_bits(-np.float32(1 / n))}
+        share = scaling(-1 / n)
         # A power of two is exact wherever it is multiplied in, values near the least float32 excepted.
         early = n & (n - 1) == 0
         summed = {"sum": 1, "sum_to": to, "tiles": self.tiles, **(share if early else {})}
@@ -317,17 +301,7 @@ class BlockBuilder:
         centred = {"add1": FirstAdd.LANE0, "lane0": mean}
         self._mean(mean)
         e.vector(**x, **centred, mul1=FirstMultiply.SELF, sum=1, sum_to=rstd)
-        e.scalars(
-            rstd,
-            rstd,
-            self.tiles,
-            mul1=FirstMultiply.IMMEDIATE0,
-            immediate0=float_bits(np.float32(1 / n)),
-            add2=SecondAdd.IMMEDIATE1,
-            immediate1=float_bits(EPSILON),
-            function=Function.RSQRT,
-            table=TABLES["rsqrt"],
-        )
+        e.scalars(rstd, rstd, self.tiles, **reciprocal_root(n, EPSILON))
         e.vector(
             **x,
             **centred,
