@@ -166,12 +166,13 @@ def check_uri(uri: str) -> None:
     parse(uri)
 
 
-def executor(uri: str, progress: Progress = None) -> OpenExecutor:
+def executor(uri: str, progress: Progress = None, *, threads: int | None = None) -> OpenExecutor:
     """The executor behind a URI: ``cpu``, ``golden``, or a device such as ``fast:laptop`` or ``rtl:laptop``.
 
     Parameters
     ----------
     progress : told in one line when something is built.
+    threads : of ``cpu``, in the whole process from now on; one for each core unless somebody said otherwise.
 
     Raises
     ------
@@ -184,5 +185,10 @@ def executor(uri: str, progress: Progress = None) -> OpenExecutor:
     """
     check_uri(uri)
     if uri in HOSTS:
-        return OpenExecutor(uri, HOSTS[uri][0](progress))
+        opened = OpenExecutor(uri, HOSTS[uri][0](progress))
+        if uri == "cpu" and threads is not None:
+            from lockstep_hls import kernels
+
+            kernels.set_threads(threads)
+        return opened
     return OpenExecutor(uri, device=open_device(uri, progress))

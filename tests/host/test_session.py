@@ -192,7 +192,7 @@ def test_executors_open_sessions(uri: str) -> None:
 def test_attention_is_close_to_pytorchs() -> None:
     """The shape of the graph itself, against the model that it imitates."""
     import torch
-    from cpu_generation import torch_model
+    from generation_peers import torch_model
 
     weights = random_weights(SHAPE)
     with torch.no_grad():
