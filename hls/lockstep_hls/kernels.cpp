@@ -4,6 +4,7 @@
 // each row of activations is taken off again, exactly, in arithmetic modulo 2^32.
 #include "lockstep/attention.hpp"
 #include "lockstep/flush_to_zero.hpp"
+#include "lockstep/kernels.hpp"
 #include "lockstep/matrix.hpp"
 #include "lockstep/threads.hpp"
 #include "lockstep/vector_ops.hpp"

@@ -13,6 +13,7 @@ from lockstep_isa.tables import FUNCTIONS, MAX_ENTRIES, TableFunction
 
 from lockstep_hls.toolchain import FLAGS, Progress, compile_shared
 
+SOURCES = ("kernels.cpp", "plan.cpp")
 KINDS = ("exp2", "recip", "rsqrt", "relu_minus", "odd", "sigmoid")
 
 _SIZE, _FLOAT, _INT, _LONG, _POINTER = (
@@ -37,6 +38,7 @@ _ARGUMENTS = {
     "lockstep_rms_norm": [_POINTER, _SIZE, _SIZE] + 2 * [_POINTER] + [_FLOAT, _FLOAT, _POINTER],
     "lockstep_rotary": 4 * [_SIZE] + [_INT] + 4 * [_POINTER],
     "lockstep_attention": 2 * [_POINTER] + 6 * [_SIZE] + [_FLOAT, _INT, _LONG] + 9 * [_POINTER],
+    "lockstep_run": [_POINTER] + 3 * [_SIZE],
 }
 
 
@@ -45,7 +47,7 @@ def prepare(progress: Progress = None, flags: Sequence[str] = FLAGS) -> Path:
 
     Raises :class:`lockstep_hls.toolchain.ToolchainError` where there is no compiler.
     """
-    return compile_shared([Path(__file__).with_name("kernels.cpp")], flags=flags, progress=progress)
+    return compile_shared([Path(__file__).with_name(name) for name in SOURCES], flags=flags, progress=progress)
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from lockstep_sim.timeline import Timeline
 
     from lockstep.graph import Graph
-    from lockstep.model import Executor, HostExecutor
+    from lockstep.model import Executor
     from lockstep.session import Session
 
 
-def _cpu(progress: Progress) -> HostExecutor:
+def _cpu(progress: Progress) -> Executor:
     from lockstep_hls import kernels
 
-    from lockstep.model import HostExecutor
+    from lockstep.native import NativeExecutor
 
     kernels.prepare(progress)
-    return HostExecutor(kernels)
+    return NativeExecutor()
 
 
-def _golden(progress: Progress) -> HostExecutor:
+def _golden(progress: Progress) -> Executor:
     from lockstep_isa import operations
 
     from lockstep.model import HostExecutor
@@ -41,7 +41,7 @@ def _golden(progress: Progress) -> HostExecutor:
 
 
 #: Executors without a device: URI -> what opens it and one line about it.
-HOSTS: dict[str, tuple[Callable[[Progress], HostExecutor], str]] = {
+HOSTS: dict[str, tuple[Callable[[Progress], Executor], str]] = {
     "cpu": (_cpu, "the contract's operations in C++ on this machine, without a program"),
     "golden": (_golden, "the contract itself in NumPy: slow, and what everything else is compared with"),
 }

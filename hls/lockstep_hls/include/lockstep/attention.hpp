@@ -202,22 +202,24 @@ class QueryBlock {
   }
 
   // (m[j], n[j]) with 2^z = m * 2^n for z = (float(score[j] - offset) * scale[j]) * factor + bias[j] * log2(e). It stays
-  // a function of its own: inlined, g++ forgets that outputs do not overlap the table, and does not vectorise it.
+  // a function of its own: inlined, g++ forgets that outputs do not overlap the rest, and does not vectorise it.
   [[gnu::noinline]] static void score_row(const Table& exp2_table, std::size_t count,
                                           const std::int32_t* __restrict score, std::int32_t offset,
                                           const float* __restrict scale, float factor, const float* __restrict bias,
                                           float* __restrict m, std::int32_t* __restrict n) {
-    const auto parts = [&](std::size_t j, float z) {
-      const Exp2Parts both = exp2_parts(exp2_table, clamp_score(z));
-      m[j] = both.m;
-      n[j] = both.n;
+    const auto place = [&](std::size_t j, float z) {
+      const Address at = address(exp2_table, clamp_score(z));
+      n[j] = at.integer;
+      m[j] = at.d;
     };
     const auto scaled = [&](std::size_t j) { return (static_cast<float>(score[j] - offset) * scale[j]) * factor; };
     if (bias == nullptr) {
-      for (std::size_t j = 0; j < count; ++j) parts(j, scaled(j));
+      for (std::size_t j = 0; j < count; ++j) place(j, scaled(j));
     } else {
-      for (std::size_t j = 0; j < count; ++j) parts(j, scaled(j) + bias[j] * kLog2E);
+      for (std::size_t j = 0; j < count; ++j) place(j, scaled(j) + bias[j] * kLog2E);
     }
+    segments<32>(exp2_table, count, n, m, m);
+    for (std::size_t j = 0; j < count; ++j) n[j] >>= 5;
   }
 
   const AttentionCall* call_ = nullptr;
