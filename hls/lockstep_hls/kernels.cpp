@@ -74,15 +74,24 @@ struct LinearCall {
     }
   }
 
-  void finish(size_t row, size_t column, size_t count, const std::int32_t* __restrict sum) const {
+  void finish(size_t row, size_t column, size_t count, const std::int32_t* sum) const {
+    if (count == kPanelColumns) return finish_row(row, column, kPanelColumns, sum);
+    finish_row(row, column, count, sum);
+  }
+
+  // Inlined twice, once for the constant count of a whole panel.
+  [[gnu::always_inline]] void finish_row(size_t row, size_t column, size_t count,
+                                         const std::int32_t* __restrict sum) const {
     float* __restrict out = y + row * columns + column;
     const float* __restrict channel = sw + column;
     const float scale = s[row];
     const std::int32_t shift = offset[row];
-    for (size_t c = 0; c < count; ++c) out[c] = (static_cast<float>(sum[c] - shift) * scale) * channel[c];
-    if (bias == nullptr) return;
-    const float* __restrict added = bias + column;
-    for (size_t c = 0; c < count; ++c) out[c] = out[c] + added[c];
+    if (bias == nullptr) {
+      for (size_t c = 0; c < count; ++c) out[c] = (static_cast<float>(sum[c] - shift) * scale) * channel[c];
+    } else {
+      const float* __restrict added = bias + column;
+      for (size_t c = 0; c < count; ++c) out[c] = (static_cast<float>(sum[c] - shift) * scale) * channel[c] + added[c];
+    }
   }
 };
 
@@ -182,14 +191,25 @@ void lockstep_rotary(size_t rows, size_t heads, size_t d, size_t pairs, int inte
   });
 }
 
+// Quantises x[rows][heads * d] by head, into a cache of this layout; q and s point to the first key that is written.
+void lockstep_keep(const Table* recip_table, size_t rows, size_t heads, size_t d, const float* x,
+                   const CacheLayout* layout, std::uint8_t* q, float* s) {
+  for_rows(rows, heads * d, [=](size_t first, size_t last) {
+    for (size_t r = first; r < last; ++r)
+      for (size_t h = 0; h < heads; ++h)
+        s[r * layout->scale_row + h * layout->scale_head] =
+            quantise_row(*recip_table, d, x + (r * heads + h) * d, nullptr, q + r * layout->row + h * layout->head);
+  });
+}
+
 // out = attention of q to the cache; see AttentionCall. window: 0 for none; bias, mask: may be null.
 void lockstep_attention(const Table* exp2_table, const Table* recip_table, size_t rows, size_t keys, size_t heads,
                         size_t kv_heads, size_t d, size_t tile, float factor, int causal, std::int64_t window,
                         const std::int64_t* positions, const float* q, const std::int8_t* k, const float* sk,
-                        const std::int8_t* v, const float* sv, const float* bias, const std::uint8_t* mask,
-                        float* out) {
-  const AttentionCall call{exp2_table, recip_table, rows, keys, heads, kv_heads, d,    tile, factor, causal != 0,
-                           window,     positions,   q,    k,    v,     sk,       sv, bias, mask, out};
+                        const std::int8_t* v, const float* sv, const CacheLayout* layout, const float* bias,
+                        const std::uint8_t* mask, float* out) {
+  const AttentionCall call{exp2_table,  recip_table, rows, keys, heads, kv_heads, d,    tile, factor, causal != 0, window,
+                           positions,   q,           k,    v,    sk,    sv,       *layout, bias, mask,   out};
   const size_t blocks = call.blocks();
   const auto work = [&](size_t i) {
     thread_local QueryBlock block;

@@ -247,8 +247,9 @@ def _attend(
     seen = None if mask is None else np.ascontiguousarray(mask, np.bool_)
     arrays = (at, q, np.ascontiguousarray(k8), key_scales, np.ascontiguousarray(v8), _floats(sv, *key_scales.shape))
     out = np.empty((rows, features), np.float32)
+    layout = np.array([kv_features, d, kv_heads, 1], np.uintp)  # struct CacheLayout
     library().lockstep_attention(
         *(table("exp2"), table("recip"), rows, keys, heads, kv_heads, d, max(1, min(tile, keys))),
-        *(score_factor(scale, d), causal, window or 0, *map(address, (*arrays, added, seen, out))),
+        *(score_factor(scale, d), causal, window or 0, *map(address, (*arrays, layout, added, seen, out))),
     )
     return out

@@ -37,7 +37,7 @@ _ARGUMENTS = {
     "lockstep_layer_norm": [_POINTER, _SIZE, _SIZE] + 3 * [_POINTER] + [_FLOAT, _FLOAT, _POINTER],
     "lockstep_rms_norm": [_POINTER, _SIZE, _SIZE] + 2 * [_POINTER] + [_FLOAT, _FLOAT, _POINTER],
     "lockstep_rotary": 4 * [_SIZE] + [_INT] + 4 * [_POINTER],
-    "lockstep_attention": 2 * [_POINTER] + 6 * [_SIZE] + [_FLOAT, _INT, _LONG] + 9 * [_POINTER],
+    "lockstep_attention": 2 * [_POINTER] + 6 * [_SIZE] + [_FLOAT, _INT, _LONG] + 10 * [_POINTER],
     "lockstep_run": [_POINTER] + 3 * [_SIZE],
 }
 

@@ -34,7 +34,7 @@ struct Rows {
   int64_t whole;  // whether there is a row for each new token
 };
 
-constexpr size_t kOperands = 2, kTensors = 6, kSizes = 6, kNumbers = 2;
+constexpr size_t kOperands = 2, kTensors = 6, kSizes = 7, kNumbers = 2;
 
 struct Step {
   Operation operation;
@@ -77,16 +77,8 @@ class Run {
       case Operation::kLinear:
         return lockstep_linear(rows_, size(0), size(1), in<std::int8_t>(0), in<float>(1), tensor<std::uint8_t>(0),
                                tensor<float>(1), tensor<float>(2), out<float>(0));
-      case Operation::kKeep:
-        return lockstep_quantise_rows(tensor<Table>(0), rows_ * size(0), size(1), in<float>(0), nullptr,
-                                      kept<std::uint8_t>(1) + first_ * size(0) * size(1),
-                                      kept<float>(2) + first_ * size(0));
-      case Operation::kAttention:
-        return lockstep_attention(tensor<Table>(0), tensor<Table>(1), rows_, first_ + fresh_, size(0), size(1), size(2),
-                                  size(3), number(0), static_cast<int>(size(4)), step.size[5],
-                                  positions_.data() + (fresh_ - rows_), in<float>(0), tensor<std::int8_t>(2),
-                                  tensor<float>(3), tensor<std::int8_t>(4), tensor<float>(5), nullptr, nullptr,
-                                  out<float>(0));
+      case Operation::kKeep: return keep();
+      case Operation::kAttention: return attend();
     }
   }
 
@@ -112,6 +104,24 @@ class Run {
     char* to = out<char>(0);
     for (size_t r = 0; r < rows_; ++r, to += size(0))
       std::memcpy(to, table + static_cast<size_t>(index[r]) * size(0), size(0));
+  }
+
+  // Caches are [heads][capacity][d], scales [heads][capacity]: what one head reads lies together.
+  static lockstep::CacheLayout layout(size_t capacity, size_t d) { return {d, capacity * d, 1, capacity}; }
+
+  void keep() const {
+    const size_t heads = size(0), d = size(1);
+    const lockstep::CacheLayout there = layout(size(2), d);
+    lockstep_keep(tensor<Table>(0), rows_, heads, d, in<float>(0), &there, kept<std::uint8_t>(1) + first_ * d,
+                  kept<float>(2) + first_);
+  }
+
+  void attend() const {
+    const lockstep::CacheLayout there = layout(size(6), size(2));
+    lockstep_attention(tensor<Table>(0), tensor<Table>(1), rows_, first_ + fresh_, size(0), size(1), size(2), size(3),
+                       number(0), static_cast<int>(size(4)), step_->size[5], positions_.data() + (fresh_ - rows_),
+                       in<float>(0), tensor<std::int8_t>(2), tensor<float>(3), tensor<std::int8_t>(4),
+                       tensor<float>(5), &there, nullptr, nullptr, out<float>(0));
   }
 
   template <class Function>

@@ -51,7 +51,7 @@ class _Step(ctypes.Structure):
         ("reads", _Rows * 2),
         ("writes", _Rows * 2),
         ("tensors", ctypes.c_void_p * 6),
-        ("sizes", ctypes.c_int64 * 6),
+        ("sizes", ctypes.c_int64 * 7),
         ("numbers", ctypes.c_double * 2),
     )
 
@@ -76,12 +76,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Cache:
-    """Quantised keys or values by position: ``rows``: int8[capacity, kv_heads * d], ``scales``: float32[capacity,
-    kv_heads].
+    """Quantised keys or values by head and position: ``rows``: int8[heads, capacity, d], ``scales``: float32[heads,
+    capacity].
     """
 
     rows: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, heads: int, capacity: int, d: int) -> Cache:
+        return cls(np.zeros((heads, capacity, d), np.int8), np.zeros((heads, capacity), np.float32))
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.shape[1]
 
 
 class Plan:
@@ -151,21 +159,21 @@ class Plan:
         tensors = [weights.data, self._floats(sw, columns), added]
         self._append(Operation.LINEAR, last, [q, s], [y], tensors, [columns, weights.k])
 
-    def keep(self, x: Rows, heads: int, cache: Cache) -> None:
+    def keep(self, x: Rows, cache: Cache) -> None:
         """Quantise x by token and head, into ``cache`` from the position of the first new token on."""
         tensors = [table("recip"), cache.rows, cache.scales]
-        self._append(Operation.KEEP, False, [x], [], tensors, [heads, x.columns // heads])
+        self._append(Operation.KEEP, False, [x], [], tensors, [len(cache.rows), cache.rows.shape[2], cache.capacity])
 
     def attention(
-        self, q: Rows, keys: Cache, values: Cache, y: Rows, *, heads: int, kv_heads: int, tile: int,
+        self, q: Rows, keys: Cache, values: Cache, y: Rows, *, heads: int, tile: int,
         scale: float | None, causal: bool, window: int | None, last: bool,
     ) -> None:  # fmt: skip
         """Attention to everything in the caches up to the last new token."""
         d = q.columns // heads
-        check_tile(tile, len(keys.rows))
+        check_tile(tile, keys.capacity)
         check_window(window)
         tensors = [table("exp2"), table("recip"), keys.rows, keys.scales, values.rows, values.scales]
-        sizes = [heads, kv_heads, d, tile, causal, window or 0]
+        sizes = [heads, len(keys.rows), d, tile, causal, window or 0, keys.capacity]
         self._append(Operation.ATTENTION, last, [q], [y], tensors, sizes, [score_factor(scale, d)])
 
     @staticmethod

@@ -14,7 +14,13 @@ namespace lockstep {
 constexpr std::size_t kQueryBlock = 8 * kRowBlock;
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// What one call computes: out[rows][heads * d] from q, likewise, and keys[keys][kv_heads * d], [keys][kv_heads].
+// Where the keys and values of a cache lie: of key j and head h the d numbers begin at j * row + h * head, and the scale
+// stands at j * scale_row + h * scale_head.
+struct CacheLayout {
+  std::size_t row, head, scale_row, scale_head;
+};
+
+// What one call computes: out[rows][heads * d] from q, likewise, and a cache of `keys` keys and values.
 struct AttentionCall {
   const Table *exp2, *recip;
   std::size_t rows, keys, heads, kv_heads, d, tile;
@@ -25,6 +31,7 @@ struct AttentionCall {
   const float* q;
   const std::int8_t *k, *v;
   const float *sk, *sv;
+  CacheLayout layout;
   const float* bias;         // [heads][rows][keys] or null
   const std::uint8_t* mask;  // [rows][keys] or null
   float* out;
@@ -99,8 +106,9 @@ class QueryBlock {
     sv_.resize(count);
     bool finite = true;
     for (std::size_t j = 0; j < count; ++j) {
-      sk_[j] = call.sk[(first + j) * call.kv_heads + kv_head_];
-      sv_[j] = call.sv[(first + j) * call.kv_heads + kv_head_];
+      const std::size_t at = (first + j) * call.layout.scale_row + kv_head_ * call.layout.scale_head;
+      sk_[j] = call.sk[at];
+      sv_[j] = call.sv[at];
       finite &= magnitude_bits(sv_[j]) < kInfinity;
     }
     return finite;
@@ -118,8 +126,8 @@ class QueryBlock {
     const AttentionCall& call = *call_;
     const bool finite = gather_scales(first, count);
     const Range packed = looked_at(all, first, count, finite);
-    const std::size_t size = packed.end - packed.begin, stride = call.kv_heads * call.d;
-    const std::size_t at = (first + packed.begin) * stride + kv_head_ * call.d;
+    const std::size_t size = packed.end - packed.begin, stride = call.layout.row;
+    const std::size_t at = (first + packed.begin) * stride + kv_head_ * call.layout.head;
     k_.resize(packed_bytes(size, depth_));
     v_.resize(packed_bytes(call.d, size));
     pack_rows(call.k + at, size, call.d, stride, 0x80, k_.data());
@@ -189,7 +197,7 @@ class QueryBlock {
       for (std::size_t j = 0; j < size; ++j) n[j] = mask[j] ? n[j] : kMaskedExponent;
     std::int32_t peak = peak_[i];
     for (std::size_t j = low; j < high; ++j) peak = n[j] > peak ? n[j] : peak;
-    for (std::size_t j = 0; j < size; ++j) e[j] = scale2(m[j], n[j] - peak);
+    for (std::size_t j = 0; j < size; ++j) e[j] = scale_down(m[j], n[j] - peak);
     std::fill(e, e + low, 0.0f);
     std::fill(e + high, e + size, 0.0f);
     if (mask != nullptr)

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "lockstep/table.hpp"
+#include "lockstep/attention.hpp"
 
 extern "C" {
 
@@ -31,5 +31,7 @@ void lockstep_attention(const lockstep::Table* exp2_table, const lockstep::Table
                         std::size_t keys, std::size_t heads, std::size_t kv_heads, std::size_t d, std::size_t tile,
                         float factor, int causal, std::int64_t window, const std::int64_t* positions, const float* q,
                         const std::int8_t* k, const float* sk, const std::int8_t* v, const float* sv,
-                        const float* bias, const std::uint8_t* mask, float* out);
+                        const lockstep::CacheLayout* layout, const float* bias, const std::uint8_t* mask, float* out);
+void lockstep_keep(const lockstep::Table* recip_table, std::size_t rows, std::size_t heads, std::size_t d,
+                   const float* x, const lockstep::CacheLayout* layout, std::uint8_t* q, float* s);
 }
