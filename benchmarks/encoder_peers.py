@@ -11,7 +11,7 @@ from typing import Any
 import lockstep
 import numpy as np
 import torch
-from contenders import Contender, Missing, library, quiet
+from contenders import Contender, library, quiet
 from lockstep.checkpoint import load_checkpoint
 from lockstep.executors import executor
 
@@ -104,7 +104,7 @@ class Encoder:
         example = {name: torch.from_numpy(array) for name, array in self._batch(self.ids).items()}
         with tempfile.TemporaryDirectory() as folder, quiet():
             exported, quantised = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-            program = torch.onnx.export(self.torch_model, (), kwargs=example, dynamo=True, verbose=False)
+            program: Any = torch.onnx.export(self.torch_model, (), kwargs=example, dynamo=True, verbose=False)
             program.save(exported)
             quantize_dynamic(exported, quantised, weight_type=QuantType.QInt8)
             return quantised.read_bytes()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import Contender, Missing, library, quiet
+from contenders import Contender, library, quiet
 from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.executors import executor
 

@@ -102,6 +102,8 @@ extern "C" {
 // The number of threads from now on. No other call may run meanwhile.
 void lockstep_set_threads(size_t threads) { pool().reset(new Pool(threads)); }
 
+size_t lockstep_threads() { return pool()->threads(); }
+
 // y[i] = f(x[i]).
 void lockstep_apply(const Table* table, size_t n, const float* x, float* y) {
   for_rows(n, 1, [=](size_t first, size_t last) { apply(*table, last - first, x + first, y + first); });

@@ -30,14 +30,20 @@ __all__ = [
     "rms_norm",
     "rotary",
     "set_threads",
+    "threads",
 ]
 
 
 def set_threads(threads: int) -> None:
-    """Use so many threads from now on, at least one; all cores unless this is called."""
+    """Use so many threads from now on, at least one; all cores unless this is called. Not while operations run."""
     if threads < 1:
         raise ValueError(f"threads = {threads} must be at least 1")
     library().lockstep_set_threads(threads)
+
+
+def threads() -> int:
+    """How many threads there are."""
+    return library().lockstep_threads()
 
 
 def _floats(x: npt.ArrayLike, *shape: int) -> F32:

@@ -26,6 +26,7 @@ _SIZE, _FLOAT, _INT, _LONG, _POINTER = (
 _PAIRS = [_SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
 _ARGUMENTS = {
     "lockstep_set_threads": [_SIZE],
+    "lockstep_threads": [],
     "lockstep_apply": [_POINTER, _SIZE, _POINTER, _POINTER],
     "lockstep_relu": [_SIZE, _POINTER, _POINTER],
     "lockstep_add": _PAIRS,
@@ -40,6 +41,7 @@ _ARGUMENTS = {
     "lockstep_attention": 2 * [_POINTER] + 6 * [_SIZE] + [_FLOAT, _INT, _LONG] + 10 * [_POINTER],
     "lockstep_run": [_POINTER] + 3 * [_SIZE],
 }
+_COUNTS = ("lockstep_threads", "lockstep_packed_bytes")
 
 
 def prepare(progress: Progress = None, flags: Sequence[str] = FLAGS) -> Path:
@@ -56,7 +58,7 @@ def load(path: Path) -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = _SIZE if name.endswith("bytes") else None
+        function.restype = _SIZE if name in _COUNTS else None
     return library
 
 

@@ -153,7 +153,7 @@ class Plan:
         """w : int8[N, K], read-only if its packed copy is to be shared."""
         weights = packed(w)
         if q.columns != weights.k:
-            raise ValueError(f"expected int8[M, {weights.k}], not {list(q.memory.shape)}")
+            raise ValueError(f"expected int8[M, {weights.k}], not {q.memory.dtype}{list(q.memory.shape)}")
         columns = weights.columns
         added = None if bias is None else self._floats(bias, columns)
         tensors = [weights.data, self._floats(sw, columns), added]

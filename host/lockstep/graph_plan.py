@@ -39,7 +39,7 @@ _PLANNED = (
 
 
 def can_plan(graph: Graph) -> bool:
-    """Whether a plan can run ``graph``: there are no nodes but those that it knows, and every index is one of a table."""
+    """Whether a plan can run ``graph``: it knows every node, and every index is one of a table."""
     if not all(isinstance(node, _PLANNED) for node in graph):
         return False
     integers = {node.value for node in graph if is_integer(node)}
@@ -146,7 +146,8 @@ class _Builder:
             case Linear():
                 weight = tensor(node.weight)
                 weight.flags.writeable = False  # so that all plans share a packed copy
-                plan.linear(*read[0], weight, tensor(node.scales), tensor(node.bias), y, last=last)
+                q, s = read[0]
+                plan.linear(q, s, weight, tensor(node.scales), tensor(node.bias), y, last=last)
             case Attention():
                 keys, values = self._caches[node.value]
                 plan.keep(read[1][0], keys)
@@ -201,6 +202,6 @@ class _Builder:
             self._free = [other for other in self._free if other is not block]
         else:
             block = np.zeros(size, np.uint8)
-        memory = block[:size].view(dtype).reshape(rows, columns)
+        memory: np.ndarray = block[:size].view(dtype).reshape(rows, columns)
         self._taken[memory.ctypes.data] = block
         return Rows(memory, not last)

@@ -9,6 +9,7 @@
 extern "C" {
 
 void lockstep_set_threads(std::size_t threads);
+std::size_t lockstep_threads();
 void lockstep_apply(const lockstep::Table* table, std::size_t n, const float* x, float* y);
 void lockstep_relu(std::size_t n, const float* x, float* y);
 void lockstep_add(std::size_t rows, std::size_t n, const float* a, std::size_t a_stride, const float* b,
