@@ -17,6 +17,7 @@ namespace {
 constexpr std::uint8_t kFlip = 0x80;
 constexpr size_t kSmallProduct = 1 << 18;  // products that are too few to call another core for
 constexpr size_t kSmallLoop = 1 << 14;     // elements, likewise
+constexpr size_t kPieceRows = 8 * kRowBlock;  // rows of a piece of a product: small, so that cores end together
 constexpr size_t kElements = 1 << 12;      // of a piece of work, at least
 
 // Never destroyed: after a fork, its threads could not be joined.
@@ -54,7 +55,7 @@ float quantise_row(const Table& recip_table, size_t n, const float* x, const flo
   return requantise(recip_table, n, step, [x, prescale](size_t i) { return x[i] * prescale[i]; }, out);
 }
 
-// y[row .. row + rows) of one panel of columns.
+// A product, in pieces of some rows and one panel of columns.
 struct LinearCall {
   size_t rows, columns, depth, stride;
   const std::int8_t* q;
@@ -63,12 +64,13 @@ struct LinearCall {
   const std::uint8_t* packed;
   float* y;
 
-  void panel(size_t column) const {
+  // y[begin .. end) of the panel that begins at `column`.
+  void piece(size_t begin, size_t end, size_t column) const {
     const size_t width = panel_width(columns, column), there = std::min(width, columns - column);
     const std::uint8_t* panel = packed + column * depth;
     std::int32_t sums[kRowBlock * kPanelColumns];
-    for (size_t row = 0; row < rows; row += kRowBlock) {
-      const size_t height = std::min(kRowBlock, rows - row);
+    for (size_t row = begin; row < end; row += kRowBlock) {
+      const size_t height = std::min(kRowBlock, end - row);
       multiply_panel(panel, width, depth / kGroup, q + row * stride, height, stride, sums, kPanelColumns);
       for (size_t r = 0; r < height; ++r) finish(row + r, column, there, sums + r * kPanelColumns);
     }
@@ -158,10 +160,18 @@ void lockstep_linear(size_t rows, size_t columns, size_t k, const std::int8_t* q
   const LinearCall call{rows, columns, depth, depth, depth == k ? q : whole.data(), offset.data(),
                         s,    sw,      bias,  packed, y};
   const size_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-  const size_t step = rows * columns * k < kSmallProduct ? panels : 1;
-  pool()->run((panels + step - 1) / std::max<size_t>(1, step), [&](size_t i) {
-    for (size_t panel = i * step; panel < std::min(panels, (i + 1) * step); ++panel) call.panel(panel * kPanelColumns);
-  });
+  const size_t height = rows * columns * k < kSmallProduct ? rows : kPieceRows;
+  const size_t pieces = (rows + height - 1) / std::max<size_t>(1, height);
+  const auto work = [&](size_t i) {
+    const size_t begin = i % pieces * height;
+    call.piece(begin, std::min(rows, begin + height), i / pieces * kPanelColumns);
+  };
+  if (rows * columns * k < kSmallProduct) {
+    const FlushToZero mode;
+    for (size_t panel = 0; panel < panels * pieces; ++panel) work(panel);
+  } else {
+    pool()->run(panels * pieces, work);
+  }
 }
 
 // y[rows][n] = layer normalisation of x[rows][n]; share = fl(1/n).

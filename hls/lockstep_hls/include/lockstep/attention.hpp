@@ -40,6 +40,15 @@ struct AttentionCall {
   std::size_t blocks() const { return (rows * group() + kQueryBlock - 1) / kQueryBlock; }
 };
 
+// work(j) for every j < count and as many more as complete 64: without a rest, short loops are worth vectorising.
+template <class Work>
+inline void for_panels(std::size_t count, const Work& work) {
+  for (std::size_t begin = 0; begin < count; begin += kPanelColumns) {
+#pragma GCC ivdep
+    for (std::size_t j = 0; j < kPanelColumns; ++j) work(begin + j);
+  }
+}
+
 // Keys begin .. end - 1.
 struct Range {
   std::size_t begin, end;
@@ -102,8 +111,7 @@ class QueryBlock {
   // Scales of the tile side by side. A bad value scale spoils masked keys too: then no key may be left out.
   bool gather_scales(std::size_t first, std::size_t count) {
     const AttentionCall& call = *call_;
-    sk_.resize(count);
-    sv_.resize(count);
+    for (auto* scales : {&sk_, &sv_}) scales->assign(round_up(count, kPanelColumns), 0.0f);
     bool finite = true;
     for (std::size_t j = 0; j < count; ++j) {
       const std::size_t at = (first + j) * call.layout.scale_row + kv_head_ * call.layout.scale_head;
@@ -186,10 +194,11 @@ class QueryBlock {
       return;
     }
     const std::size_t low = seen.begin - from, high = seen.end - from;
+    const std::size_t padded = round_up(size, kPanelColumns);  // what is behind the last key is a zero, and adds nothing
     float* __restrict m = m_.data();
     float* __restrict e = e_.data();
     std::int32_t* __restrict n = n_.data();
-    const float* sv = sv_.data() + keys.begin;
+    const float* __restrict sv = sv_.data() + keys.begin;
     const float* bias = call.bias == nullptr ? nullptr : call.bias + (head(i) * call.rows + row(i)) * call.keys + from;
     score_row(*call.exp2, size, scores_.data() + slot * room, offset_[i], sk_.data() + keys.begin, factor_[i], bias, m,
               n);
@@ -197,15 +206,14 @@ class QueryBlock {
       for (std::size_t j = 0; j < size; ++j) n[j] = mask[j] ? n[j] : kMaskedExponent;
     std::int32_t peak = peak_[i];
     for (std::size_t j = low; j < high; ++j) peak = n[j] > peak ? n[j] : peak;
-    for (std::size_t j = 0; j < size; ++j) e[j] = scale_down(m[j], n[j] - peak);
+    for_panels(padded, [=](std::size_t j) { e[j] = scale_down(m[j], n[j] - peak); });
     std::fill(e, e + low, 0.0f);
-    std::fill(e + high, e + size, 0.0f);
+    std::fill(e + high, e + padded, 0.0f);
     if (mask != nullptr)
       for (std::size_t j = 0; j < size; ++j) e[j] = mask[j] ? e[j] : 0.0f;
-    sp_[slot] = requantise(*call.recip, size, 1.0f / 255.0f, [e, sv](std::size_t j) { return e[j] * sv[j]; }, p);
-    std::fill(p + size, p + round_up(size, kGroup), std::uint8_t{0});
+    sp_[slot] = requantise(*call.recip, padded, 1.0f / 255.0f, [e, sv](std::size_t j) { return e[j] * sv[j]; }, p);
     keep_[slot] = scale2(1.0f, peak_[i] - peak);
-    total_[i] = total_[i] * keep_[slot] + rowsum(size, [e](std::size_t j) { return e[j]; });
+    total_[i] = total_[i] * keep_[slot] + rowsum(padded, [e](std::size_t j) { return e[j]; });
     peak_[i] = peak;
   }
 
@@ -222,12 +230,12 @@ class QueryBlock {
     };
     const auto scaled = [&](std::size_t j) { return (static_cast<float>(score[j] - offset) * scale[j]) * factor; };
     if (bias == nullptr) {
-      for (std::size_t j = 0; j < count; ++j) place(j, scaled(j));
+      for_panels(count, [&](std::size_t j) { place(j, scaled(j)); });
     } else {
       for (std::size_t j = 0; j < count; ++j) place(j, scaled(j) + bias[j] * kLog2E);
     }
     segments<32>(exp2_table, count, n, m, m);
-    for (std::size_t j = 0; j < count; ++j) n[j] >>= 5;
+    for_panels(count, [n](std::size_t j) { n[j] >>= 5; });
   }
 
   const AttentionCall* call_ = nullptr;
