@@ -21,6 +21,7 @@ void probe_scale2(size_t n, const float* __restrict m, const std::int32_t* __res
   const FlushToZero mode;
   for (size_t i = 0; i < n; ++i) y[i] = scale2(m[i], by[i]);
 }
+
 void probe_scale_down(size_t n, const float* __restrict m, const std::int32_t* __restrict by, float* __restrict y) {
   const FlushToZero mode;
   for (size_t i = 0; i < n; ++i) y[i] = scale_down(m[i], by[i]);
