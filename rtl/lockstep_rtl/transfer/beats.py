@@ -90,11 +90,11 @@ class BeatBuffer(wiring.Component):
         for n in range(beats):
             at = n % byte_beats
             beat = Signal(beat_layout(config), name=f"beat{n}")
-            of_bytes = packed_lanes[at * bus_bytes : (at + 1) * bus_bytes]
-            of_words = Cat(lanes[(n * bus_bytes + b) // 4] for b in range(bus_bytes))
+            whole = self.data.word_select(n, 8 * bus_bytes)
+            whole_lanes = Cat(lanes[(n * bus_bytes + b) // 4] for b in range(bus_bytes))
             m.d.comb += [
-                beat.data.eq(Mux(word.bytes, packed.word_select(at, 8 * bus_bytes), self.data.word_select(n, 8 * bus_bytes))),
-                beat.strb.eq(Mux(word.bytes, of_bytes, of_words)),
+                beat.data.eq(Mux(word.bytes, packed.word_select(at, 8 * bus_bytes), whole)),
+                beat.strb.eq(Mux(word.bytes, packed_lanes.word_select(at, bus_bytes), whole_lanes)),
             ]
             for h in range(2):
                 with m.If(answered & (to_half == h) & (~word.bytes | (to_group == n // byte_beats))):

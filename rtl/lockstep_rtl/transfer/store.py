@@ -34,7 +34,7 @@ class StoreUnit(wiring.Component):
     Ports
     -----
     instruction : In(stream of STORE); one is accepted while the words of the one before are still read, so that its
-        bursts are announced when its data comes. done : Out(1), the memory has acknowledged the oldest one's last burst.
+        bursts are announced when its data comes. done : Out(1), the oldest one's last burst is answered.
     stalled : Out(1), no beat is sent: waiting for the scratchpad or the bus.
     read : Out(ReadPort of 32 R) with ``read_ready`` In(1): words of the vector scratchpad, when it has time; as many
         at once as a beat holds words of bytes. read_earlier : Out(1), they are not those of the last accepted
