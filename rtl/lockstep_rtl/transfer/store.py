@@ -35,7 +35,7 @@ class StoreUnit(wiring.Component):
     -----
     instruction : In(stream of STORE); one is accepted while the words of the one before are still read, so that its
         bursts are announced when its data comes. done : Out(1), the oldest one's last burst is answered.
-    stalled : Out(1), no beat is sent: waiting for the scratchpad or the bus.
+    stalled : Out(1), neither sends a beat nor is done: waiting for the scratchpad or the bus.
     read : Out(ReadPort of 32 R) with ``read_ready`` In(1): words of the vector scratchpad, when it has time; as many
         at once as a beat holds words of bytes. read_earlier : Out(1), they are not those of the last accepted
         instruction, but of the one before.
@@ -164,7 +164,7 @@ class StoreUnit(wiring.Component):
             w.last.eq(in_burst == lengths.r_data),
             sent.eq(w.valid & w.ready),
             lengths.r_en.eq(sent & w.last),
-            self.stalled.eq((next_valid | reading | self.outstanding) & ~sent),
+            self.stalled.eq((next_valid | reading | self.outstanding) & ~sent & ~self.done),
         ]
         with m.If(sent):
             m.d.sync += in_burst.eq(Mux(w.last, 0, in_burst + 1))

@@ -3,7 +3,8 @@
 // Units are in order, and whatever one waits for (a token, a result tile, room in the accumulator queue, a place in a
 // queue) has one time, so times can be computed unit by unit in any order that respects the waiting: no events, no
 // cycles, a few operations per result tile and per burst. What it leaves out: bus beats of instruction fetch that meet
-// beats of LOAD are charged one by one, and the phase of refresh is that of a core that starts in cycle 0.
+// beats of LOAD are charged one by one, beats of LOAD and STORE that meet delay neither, and the phase of refresh is
+// that of a core that starts in cycle 0.
 #pragma once
 
 #include <algorithm>
@@ -368,7 +369,7 @@ class TimingModel {
         lane.free = std::max(reads, cut) + 2;
         item.end = sent + Time(bus_.latency);
         if (record_.on()) store_runs_.push_back({begin, item.end});
-        const uint64_t useful = uint64_t(item.rows) * item.beats;
+        const uint64_t useful = uint64_t(item.rows) * item.beats + 1;  // and the cycle in which it is done
         // Beats may have been sent while the one before was not yet answered, so this difference may be negative.
         cycles.busy += useful, cycles.wait_data += uint64_t(item.end - begin) - useful;
     }
@@ -472,7 +473,8 @@ class TimingModel {
                 told = std::max(told, sent.end);
                 if (sent.end > run.end) break;
             }
-            record_.span(unit, kWaitData, told, run.end);
+            record_.span(unit, kWaitData, told, run.end - 1);
+            record_.span(unit, kBusy, std::max(told, run.end - 1), run.end);
         }
     }
 

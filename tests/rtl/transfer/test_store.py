@@ -7,7 +7,7 @@ from lockstep_isa.errors import ErrorCode
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import STORE, Instruction, Memory
 from lockstep_rtl.generate import component_verilog
-from lockstep_rtl.transfer.store import StoreUnit
+from lockstep_rtl.transfer.store import OUTSTANDING_BURSTS, StoreUnit
 from rtl.axi_models import (
     Probe,
     ReadServer,
@@ -164,6 +164,16 @@ async def stores_follow_each_other_without_a_gap_and_are_done_in_order(dut):
     assert_equal(world.probe.cycles("done"), last + world.bus.latency, "cycle of done ")
     # The next one was accepted while the one before was not answered, or not even sent.
     assert all(np.array(world.source.taken[1:]) < np.array(world.probe.cycles("done")[:-1]))
+
+
+@cocotb.test()
+async def bursts_beyond_those_that_may_wait_for_answers_are_held_back(dut):
+    block = store(rows=60, words=1, bytes=1, address=at(0x1000), stride=at(0x100), local_stride=1)
+    world = await World.start(dut, [block], latency=200)
+    await world.finish([block])
+    announced, answered = (np.array(cycles) for cycles in ([c for c, *_ in world.bus.bursts], world.bus.beats))
+    flying = [(answered[:n] + world.bus.latency >= cycle).sum() for n, cycle in enumerate(announced)]
+    assert max(flying) == OUTSTANDING_BURSTS - 1, "in front of the one that is announced"
 
 
 @cocotb.test()
