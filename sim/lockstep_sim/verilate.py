@@ -41,6 +41,9 @@ COMPILER_FLAGS = [
     *("-std=gnu++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"),
     *("-march=native", "-fPIC", "-fno-plt", "-w"),
 ]
+#: Of what runs once, before the first cycle; Verilator puts that into files of its own.
+ONCE = "__Slow"
+ONCE_FLAGS = ["-O0"]
 #: What rtl_core.cpp includes, and the signals that it looks at inside the core.
 INCLUDED = ("memory_model.hpp", "recording.hpp", "rtl_recorder.hpp")
 OBSERVED = "observed.vlt"
@@ -123,7 +126,7 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
         verilator.version,
         *flags,
         *compiler,
-        *COMPILER_FLAGS,
+        *(*COMPILER_FLAGS, *ONCE_FLAGS),
         *(s.read_text() for s in sources),
     ]
     key += [
@@ -187,7 +190,8 @@ def _build(
 
     def compile_one(unit: Path) -> Path:
         target = folder / f"{unit.stem}.o"
-        run_command([*compiler, *compile_flags, "-c", unit, "-o", target])
+        once = ONCE_FLAGS if unit.stem.endswith(ONCE) else []
+        run_command([*compiler, *compile_flags, *once, "-c", unit, "-o", target])
         return target
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
