@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from lockstep.bundled import BUNDLED, bundled_folder
@@ -27,6 +29,8 @@ from lockstep.errors import (
     TensorError,
     UnknownArchitectureError,
 )
+from lockstep.quantisation.schemes import read_scheme
+from lockstep.quantisation.stored import StoredWeights
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +48,7 @@ class Checkpoint:
     ----------
     module : the model in evaluation mode, float32.
     folder : where the files are.
+    stored : matrices that the files hold quantised, by the name of the parameter.
     missing : parameters that the files do not hold and that PyTorch therefore made up. They are harmless where the
         captured graph does not use them (a pooler, say), and an error where it does: see ``require``.
     """
@@ -51,6 +56,7 @@ class Checkpoint:
     module: torch.nn.Module
     folder: Path
     missing: frozenset[str]
+    stored: StoredWeights = field(default_factory=StoredWeights)
 
     def require(self, used: list[str]) -> None:
         """Raise ``TensorError`` if one of the parameters ``used`` is not in the files."""
@@ -105,18 +111,28 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     ------
     ConfigurationMissingError, UnknownArchitectureError, CheckpointError, TensorError
         as the class says; each message names the file or the tensor.
+    QuantisedCheckpointError
+        if weights are quantised in a way that is not known, or that contradicts itself.
     """
     config = _configuration(folder)
+    scheme = getattr(config, "quantization_config", None)
     found: dict[str, Path] = {}
     for path in weight_files(folder):
-        names = check_file(path)
+        names = check_file(path, quantised=scheme is not None)
         found.update(dict.fromkeys(names, path))
     _check_index(folder, found)
+    stored, tensors = StoredWeights(), None
+    if scheme is not None:
+        tensors = read_tensors(folder)
+        stored = read_scheme(scheme, tensors)
+        del config.quantization_config
     with _quiet():
         try:
-            module, report = _kind(config).from_pretrained(
-                folder,
+            kind = _kind(config) if tensors is None else _kind(config)._model_mapping[type(config)]
+            module, report = kind.from_pretrained(
+                None if tensors else folder,
                 config=config,
+                state_dict=tensors,
                 local_files_only=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
@@ -146,7 +162,37 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{where} holds the tensor {extra[0]!r}{_and_more(extra)} that {_architecture(config)} does not have; "
             "config.json and the weights belong to different models"
         )
-    return Checkpoint(module.eval(), folder, frozenset(report["missing_keys"]))
+    return Checkpoint(module.eval(), folder, frozenset(report["missing_keys"]), _by_parameter(stored, module))
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in ``folder``, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def _by_parameter(stored: StoredWeights, module: torch.nn.Module) -> StoredWeights:
+    """``stored`` by the names of the module's parameters; what transformers merged on loading is left out."""
+    parameters = {name: parameter for name, parameter in module.state_dict().items() if parameter.ndim == 2}
+    result = StoredWeights()
+    for name, weight in stored.weights.items():
+        found = matching_name(name, parameters)
+        if found is not None and torch.equal(parameters[found], torch.from_numpy(weight.dequantised())):
+            result.weights[found] = weight
+            if name in stored.errors:
+                result.errors[found] = stored.errors[name]
+    return result
+
+
+def matching_name(name: str, names: Iterable[str]) -> str | None:
+    """Which of ``names`` is ``name``, give or take the prefix with which a head's module names the model in it."""
+    names = list(names)
+    if name in names:
+        return name
+    near = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    return near[0] if len(near) == 1 else None
 
 
 def _configuration(folder: Path) -> Any:
@@ -215,7 +261,7 @@ def _check_index(folder: Path, found: dict[str, Path]) -> None:
             )
 
 
-def check_file(path: Path) -> list[str]:
+def check_file(path: Path, quantised: bool = False) -> list[str]:
     """The names of the tensors in a safetensors file, after checking sizes, types and that every value is finite.
 
     Raises
@@ -242,10 +288,10 @@ def check_file(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
                 tensor = file.get_tensor(name)
-                if name.endswith("weight") and not tensor.is_floating_point():
+                if name.endswith("weight") and not tensor.is_floating_point() and not quantised:
                     raise TensorError(
-                        f"the tensor {name!r} in {path} has dtype {header[name]['dtype']}; only F32, F16 and BF16 "
-                        "weights can be read"
+                        f"the tensor {name!r} in {path} has dtype {header[name]['dtype']}; without a "
+                        "quantization_config in config.json, only F32, F16 and BF16 weights can be read"
                     )
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise TensorError(

@@ -127,6 +127,22 @@ def quantise(
     )
 
 
+def prescales_of(graph: Graph) -> dict[str, np.ndarray]:
+    """The pre-scales of a graph of the contract stage, by quantise point."""
+    names = {node.prescale for node in graph.of(Quantise) if node.prescale is not None}
+    return {name.removesuffix(".prescale"): graph.tensors[name] for name in sorted(names)}
+
+
+def without_prescales(graph: Graph, prescales: Prescales, weights: Mapping[str, QuantisedWeight]) -> Graph:
+    """``graph`` (float stage), whose ``weights`` are as stored, with the pre-scales multiplied back into them."""
+    tensors = dict(graph.tensors)
+    for point, groups in quantise_points(graph).items():
+        for name in {node.weight for group in groups for node in group} & weights.keys():
+            if point in prescales:
+                tensors[name] = graph.tensors[name] * prescales[point]
+    return dataclasses.replace(graph, tensors=tensors)
+
+
 def _linear(
     node: Dense,
     source: Value,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from lockstep_isa.weights import Pattern
 
 from lockstep.quantisation.formats import Format, QuantisedWeight
-from lockstep.quantisation.rounding import best_multipliers, fit_scale, to_int4
+from lockstep.quantisation.rounding import fit_scale, rounded
 from lockstep.quantisation.sweep import sweep
 from lockstep.quantisation.walk import Layer
 
@@ -49,18 +48,7 @@ def nearest(
     if format.pattern is not None:
         weight = weight * keep(weight.abs() if worth is None else worth, format.pattern)
     importance = torch.ones(weight.shape[1]) if importance is None else importance
-    scale = fit_scale(weight, format, importance)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
-    alive = (scale > 0)[:, None]
-    if format.group is None:
-        values = torch.where(alive, (weight / divisor).round(), 0.0)
-        return QuantisedWeight(values.numpy().astype(np.int8), scale.numpy(), None, format.pattern)
-    groups = weight.reshape(len(weight), -1, format.group)
-    k, _ = best_multipliers(groups, divisor.expand(groups.shape[:2]), importance.reshape(1, -1, format.group))
-    k = torch.where(alive, k, 1.0)
-    values = to_int4(groups, (divisor * k)[..., None], k[..., None]).reshape(weight.shape)
-    values = torch.where(alive, values, 0.0)
-    return QuantisedWeight(values.numpy().astype(np.int8), scale.numpy(), k.numpy().astype(np.uint8), format.pattern)
+    return rounded(weight, format, fit_scale(weight, format, importance), importance)
 
 
 def keep(worth: torch.Tensor, pattern: Pattern) -> torch.Tensor:

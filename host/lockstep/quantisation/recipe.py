@@ -94,7 +94,7 @@ def calibration_inputs(model: Model, path: Path | None) -> list[dict[str, np.nda
         raise InputError(f"{path} holds no text; give a file with some for calibration")
     if not model.graph.causal:
         return [{model.input_name: ids} for ids in model.tokenize(lines)]
-    ids = np.asarray(model.tokenizer(text)["input_ids"], np.int64)
+    ids = np.asarray(model.tokenizer(text, verbose=False)["input_ids"], np.int64)
     window = min(WINDOW, model.graph.max_tokens)
     return [{model.input_name: ids[start : start + window]} for start in range(0, len(ids), window)]
 

@@ -6,10 +6,13 @@ those with the least weighted squared error among a handful of scales and all mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from lockstep_isa.weights import MAX_MULTIPLIER
 
-from lockstep.quantisation.formats import Format
+from lockstep.quantisation.formats import Format, QuantisedWeight
 
 #: Candidates for the scale of a channel, relative to the one with which its largest weight is not clipped.
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -49,17 +52,55 @@ def best_multipliers(weight: torch.Tensor, scale: torch.Tensor, importance: torc
     return chosen, least
 
 
-def fit_scale(weight: torch.Tensor, format: Format, importance: torch.Tensor) -> torch.Tensor:
-    """The scale of each channel, float32[N], for weight: float32[N, K]; importance: float32[K]."""
+def fit_scale(
+    weight: torch.Tensor, format: Format, importance: torch.Tensor, candidates: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The scale of each channel, float32[N], for weight: float32[N, K]; importance: float32[K].
+
+    For int4 it is the one of ``candidates``, float32[N] each, with the least error; ``SHRINKS`` gives them if not said.
+    """
     largest = weight.abs().amax(dim=1)
     if format.group is None:
         return normal(largest / 127)
+    if candidates is None:
+        candidates = [short(largest * shrink / (7 * MAX_MULTIPLIER)) for shrink in SHRINKS]
     groups = weight.reshape(len(weight), -1, format.group)
     weighing = importance.reshape(1, -1, format.group)
     best, least = torch.zeros(len(weight)), torch.full((len(weight),), torch.inf)
-    for shrink in SHRINKS:
-        scale = short(largest * shrink / (7 * MAX_MULTIPLIER))
+    for scale in candidates:
         _, errors = best_multipliers(groups, scale[:, None].expand(groups.shape[:2]), weighing)
         error = errors.sum(dim=1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
+
+
+def rounded(weight: torch.Tensor, format: Format, scale: torch.Tensor, importance: torch.Tensor) -> QuantisedWeight:
+    """weight: float32[N, K] on the grid of ``scale``: float32[N], with the best multipliers for int4.
+
+    Zeros stay zeros; a channel whose scale is 0 becomes zeros.
+    """
+    alive = (scale > 0)[:, None]
+    divisor = torch.where(alive, scale[:, None], 1.0)
+    if format.group is None:
+        values = torch.where(alive, (weight / divisor).round().clamp(-127, 127), 0.0)
+        return QuantisedWeight(values.numpy().astype(np.int8), scale.numpy(), None, format.pattern)
+    groups = weight.reshape(len(weight), -1, format.group)
+    k, _ = best_multipliers(groups, divisor.expand(groups.shape[:2]), importance.reshape(1, -1, format.group))
+    k = torch.where(alive, k, 1.0)
+    values = torch.where(alive, to_int4(groups, (divisor * k)[..., None], k[..., None]).reshape(weight.shape), 0.0)
+    return in_lowest_terms(values.numpy(), scale.numpy(), k.numpy(), format)
+
+
+def in_lowest_terms(values: np.ndarray, scale: np.ndarray, k: np.ndarray, format: Format) -> QuantisedWeight:
+    """An int4 weight whose multipliers have no common factor in any channel: then ``k * scale`` alone gives both back.
+
+    values: float32[N, K], scale: float32[N], k: float32[N, K / G], all of them whole but the scale.
+    """
+    k = k.astype(np.int64)
+    factor = np.gcd.reduce(k, axis=1)
+    return QuantisedWeight(
+        values.astype(np.int8),
+        scale * factor.astype(np.float32),
+        (k // factor[:, None]).astype(np.uint8),
+        format.pattern,
+    )

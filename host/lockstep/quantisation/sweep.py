@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lockstep.quantisation.formats import Format, QuantisedWeight
-from lockstep.quantisation.rounding import best_multipliers, fit_scale, to_int4
+from lockstep.quantisation.rounding import best_multipliers, fit_scale, in_lowest_terms, to_int4
 
 #: Added to the diagonal of H, relative to its mean.
 DAMPING = 0.01
@@ -52,8 +52,9 @@ def sweep(weight: torch.Tensor, hessian: torch.Tensor, format: Format) -> Quanti
             errors[:, j] = (column - q * step) / local[j, j]
             here[:, j:] -= errors[:, j : j + 1] * local[j, j:]
         left[:, stop:] -= errors @ inverse[start:stop, stop:]
-    k = torch.stack(multipliers, dim=1).numpy().astype(np.uint8) if multipliers else None
-    return QuantisedWeight(values.numpy().astype(np.int8), scale.numpy(), k, format.pattern)
+    if multipliers:
+        return in_lowest_terms(values.numpy(), scale.numpy(), torch.stack(multipliers, dim=1).numpy(), format)
+    return QuantisedWeight(values.numpy().astype(np.int8), scale.numpy(), None, format.pattern)
 
 
 def _inverse_root(hessian: torch.Tensor) -> torch.Tensor:
