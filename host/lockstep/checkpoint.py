@@ -7,10 +7,11 @@ modules.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from lockstep.bundled import BUNDLED, bundled_folder
@@ -29,6 +31,7 @@ from lockstep.errors import (
     TensorError,
     UnknownArchitectureError,
 )
+from lockstep.quantisation.gguf_file import gguf_in, stored_weights, tensor_types
 from lockstep.quantisation.schemes import read_scheme
 from lockstep.quantisation.stored import StoredWeights
 
@@ -69,7 +72,8 @@ class Checkpoint:
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a model given as a path, as a bundled name, or as a Hub id that is in the local cache.
+    """The folder of a model given as a path, as a bundled name, or as a Hub id that is in the local cache; or its
+    GGUF file.
 
     Raises
     ------
@@ -77,7 +81,7 @@ def find_folder(name: str) -> Path:
         if there is none.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or gguf_in(path) is not None:
         return path
     if path.is_file():
         raise ModelNotFoundError(f"{name} is a file; give the folder that holds config.json and the weights")
@@ -105,7 +109,7 @@ def _cached(name: str) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and check the model in ``folder``.
+    """Read and check the model in ``folder``, or in a GGUF file.
 
     Raises
     ------
@@ -114,6 +118,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     QuantisedCheckpointError
         if weights are quantised in a way that is not known, or that contradicts itself.
     """
+    if (file := gguf_in(folder)) is not None:
+        return _load_gguf(file)
     config = _configuration(folder)
     scheme = getattr(config, "quantization_config", None)
     found: dict[str, Path] = {}
@@ -163,6 +169,31 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             "config.json and the weights belong to different models"
         )
     return Checkpoint(module.eval(), folder, frozenset(report["missing_keys"]), _by_parameter(stored, module))
+
+
+def _load_gguf(path: Path) -> Checkpoint:
+    types = tensor_types(path)
+    with _quiet(), redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        try:
+            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            causal = transformers.AutoModelForCausalLM._model_mapping
+            kind = (
+                causal[type(config)] if type(config) in causal else transformers.AutoModel._model_mapping[type(config)]
+            )
+            with torch.device("meta"):
+                empty = kind(config)
+            tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
+            module, report = kind.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, dtype=torch.float32
+            )
+        except Exception as error:
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"the model in {path} cannot be built: {detail}") from None
+    stored = stored_weights(module, types)
+    with torch.no_grad():
+        for name, weight in stored.weights.items():
+            module.get_parameter(name).copy_(torch.from_numpy(weight.dequantised()))
+    return Checkpoint(module.eval(), path.parent, frozenset(report["missing_keys"]), stored)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

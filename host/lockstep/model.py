@@ -271,7 +271,7 @@ class Model:
 
     def report(self) -> ModelReport:
         """What was recognised, what memory it takes, and what falls back to PyTorch and why."""
-        return inspect(self.graph)
+        return inspect(self.graph, self.stored)
 
 
 def load(
@@ -309,8 +309,8 @@ def load(
         chosen = None if prescale in (None, "default") else load_prescales(Path(str(prescale)))
         return Model(quantise(graph, chosen), graph, Pooling(), None, device)
     name = str(model)
-    folder = find_folder(name)
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(find_folder(name))
+    folder = checkpoint.folder
     pooling = read_pooling(folder)
     graph = _float_graph(checkpoint.module, example, max_tokens, name, checkpoint.require)
     _refuse_fallbacks(graph, strict)
