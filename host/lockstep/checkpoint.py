@@ -176,10 +176,7 @@ def _load_gguf(path: Path) -> Checkpoint:
     with _quiet(), redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         try:
             config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            causal = transformers.AutoModelForCausalLM._model_mapping
-            kind = (
-                causal[type(config)] if type(config) in causal else transformers.AutoModel._model_mapping[type(config)]
-            )
+            kind = _class_of(config)
             with torch.device("meta"):
                 empty = kind(config)
             tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
@@ -194,6 +191,13 @@ def _load_gguf(path: Path) -> Checkpoint:
         for name, weight in stored.weights.items():
             module.get_parameter(name).copy_(torch.from_numpy(weight.dequantised()))
     return Checkpoint(module.eval(), path.parent, frozenset(report["missing_keys"]), stored)
+
+
+def _class_of(config: Any) -> Any:
+    """The class of a GGUF file's model, which is a language model where there can be one."""
+    causal: Any = transformers.AutoModelForCausalLM._model_mapping
+    other: Any = transformers.AutoModel._model_mapping
+    return causal[type(config)] if type(config) in causal else other[type(config)]
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
