@@ -190,12 +190,22 @@ def test_values_that_fit_keep_their_integers_and_say_what_their_scales_cost() ->
     steps = rng.uniform(1, 2, (50, 4)).astype(np.float32)
     steps[:25] = np.array([1.0, 2.0, 3.0, 1.5])
     found = StoredWeights()
-    found.add("layer", Stored(integers, steps))
+    found.add("layer", Stored(integers, steps, 4))
     weight = found.weights["layer"]
-    assert np.array_equal(weight.dequantised()[:25], Stored(integers, steps).values()[:25])
+    assert np.array_equal(weight.dequantised()[:25], Stored(integers, steps, 4).values()[:25])
     # A step is off by at most half a scale, 1 / 15 of the largest step or less: 7 steps of 7 by 1 / 30.
     assert 0 < found.errors["layer"] < 1 / 30
     assert (weight.values[25:] == integers[25:]).mean() > 0.97
+
+
+def test_one_step_for_a_whole_channel_stays_int4() -> None:
+    integers = np.random.default_rng(9).integers(-8, 8, (6, 192)).astype(np.int16)
+    steps = np.full((6, 1), 0.3, np.float32)
+    found = StoredWeights()
+    found.add("layer", Stored(integers, steps, 4))
+    assert found.weights["layer"].format == Format(4, 64)
+    assert found.errors == {}
+    assert np.array_equal(found.weights["layer"].dequantised(), Stored(integers, steps, 4).values())
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def _packed(base: str, tensors: Tensors, sparse: bool) -> Stored:
             )
         points = unpack_words(zeros.T.contiguous(), bits).T[:rows].astype(np.int16) - offset
         integers = integers - np.repeat(points, columns // steps.shape[1], axis=1)
-    return Stored(integers, steps, _groups(f"{base}.weight_g_idx", tensors, columns, steps), sparse)
+    return Stored(integers, steps, bits, _groups(f"{base}.weight_g_idx", tensors, columns, steps), sparse)
 
 
 def _integers(base: str, tensors: Tensors, sparse: bool) -> Stored:
@@ -114,7 +114,7 @@ def _integers(base: str, tensors: Tensors, sparse: bool) -> Stored:
     if (zeros := tensors.pop(f"{base}.weight_zero_point", None)) is not None:
         points = np.broadcast_to(zeros.numpy().reshape(len(zeros) if zeros.ndim else 1, -1), steps.shape)
         integers = integers - np.repeat(points.astype(np.int16), integers.shape[1] // steps.shape[1], axis=1)
-    return Stored(integers, steps, _groups(f"{base}.weight_g_idx", tensors, integers.shape[1], steps), sparse)
+    return Stored(integers, steps, 8, _groups(f"{base}.weight_g_idx", tensors, integers.shape[1], steps), sparse)
 
 
 def _steps(base: str, tensors: Tensors, rows: int, columns: int) -> np.ndarray:
@@ -165,7 +165,7 @@ def _gptq(config: dict[str, Any], tensors: Tensors) -> dict[str, Stored]:
         steps = np.ascontiguousarray(scales.float().numpy().T)
         group_of = _groups(f"{base}.g_idx", tensors, columns, steps)
         at = np.arange(columns) // (columns // len(scales)) if group_of is None else group_of
-        result[f"{base}.weight"] = Stored(integers - points[at].T, steps, group_of)
+        result[f"{base}.weight"] = Stored(integers - points[at].T, steps, bits, group_of)
     return result
 
 
@@ -182,7 +182,7 @@ def _awq(config: dict[str, Any], tensors: Tensors) -> dict[str, Stored]:
         _check_shapes(base, scales, zeros, (rows, columns), bits)
         points = np.repeat(_in_order(unpack_words(zeros, bits)).astype(np.int16), columns // len(scales), axis=0)
         result[f"{base}.weight"] = Stored(
-            np.ascontiguousarray((integers - points).T), np.ascontiguousarray(scales.float().numpy().T)
+            np.ascontiguousarray((integers - points).T), np.ascontiguousarray(scales.float().numpy().T), bits
         )
     return result
 

@@ -26,12 +26,14 @@ class Stored:
     ----------
     integers : int16[N, K], zero points taken off.
     steps : float32[N, groups].
+    bits : that each integer takes.
     group_of : int64[K], the group of each input where groups are not neighbours.
     sparse : whether the checkpoint says that the matrix is sparse, 2:4 or more.
     """
 
     integers: np.ndarray
     steps: np.ndarray
+    bits: int
     group_of: np.ndarray | None = None
     sparse: bool = False
 
@@ -89,12 +91,15 @@ def _pattern(integers: np.ndarray) -> Pattern:
 def _in_contract(stored: Stored, pattern: Pattern | None) -> tuple[QuantisedWeight, bool]:
     """The weight, and whether it is what was stored."""
     integers, steps = stored.integers, stored.steps
-    if steps.shape[1] == 1 and np.abs(integers).max(initial=0) <= 128 and integers.max(initial=0) < 128:
-        return QuantisedWeight(integers.astype(np.int8), steps[:, 0], None, pattern), True
-    group = integers.shape[1] // steps.shape[1]
-    fits = integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7 and (steps >= 0).all()
-    if stored.group_of is not None or group not in GROUPS or not fits:
+    length = integers.shape[1] // steps.shape[1]
+    group = max((size for size in GROUPS if length % size == 0), default=0)
+    neighbours = stored.group_of is None
+    least, most = integers.min(initial=0), integers.max(initial=0)
+    if not (stored.bits == 4 and group and neighbours and least >= -8 and most <= 7 and (steps >= 0).all()):
+        if neighbours and steps.shape[1] == 1 and least >= -128 and most <= 127:
+            return QuantisedWeight(integers.astype(np.int8), steps[:, 0], None, pattern), True
         return _rounded(stored.values(), Format(8, None, pattern)), False
+    steps = np.repeat(steps, length // group, axis=1)
     scale, k = _whole_multiples(steps)
     low = (integers.reshape(len(k), -1, group) == -8).any(axis=2)
     exact = (k > 0).all(axis=1) & ~(low & (k > 15)).any(axis=1)
