@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -167,6 +168,14 @@ def test_gptq_checkpoints(symmetric: bool, ordered: bool) -> None:
     assert list(tensors) == ["layer.weight"]
 
 
+def test_gptq_of_the_second_version_stores_zero_points_as_they_are() -> None:
+    q, scales = np.full((64, 16), 3), np.full((2, 16), 0.25, np.float32)
+    tensors = gptq(q, np.full((2, 16), 8), scales, np.arange(64) // 32)
+    found = read_scheme({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, tensors)
+    # The helper stores 7; the first version would take it for 8.
+    assert (found.weights["layer.weight"].dequantised() == (3 - 7) * 0.25).all()
+
+
 def test_awq_checkpoints() -> None:
     rng = np.random.default_rng(7)
     q, zeros = rng.integers(0, 16, (128, 24)), rng.integers(0, 16, (2, 24))
@@ -261,6 +270,13 @@ def test_gguf_files(tmp_path: Path, kind: str, format: Format | None, most: floa
             assert_same_bits(model.graph.tensors[f"{parameter}.int8"], model.stored.weights[parameter].w8)
     assert model.report().rounded_again == max(model.stored.errors.values(), default=0)
     assert load(tmp_path).graph.causal, "a folder with nothing but the file is the same"
+
+
+def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "model.gguf", gguf.GGMLQuantizationType.F16)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(QuantisedCheckpointError, match=r'pip install "lockstep-accel\[gguf\]"'):
+        load(tmp_path)
 
 
 def test_a_truncated_gguf_file_is_named(tmp_path: Path) -> None:
