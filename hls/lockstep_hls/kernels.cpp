@@ -4,6 +4,7 @@
 // each row of activations is taken off again, exactly, in arithmetic modulo 2^32.
 #include "lockstep/attention.hpp"
 #include "lockstep/flush_to_zero.hpp"
+#include "lockstep/kernels.hpp"
 #include "lockstep/matrix.hpp"
 #include "lockstep/threads.hpp"
 #include "lockstep/vector_ops.hpp"
@@ -16,6 +17,7 @@ namespace {
 constexpr std::uint8_t kFlip = 0x80;
 constexpr size_t kSmallProduct = 1 << 18;  // products that are too few to call another core for
 constexpr size_t kSmallLoop = 1 << 14;     // elements, likewise
+constexpr size_t kPieceRows = 8 * kRowBlock;  // rows of a piece of a product: small, so that cores end together
 constexpr size_t kElements = 1 << 12;      // of a piece of work, at least
 
 // Never destroyed: after a fork, its threads could not be joined.
@@ -53,7 +55,7 @@ float quantise_row(const Table& recip_table, size_t n, const float* x, const flo
   return requantise(recip_table, n, step, [x, prescale](size_t i) { return x[i] * prescale[i]; }, out);
 }
 
-// y[row .. row + rows) of one panel of columns.
+// A product, in pieces of some rows and one panel of columns.
 struct LinearCall {
   size_t rows, columns, depth, stride;
   const std::int8_t* q;
@@ -62,26 +64,36 @@ struct LinearCall {
   const std::uint8_t* packed;
   float* y;
 
-  void panel(size_t column) const {
+  // y[begin .. end) of the panel that begins at `column`.
+  void piece(size_t begin, size_t end, size_t column) const {
     const size_t width = panel_width(columns, column), there = std::min(width, columns - column);
     const std::uint8_t* panel = packed + column * depth;
     std::int32_t sums[kRowBlock * kPanelColumns];
-    for (size_t row = 0; row < rows; row += kRowBlock) {
-      const size_t height = std::min(kRowBlock, rows - row);
+    for (size_t row = begin; row < end; row += kRowBlock) {
+      const size_t height = std::min(kRowBlock, end - row);
       multiply_panel(panel, width, depth / kGroup, q + row * stride, height, stride, sums, kPanelColumns);
       for (size_t r = 0; r < height; ++r) finish(row + r, column, there, sums + r * kPanelColumns);
     }
   }
 
-  void finish(size_t row, size_t column, size_t count, const std::int32_t* __restrict sum) const {
+  void finish(size_t row, size_t column, size_t count, const std::int32_t* sum) const {
+    if (count == kPanelColumns) return finish_row(row, column, kPanelColumns, sum);
+    finish_row(row, column, count, sum);
+  }
+
+  // Inlined twice, once for the constant count of a whole panel.
+  [[gnu::always_inline]] void finish_row(size_t row, size_t column, size_t count,
+                                         const std::int32_t* __restrict sum) const {
     float* __restrict out = y + row * columns + column;
     const float* __restrict channel = sw + column;
     const float scale = s[row];
     const std::int32_t shift = offset[row];
-    for (size_t c = 0; c < count; ++c) out[c] = (static_cast<float>(sum[c] - shift) * scale) * channel[c];
-    if (bias == nullptr) return;
-    const float* __restrict added = bias + column;
-    for (size_t c = 0; c < count; ++c) out[c] = out[c] + added[c];
+    if (bias == nullptr) {
+      for (size_t c = 0; c < count; ++c) out[c] = (static_cast<float>(sum[c] - shift) * scale) * channel[c];
+    } else {
+      const float* __restrict added = bias + column;
+      for (size_t c = 0; c < count; ++c) out[c] = (static_cast<float>(sum[c] - shift) * scale) * channel[c] + added[c];
+    }
   }
 };
 
@@ -91,6 +103,8 @@ extern "C" {
 
 // The number of threads from now on. No other call may run meanwhile.
 void lockstep_set_threads(size_t threads) { pool().reset(new Pool(threads)); }
+
+size_t lockstep_threads() { return pool()->threads(); }
 
 // y[i] = f(x[i]).
 void lockstep_apply(const Table* table, size_t n, const float* x, float* y) {
@@ -146,10 +160,18 @@ void lockstep_linear(size_t rows, size_t columns, size_t k, const std::int8_t* q
   const LinearCall call{rows, columns, depth, depth, depth == k ? q : whole.data(), offset.data(),
                         s,    sw,      bias,  packed, y};
   const size_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-  const size_t step = rows * columns * k < kSmallProduct ? panels : 1;
-  pool()->run((panels + step - 1) / std::max<size_t>(1, step), [&](size_t i) {
-    for (size_t panel = i * step; panel < std::min(panels, (i + 1) * step); ++panel) call.panel(panel * kPanelColumns);
-  });
+  const size_t height = rows * columns * k < kSmallProduct ? rows : kPieceRows;
+  const size_t pieces = (rows + height - 1) / std::max<size_t>(1, height);
+  const auto work = [&](size_t i) {
+    const size_t begin = i % pieces * height;
+    call.piece(begin, std::min(rows, begin + height), i / pieces * kPanelColumns);
+  };
+  if (rows * columns * k < kSmallProduct) {
+    const FlushToZero mode;
+    for (size_t panel = 0; panel < panels * pieces; ++panel) work(panel);
+  } else {
+    pool()->run(panels * pieces, work);
+  }
 }
 
 // y[rows][n] = layer normalisation of x[rows][n]; share = fl(1/n).
@@ -181,14 +203,25 @@ void lockstep_rotary(size_t rows, size_t heads, size_t d, size_t pairs, int inte
   });
 }
 
+// Quantises x[rows][heads * d] by head, into a cache of this layout; q and s point to the first key that is written.
+void lockstep_keep(const Table* recip_table, size_t rows, size_t heads, size_t d, const float* x,
+                   const CacheLayout* layout, std::uint8_t* q, float* s) {
+  for_rows(rows, heads * d, [=](size_t first, size_t last) {
+    for (size_t r = first; r < last; ++r)
+      for (size_t h = 0; h < heads; ++h)
+        s[r * layout->scale_row + h * layout->scale_head] =
+            quantise_row(*recip_table, d, x + (r * heads + h) * d, nullptr, q + r * layout->row + h * layout->head);
+  });
+}
+
 // out = attention of q to the cache; see AttentionCall. window: 0 for none; bias, mask: may be null.
 void lockstep_attention(const Table* exp2_table, const Table* recip_table, size_t rows, size_t keys, size_t heads,
                         size_t kv_heads, size_t d, size_t tile, float factor, int causal, std::int64_t window,
                         const std::int64_t* positions, const float* q, const std::int8_t* k, const float* sk,
-                        const std::int8_t* v, const float* sv, const float* bias, const std::uint8_t* mask,
-                        float* out) {
-  const AttentionCall call{exp2_table, recip_table, rows, keys, heads, kv_heads, d,    tile, factor, causal != 0,
-                           window,     positions,   q,    k,    v,     sk,       sv, bias, mask, out};
+                        const std::int8_t* v, const float* sv, const CacheLayout* layout, const float* bias,
+                        const std::uint8_t* mask, float* out) {
+  const AttentionCall call{exp2_table,  recip_table, rows, keys, heads, kv_heads, d,    tile, factor, causal != 0, window,
+                           positions,   q,           k,    v,    sk,    sv,       *layout, bias, mask,   out};
   const size_t blocks = call.blocks();
   const auto work = [&](size_t i) {
     thread_local QueryBlock block;

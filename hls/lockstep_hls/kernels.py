@@ -30,14 +30,20 @@ __all__ = [
     "rms_norm",
     "rotary",
     "set_threads",
+    "threads",
 ]
 
 
 def set_threads(threads: int) -> None:
-    """Use so many threads from now on, at least one; all cores unless this is called."""
+    """Use so many threads from now on, at least one; all cores unless this is called. Not while operations run."""
     if threads < 1:
         raise ValueError(f"threads = {threads} must be at least 1")
     library().lockstep_set_threads(threads)
+
+
+def threads() -> int:
+    """How many threads there are."""
+    return library().lockstep_threads()
 
 
 def _floats(x: npt.ArrayLike, *shape: int) -> F32:
@@ -247,8 +253,9 @@ def _attend(
     seen = None if mask is None else np.ascontiguousarray(mask, np.bool_)
     arrays = (at, q, np.ascontiguousarray(k8), key_scales, np.ascontiguousarray(v8), _floats(sv, *key_scales.shape))
     out = np.empty((rows, features), np.float32)
+    layout = np.array([kv_features, d, kv_heads, 1], np.uintp)  # struct CacheLayout
     library().lockstep_attention(
         *(table("exp2"), table("recip"), rows, keys, heads, kv_heads, d, max(1, min(tile, keys))),
-        *(score_factor(scale, d), causal, window or 0, *map(address, (*arrays, added, seen, out))),
+        *(score_factor(scale, d), causal, window or 0, *map(address, (*arrays, layout, added, seen, out))),
     )
     return out

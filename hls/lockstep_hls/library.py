@@ -13,6 +13,7 @@ from lockstep_isa.tables import FUNCTIONS, MAX_ENTRIES, TableFunction
 
 from lockstep_hls.toolchain import FLAGS, Progress, compile_shared
 
+SOURCES = ("kernels.cpp", "plan.cpp")
 KINDS = ("exp2", "recip", "rsqrt", "relu_minus", "odd", "sigmoid")
 
 _SIZE, _FLOAT, _INT, _LONG, _POINTER = (
@@ -25,6 +26,7 @@ _SIZE, _FLOAT, _INT, _LONG, _POINTER = (
 _PAIRS = [_SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER]
 _ARGUMENTS = {
     "lockstep_set_threads": [_SIZE],
+    "lockstep_threads": [],
     "lockstep_apply": [_POINTER, _SIZE, _POINTER, _POINTER],
     "lockstep_relu": [_SIZE, _POINTER, _POINTER],
     "lockstep_add": _PAIRS,
@@ -36,8 +38,10 @@ _ARGUMENTS = {
     "lockstep_layer_norm": [_POINTER, _SIZE, _SIZE] + 3 * [_POINTER] + [_FLOAT, _FLOAT, _POINTER],
     "lockstep_rms_norm": [_POINTER, _SIZE, _SIZE] + 2 * [_POINTER] + [_FLOAT, _FLOAT, _POINTER],
     "lockstep_rotary": 4 * [_SIZE] + [_INT] + 4 * [_POINTER],
-    "lockstep_attention": 2 * [_POINTER] + 6 * [_SIZE] + [_FLOAT, _INT, _LONG] + 9 * [_POINTER],
+    "lockstep_attention": 2 * [_POINTER] + 6 * [_SIZE] + [_FLOAT, _INT, _LONG] + 10 * [_POINTER],
+    "lockstep_run": [_POINTER] + 3 * [_SIZE],
 }
+_COUNTS = ("lockstep_threads", "lockstep_packed_bytes")
 
 
 def prepare(progress: Progress = None, flags: Sequence[str] = FLAGS) -> Path:
@@ -45,7 +49,7 @@ def prepare(progress: Progress = None, flags: Sequence[str] = FLAGS) -> Path:
 
     Raises :class:`lockstep_hls.toolchain.ToolchainError` where there is no compiler.
     """
-    return compile_shared([Path(__file__).with_name("kernels.cpp")], flags=flags, progress=progress)
+    return compile_shared([Path(__file__).with_name(name) for name in SOURCES], flags=flags, progress=progress)
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -54,7 +58,7 @@ def load(path: Path) -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = _SIZE if name.endswith("bytes") else None
+        function.restype = _SIZE if name in _COUNTS else None
     return library
 
 

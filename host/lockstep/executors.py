@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from lockstep_sim.timeline import Timeline
 
     from lockstep.graph import Graph
-    from lockstep.model import Executor, HostExecutor
+    from lockstep.model import Executor
     from lockstep.session import Session
 
 
-def _cpu(progress: Progress) -> HostExecutor:
+def _cpu(progress: Progress) -> Executor:
     from lockstep_hls import kernels
 
-    from lockstep.model import HostExecutor
+    from lockstep.native import NativeExecutor
 
     kernels.prepare(progress)
-    return HostExecutor(kernels)
+    return NativeExecutor()
 
 
-def _golden(progress: Progress) -> HostExecutor:
+def _golden(progress: Progress) -> Executor:
     from lockstep_isa import operations
 
     from lockstep.model import HostExecutor
@@ -41,7 +41,7 @@ def _golden(progress: Progress) -> HostExecutor:
 
 
 #: Executors without a device: URI -> what opens it and one line about it.
-HOSTS: dict[str, tuple[Callable[[Progress], HostExecutor], str]] = {
+HOSTS: dict[str, tuple[Callable[[Progress], Executor], str]] = {
     "cpu": (_cpu, "the contract's operations in C++ on this machine, without a program"),
     "golden": (_golden, "the contract itself in NumPy: slow, and what everything else is compared with"),
 }
@@ -166,12 +166,13 @@ def check_uri(uri: str) -> None:
     parse(uri)
 
 
-def executor(uri: str, progress: Progress = None) -> OpenExecutor:
+def executor(uri: str, progress: Progress = None, *, threads: int | None = None) -> OpenExecutor:
     """The executor behind a URI: ``cpu``, ``golden``, or a device such as ``fast:laptop`` or ``rtl:laptop``.
 
     Parameters
     ----------
     progress : told in one line when something is built.
+    threads : of ``cpu``, in the whole process from now on; one for each core unless somebody said otherwise.
 
     Raises
     ------
@@ -184,5 +185,10 @@ def executor(uri: str, progress: Progress = None) -> OpenExecutor:
     """
     check_uri(uri)
     if uri in HOSTS:
-        return OpenExecutor(uri, HOSTS[uri][0](progress))
+        opened = OpenExecutor(uri, HOSTS[uri][0](progress))
+        if uri == "cpu" and threads is not None:
+            from lockstep_hls import kernels
+
+            kernels.set_threads(threads)
+        return opened
     return OpenExecutor(uri, device=open_device(uri, progress))

@@ -22,6 +22,11 @@ void probe_scale2(size_t n, const float* __restrict m, const std::int32_t* __res
   for (size_t i = 0; i < n; ++i) y[i] = scale2(m[i], by[i]);
 }
 
+void probe_scale_down(size_t n, const float* __restrict m, const std::int32_t* __restrict by, float* __restrict y) {
+  const FlushToZero mode;
+  for (size_t i = 0; i < n; ++i) y[i] = scale_down(m[i], by[i]);
+}
+
 void probe_round(size_t n, const float* __restrict x, std::uint8_t* __restrict y) {
   const FlushToZero mode;
   for (size_t i = 0; i < n; ++i) y[i] = round_to_int8bits(x[i]);

@@ -63,6 +63,18 @@ def test_scale2_has_golden_bits(probe: ctypes.CDLL) -> None:
     assert_same_bits(y, numerics.scale2(m, by), m=m, by=by)
 
 
+def test_scaling_down_has_the_bits_of_scaling(probe: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(16)
+    m = rng.uniform(0.5, 2, COUNT).astype(F)
+    m[:3] = 0.5, np.nextafter(F(2), F(0)), np.nan
+    m[3::1000] = np.nan
+    by = -rng.integers(0, 300, COUNT).astype(np.int32)
+    by[::7] = -rng.integers(0, 70_000, len(by[::7]))
+    y = np.empty_like(m)
+    call(probe.probe_scale_down, COUNT, m, by, y)
+    assert_same_bits(y, numerics.scale2(m, by), m=m, by=by)
+
+
 def test_rounding_has_golden_bits(probe: ctypes.CDLL) -> None:
     halves = (np.arange(-400_000, 400_000) / 4).astype(F)
     x = np.concatenate([adversarial_floats(COUNT, seed=7), halves])

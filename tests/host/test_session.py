@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import tracemalloc
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.evaluate import run_reference
 from lockstep.executors import executor
 from lockstep.graph import Attention, Fallback, Gather, Graph, Indices, Node, PositionBias
+from lockstep.native import NativeExecutor
 from lockstep.session import HostSession, Session
 from lockstep_hls import kernels
 from lockstep_isa import operations
@@ -30,7 +31,12 @@ SHAPES = {
     "every head its own, normalised": dataclasses.replace(SHAPE, kv_heads=4, head_norm=True),
     "one tile": dataclasses.replace(SHAPE, tile=512),
 }
-HOSTS = {"golden": operations, "cpu": kernels}
+Host = Callable[[Graph, int], Session]
+HOSTS: dict[str, Host] = {
+    "golden": lambda graph, capacity: HostSession(graph, capacity, operations),
+    "cpu, node by node": lambda graph, capacity: HostSession(graph, capacity, kernels),
+    "cpu": lambda graph, capacity: NativeExecutor().open_session(graph, capacity),
+}
 TOKENS = 50  # tiles begin at 16, 32 and 48
 IDS = np.random.default_rng(1).integers(0, SHAPE.vocabulary, TOKENS)
 
@@ -61,23 +67,23 @@ def in_pieces(session: Session, ids: np.ndarray, *cuts: int) -> np.ndarray:
 
 @shapes
 @hosts
-def test_a_text_at_once_in_pieces_and_token_by_token_has_the_same_bits(host: ModuleType, shape: str) -> None:
+def test_a_text_at_once_in_pieces_and_token_by_token_has_the_same_bits(host: Host, shape: str) -> None:
     for cuts in ((), (7, 33), (15, 16, 17, 49), range(1, TOKENS)):
-        assert_same_bits(in_pieces(HostSession(graph(shape), TOKENS, host), IDS, *cuts), whole(shape))
+        assert_same_bits(in_pieces(host(graph(shape), TOKENS), IDS, *cuts), whole(shape))
 
 
 @shapes
 @hosts
-def test_the_last_tokens_logits_are_those_of_all(host: ModuleType, shape: str) -> None:
-    session = HostSession(graph(shape), TOKENS, host)
+def test_the_last_tokens_logits_are_those_of_all(host: Host, shape: str) -> None:
+    session = host(graph(shape), TOKENS)
     assert_same_bits(session.extend(IDS[:20]), whole(shape)[19:20])
     assert_same_bits(session.extend(IDS[20:21]), whole(shape)[20:21])
     assert_same_bits(session.extend(IDS[21:]), whole(shape)[-1:])
 
 
 @hosts
-def test_what_was_truncated_leaves_no_trace(host: ModuleType) -> None:
-    session = HostSession(graph(), TOKENS, host)
+def test_what_was_truncated_leaves_no_trace(host: Host) -> None:
+    session = host(graph(), TOKENS)
     session.extend(IDS[:10])
     session.extend(IDS[::-1][:37])
     session.truncate(10)
@@ -88,8 +94,8 @@ def test_what_was_truncated_leaves_no_trace(host: ModuleType) -> None:
 
 
 @hosts
-def test_a_refused_call_changes_nothing(host: ModuleType) -> None:
-    session = HostSession(graph(), TOKENS, host)
+def test_a_refused_call_changes_nothing(host: Host) -> None:
+    session = host(graph(), TOKENS)
     session.extend(IDS[:40])
     refused: list[tuple[Any, type[ModelError], str]] = [
         (IDS[:0], SequenceLengthError, "no token to add"),
@@ -108,8 +114,9 @@ def test_a_refused_call_changes_nothing(host: ModuleType) -> None:
     assert_same_bits(session.extend(IDS[40:], "all"), whole()[40:])
 
 
-def test_sessions_of_one_graph_do_not_share_a_cache() -> None:
-    first, second = (HostSession(graph(), TOKENS, kernels) for _ in range(2))
+@hosts
+def test_sessions_of_one_graph_do_not_share_a_cache(host: Host) -> None:
+    first, second = (host(graph(), TOKENS) for _ in range(2))
     for start in range(0, TOKENS, 10):
         assert_same_bits(first.extend(IDS[start : start + 10], "all"), whole()[start : start + 10])
         second.extend(IDS[::-1][start : start + 10])
@@ -154,14 +161,15 @@ def test_indices_and_biases_are_those_of_absolute_positions() -> None:
     expected = run_reference(special, {"input_ids": IDS}, operations)
     assert (expected != whole()).any()
     for host in HOSTS.values():
-        assert_same_bits(in_pieces(HostSession(special, TOKENS, host), IDS, 5, 31, 32), expected)
-        session = HostSession(special, TOKENS, host)
+        assert_same_bits(in_pieces(host(special, TOKENS), IDS, 5, 31, 32), expected)
+        session = host(special, TOKENS)
         session.extend(IDS[:31])
         assert_same_bits(session.extend(IDS[31:]), expected[-1:])
 
 
-def test_memory_stays_flat_while_tokens_are_generated() -> None:
-    session = HostSession(graph(), 300, kernels)
+@pytest.mark.parametrize("kind", ["cpu, node by node", "cpu"])
+def test_memory_stays_flat_while_tokens_are_generated(kind: str) -> None:
+    session = HOSTS[kind](graph(), 300)
 
     def generate(tokens: int) -> int:
         """Bytes that arrays hold after so many more tokens."""
@@ -192,7 +200,7 @@ def test_executors_open_sessions(uri: str) -> None:
 def test_attention_is_close_to_pytorchs() -> None:
     """The shape of the graph itself, against the model that it imitates."""
     import torch
-    from cpu_generation import torch_model
+    from generation_peers import torch_model
 
     weights = random_weights(SHAPE)
     with torch.no_grad():

@@ -53,8 +53,10 @@ class MatrixUnit(wiring.Component):
 
         active, started = Signal(), Signal()
         i = Signal.like(self.instruction.payload)
-        # What is left of this tile's words, of the inner and of the outer loop; the last one is a 1.
+        # What is left of this tile's words, of the inner and of the outer loop; the last one is a 1, and known as such
+        # at the start of its cycle: the end of an instruction goes on to the queue and to the tokens of all units.
         words, inner, outer = (Signal(ADDRESS_BITS, name=f"{n}_left") for n in ("words", "inner", "outer"))
+        last_word, last_inner, last_outer = (Signal(name=f"last_{n}") for n in ("word", "inner", "outer"))
         # Idle cycles before the words of each tile, and those that this tile still has to wait.
         padding, idle = Signal(range(columns)), Signal(range(columns))
         # Word addresses: of this k, of this tile's start, of this outer step's start.
@@ -62,9 +64,8 @@ class MatrixUnit(wiring.Component):
         w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
 
         first = Signal(init=1)
-        last_word, step, go, tile_end = (Signal(name=n) for n in ("last_word", "step", "go", "tile_end"))
+        step, go, tile_end = (Signal(name=n) for n in ("step", "go", "tile_end"))
         m.d.comb += [
-            last_word.eq(words == 1),
             step.eq(active & (started | accumulators.room)),
             go.eq(step & ~idle.any()),
             self.stalled.eq(active & ~started & ~accumulators.room),
@@ -81,14 +82,13 @@ class MatrixUnit(wiring.Component):
         with m.If(idle.any() & step):
             m.d.sync += idle.eq(idle - 1)
         with m.If(go):
-            m.d.sync += [first.eq(0), words.eq(words - 1), a.eq(a + 1), w.eq(w + 1)]
+            m.d.sync += [first.eq(0), words.eq(words - 1), last_word.eq(words == 2), a.eq(a + 1), w.eq(w + 1)]
         with m.If(tile_end):
             m.d.sync += [first.eq(1), words.eq(i.depth), started.eq(0), idle.eq(padding)]
+            m.d.sync += last_word.eq(i.depth == 1)
 
-        last_inner, last_outer, end = Signal(), Signal(), Signal()
+        end = Signal()
         m.d.comb += [
-            last_inner.eq(inner == 1),
-            last_outer.eq(outer == 1),
             end.eq(tile_end & last_inner & last_outer),
             self.done.eq(end),
             self.instruction.ready.eq(~active | end),
@@ -96,10 +96,11 @@ class MatrixUnit(wiring.Component):
         with m.If(tile_end):
             with m.If(last_inner):
                 m.d.sync += [inner.eq(i.inner), outer.eq(outer - 1)]
+                m.d.sync += [last_inner.eq(i.inner == 1), last_outer.eq(outer == 2)]
                 for word, tile, start, step in ((a, a_tile, a_outer, i.a_outer), (w, w_tile, w_outer, i.w_outer)):
                     m.d.sync += [word.eq(start + step), tile.eq(start + step), start.eq(start + step)]
             with m.Else():
-                m.d.sync += inner.eq(inner - 1)
+                m.d.sync += [inner.eq(inner - 1), last_inner.eq(inner == 2)]
                 for word, tile, step in ((a, a_tile, i.a_inner), (w, w_tile, i.w_inner)):
                     m.d.sync += [word.eq(tile + step), tile.eq(tile + step)]
         with m.If(end):
@@ -108,6 +109,7 @@ class MatrixUnit(wiring.Component):
             n = self.instruction.payload
             short = Mux(n.depth < columns, columns - n.depth, 0)
             m.d.sync += [i.eq(n), active.eq(1), words.eq(n.depth), inner.eq(n.inner), outer.eq(n.outer)]
+            m.d.sync += [last_word.eq(n.depth == 1), last_inner.eq(n.inner == 1), last_outer.eq(n.outer == 1)]
             m.d.sync += [padding.eq(short), idle.eq(short)]
             m.d.sync += [word.eq(n.a) for word in (a, a_tile, a_outer)]
             m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]

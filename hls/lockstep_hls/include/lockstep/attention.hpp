@@ -14,7 +14,13 @@ namespace lockstep {
 constexpr std::size_t kQueryBlock = 8 * kRowBlock;
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// What one call computes: out[rows][heads * d] from q, likewise, and keys[keys][kv_heads * d], [keys][kv_heads].
+// Where the keys and values of a cache lie: of key j and head h the d numbers begin at j * row + h * head, and the scale
+// stands at j * scale_row + h * scale_head.
+struct CacheLayout {
+  std::size_t row, head, scale_row, scale_head;
+};
+
+// What one call computes: out[rows][heads * d] from q, likewise, and a cache of `keys` keys and values.
 struct AttentionCall {
   const Table *exp2, *recip;
   std::size_t rows, keys, heads, kv_heads, d, tile;
@@ -25,6 +31,7 @@ struct AttentionCall {
   const float* q;
   const std::int8_t *k, *v;
   const float *sk, *sv;
+  CacheLayout layout;
   const float* bias;         // [heads][rows][keys] or null
   const std::uint8_t* mask;  // [rows][keys] or null
   float* out;
@@ -32,6 +39,15 @@ struct AttentionCall {
   std::size_t group() const { return heads / kv_heads; }
   std::size_t blocks() const { return (rows * group() + kQueryBlock - 1) / kQueryBlock; }
 };
+
+// work(j) for every j < count and as many more as complete 64: without a rest, short loops are worth vectorising.
+template <class Work>
+inline void for_panels(std::size_t count, const Work& work) {
+  for (std::size_t begin = 0; begin < count; begin += kPanelColumns) {
+#pragma GCC ivdep
+    for (std::size_t j = 0; j < kPanelColumns; ++j) work(begin + j);
+  }
+}
 
 // Keys begin .. end - 1.
 struct Range {
@@ -95,12 +111,12 @@ class QueryBlock {
   // Scales of the tile side by side. A bad value scale spoils masked keys too: then no key may be left out.
   bool gather_scales(std::size_t first, std::size_t count) {
     const AttentionCall& call = *call_;
-    sk_.resize(count);
-    sv_.resize(count);
+    for (auto* scales : {&sk_, &sv_}) scales->assign(round_up(count, kPanelColumns), 0.0f);
     bool finite = true;
     for (std::size_t j = 0; j < count; ++j) {
-      sk_[j] = call.sk[(first + j) * call.kv_heads + kv_head_];
-      sv_[j] = call.sv[(first + j) * call.kv_heads + kv_head_];
+      const std::size_t at = (first + j) * call.layout.scale_row + kv_head_ * call.layout.scale_head;
+      sk_[j] = call.sk[at];
+      sv_[j] = call.sv[at];
       finite &= magnitude_bits(sv_[j]) < kInfinity;
     }
     return finite;
@@ -118,8 +134,8 @@ class QueryBlock {
     const AttentionCall& call = *call_;
     const bool finite = gather_scales(first, count);
     const Range packed = looked_at(all, first, count, finite);
-    const std::size_t size = packed.end - packed.begin, stride = call.kv_heads * call.d;
-    const std::size_t at = (first + packed.begin) * stride + kv_head_ * call.d;
+    const std::size_t size = packed.end - packed.begin, stride = call.layout.row;
+    const std::size_t at = (first + packed.begin) * stride + kv_head_ * call.layout.head;
     k_.resize(packed_bytes(size, depth_));
     v_.resize(packed_bytes(call.d, size));
     pack_rows(call.k + at, size, call.d, stride, 0x80, k_.data());
@@ -178,10 +194,11 @@ class QueryBlock {
       return;
     }
     const std::size_t low = seen.begin - from, high = seen.end - from;
+    const std::size_t padded = round_up(size, kPanelColumns);  // what is behind the last key is a zero, and adds nothing
     float* __restrict m = m_.data();
     float* __restrict e = e_.data();
     std::int32_t* __restrict n = n_.data();
-    const float* sv = sv_.data() + keys.begin;
+    const float* __restrict sv = sv_.data() + keys.begin;
     const float* bias = call.bias == nullptr ? nullptr : call.bias + (head(i) * call.rows + row(i)) * call.keys + from;
     score_row(*call.exp2, size, scores_.data() + slot * room, offset_[i], sk_.data() + keys.begin, factor_[i], bias, m,
               n);
@@ -189,35 +206,36 @@ class QueryBlock {
       for (std::size_t j = 0; j < size; ++j) n[j] = mask[j] ? n[j] : kMaskedExponent;
     std::int32_t peak = peak_[i];
     for (std::size_t j = low; j < high; ++j) peak = n[j] > peak ? n[j] : peak;
-    for (std::size_t j = 0; j < size; ++j) e[j] = scale2(m[j], n[j] - peak);
+    for_panels(padded, [=](std::size_t j) { e[j] = scale_down(m[j], n[j] - peak); });
     std::fill(e, e + low, 0.0f);
-    std::fill(e + high, e + size, 0.0f);
+    std::fill(e + high, e + padded, 0.0f);
     if (mask != nullptr)
       for (std::size_t j = 0; j < size; ++j) e[j] = mask[j] ? e[j] : 0.0f;
-    sp_[slot] = requantise(*call.recip, size, 1.0f / 255.0f, [e, sv](std::size_t j) { return e[j] * sv[j]; }, p);
-    std::fill(p + size, p + round_up(size, kGroup), std::uint8_t{0});
+    sp_[slot] = requantise(*call.recip, padded, 1.0f / 255.0f, [e, sv](std::size_t j) { return e[j] * sv[j]; }, p);
     keep_[slot] = scale2(1.0f, peak_[i] - peak);
-    total_[i] = total_[i] * keep_[slot] + rowsum(size, [e](std::size_t j) { return e[j]; });
+    total_[i] = total_[i] * keep_[slot] + rowsum(padded, [e](std::size_t j) { return e[j]; });
     peak_[i] = peak;
   }
 
   // (m[j], n[j]) with 2^z = m * 2^n for z = (float(score[j] - offset) * scale[j]) * factor + bias[j] * log2(e). It stays
-  // a function of its own: inlined, g++ forgets that outputs do not overlap the table, and does not vectorise it.
+  // a function of its own: inlined, g++ forgets that outputs do not overlap the rest, and does not vectorise it.
   [[gnu::noinline]] static void score_row(const Table& exp2_table, std::size_t count,
                                           const std::int32_t* __restrict score, std::int32_t offset,
                                           const float* __restrict scale, float factor, const float* __restrict bias,
                                           float* __restrict m, std::int32_t* __restrict n) {
-    const auto parts = [&](std::size_t j, float z) {
-      const Exp2Parts both = exp2_parts(exp2_table, clamp_score(z));
-      m[j] = both.m;
-      n[j] = both.n;
+    const auto place = [&](std::size_t j, float z) {
+      const Address at = address(exp2_table, clamp_score(z));
+      n[j] = at.integer;
+      m[j] = at.d;
     };
     const auto scaled = [&](std::size_t j) { return (static_cast<float>(score[j] - offset) * scale[j]) * factor; };
     if (bias == nullptr) {
-      for (std::size_t j = 0; j < count; ++j) parts(j, scaled(j));
+      for_panels(count, [&](std::size_t j) { place(j, scaled(j)); });
     } else {
-      for (std::size_t j = 0; j < count; ++j) parts(j, scaled(j) + bias[j] * kLog2E);
+      for (std::size_t j = 0; j < count; ++j) place(j, scaled(j) + bias[j] * kLog2E);
     }
+    segments<32>(exp2_table, count, n, m, m);
+    for_panels(count, [n](std::size_t j) { n[j] >>= 5; });
   }
 
   const AttentionCall* call_ = nullptr;

@@ -45,6 +45,15 @@ inline float scale2(float m, std::int32_t n) {
   return float_of(result);
 }
 
+// scale2 for m between 0.5 and 2, or NaN, and n <= 0.
+inline float scale_down(float m, std::int32_t n) {
+  const std::uint32_t b = bits_of(m);
+  const std::int32_t field = static_cast<std::int32_t>((b & kInfinity) >> 23);
+  std::uint32_t result = b + (static_cast<std::uint32_t>(n) << 23);
+  result = field + n <= 0 ? 0u : result;
+  return float_of(field == 255 ? b : result);
+}
+
 // Without its sign, a float's pattern is an integer that orders like the magnitude; NaN patterns come last.
 inline std::uint32_t magnitude_bits(float x) { return bits_of(x) & ~kSign; }
 

@@ -94,15 +94,20 @@ inline float half_range(const Table& table, float magnitude, float limit) {
   return interpolate(table, limit < magnitude ? limit : magnitude);
 }
 
+// A half-range function of x from g, the table at |x|.
+template <Kind kind>
+inline float finish(float x, float g) {
+  if constexpr (kind == Kind::kReluMinus) return relu(x) - g;
+  if constexpr (kind == Kind::kOdd) return float_of((bits_of(g) & ~kSign) | (bits_of(x) & kSign));
+  return x < 0.0f ? 1.0f - g : g;
+}
+
 template <Kind kind>
 inline float evaluate(const Table& table, float x, float limit) {
   if constexpr (kind == Kind::kExp2) return exp2(table, x);
   if constexpr (kind == Kind::kRecip) return recip(table, x);
   if constexpr (kind == Kind::kRsqrt) return rsqrt(table, x);
-  const float g = half_range(table, float_of(magnitude_bits(x)), limit);
-  if constexpr (kind == Kind::kReluMinus) return relu(x) - g;
-  if constexpr (kind == Kind::kOdd) return float_of((bits_of(g) & ~kSign) | (bits_of(x) & kSign));
-  return x < 0.0f ? 1.0f - g : g;
+  return finish<kind>(x, half_range(table, float_of(magnitude_bits(x)), limit));
 }
 
 }  // namespace lockstep

@@ -57,13 +57,27 @@ class Pool {
     }
     if (asleep_.load() > 0) wake_.notify_all();
     take();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_ = false;
+    }
+    spin_while([this] { return working_.load(std::memory_order_acquire) != 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    open_ = false;
     done_.wait(lock, [this] { return working_ == 0; });
   }
 
  private:
   static constexpr std::chrono::microseconds kSpin{60};  // about the time between two products of a small model
+
+  // To sleep and be woken takes longer than most waits last. Whoever else wants the core may have it.
+  template <class Condition>
+  static void spin_while(Condition condition) {
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    while (condition() && std::chrono::steady_clock::now() < until) {
+      for (int i = 0; i < 32 && condition(); ++i) asm volatile("pause");
+      if (condition()) std::this_thread::yield();
+    }
+  }
 
   void take() {
     const FlushToZero mode;
@@ -73,9 +87,7 @@ class Pool {
   void serve() {
     std::uint64_t seen = 0;
     while (true) {
-      const auto until = std::chrono::steady_clock::now() + kSpin;
-      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
-        asm volatile("pause");
+      spin_while([&] { return generation_.load(std::memory_order_acquire) == seen; });
       {
         std::unique_lock<std::mutex> lock(mutex_);
         ++asleep_;
@@ -99,8 +111,8 @@ class Pool {
   std::mutex turn_, mutex_;
   std::condition_variable wake_, done_;
   std::atomic<std::uint64_t> generation_{0};
-  std::atomic<std::size_t> next_{0}, asleep_{0};
-  std::size_t count_ = 0, working_ = 0;
+  std::atomic<std::size_t> next_{0}, asleep_{0}, working_{0};
+  std::size_t count_ = 0;
   void (*call_)(const void*, std::size_t) = nullptr;
   const void* context_ = nullptr;
   bool open_ = false, stopping_ = false;

@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "lockstep/table.hpp"
+#include "lockstep/lookup.hpp"
 
 namespace lockstep {
 
@@ -50,7 +50,24 @@ inline float requantise(const Table& recip_table, std::size_t n, float step, Val
 template <Kind kind>
 [[gnu::noinline]] void apply_kind(const Table& table, std::size_t n, const float* __restrict x, float* __restrict y) {
   const float limit = limit_of(table);
-  for (std::size_t i = 0; i < n; ++i) y[i] = evaluate<kind>(table, x[i], limit);
+  if constexpr (kind == Kind::kExp2 || kind == Kind::kRecip || kind == Kind::kRsqrt) {
+    for (std::size_t i = 0; i < n; ++i) y[i] = evaluate<kind>(table, x[i], limit);
+  } else {
+    constexpr std::size_t kPiece = 8 * kLookups;
+    alignas(64) std::int32_t index[kPiece] = {};
+    alignas(64) float d[kPiece] = {};
+    for (std::size_t begin = 0; begin < n; begin += kPiece) {
+      const std::size_t count = n - begin < kPiece ? n - begin : kPiece;
+      for (std::size_t i = 0; i < count; ++i) {
+        const float magnitude = float_of(magnitude_bits(x[begin + i]));
+        const Address at = address(table, limit < magnitude ? limit : magnitude);
+        index[i] = at.integer - table.base;
+        d[i] = at.d;
+      }
+      segments<kMaxEntries>(table, count, index, d, d);
+      for (std::size_t i = 0; i < count; ++i) y[begin + i] = finish<kind>(x[begin + i], d[i]);
+    }
+  }
 }
 
 // y[i] = f(x[i]) for the function that the table stands for.
