@@ -103,6 +103,12 @@ def exact(tiny: Model) -> float:
     return float(np.mean([bits_per_byte(run_float(graph, {"input_ids": ids[:-1]}), ids[1:]) for ids in windows()]))
 
 
+def test_a_language_model_reads_the_file_as_one_text(tiny: Model, code: Path) -> None:
+    pieces = [inputs["input_ids"] for inputs in calibration_inputs(tiny, code)]
+    assert {len(piece) for piece in pieces[:-1]} == {512}
+    assert np.concatenate(pieces).tolist() == [BOS, *code.read_bytes()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "most"),

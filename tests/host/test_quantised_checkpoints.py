@@ -168,6 +168,35 @@ def test_gptq_checkpoints(symmetric: bool, ordered: bool) -> None:
     assert list(tensors) == ["layer.weight"]
 
 
+def test_a_folder_of_gptq_is_a_model(source: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(source, tmp_path / "out"))
+    tensors, expected = load_file(out / "model.safetensors"), {}
+    linear = [
+        name for name in tensors if name.startswith("encoder") and name.endswith(("dense.weight", "query.weight"))
+    ]
+    for name in linear:
+        weight = tensors.pop(name).numpy()
+        groups = weight.reshape(len(weight), -1, 32)
+        scales = (np.abs(groups).max(axis=2) / 7).astype(np.float16).astype(np.float32)
+        q = np.clip(np.rint(groups / scales[..., None]), -8, 7).reshape(weight.shape).astype(int) + 8
+        expected[name] = (q - 8) * np.repeat(scales, 32, axis=1)
+        made = gptq(q.T, np.full(scales.T.shape, 8), scales.T, np.arange(weight.shape[1]) // 32)
+        tensors |= {key.replace("layer", name.removesuffix(".weight"), 1): made[key].contiguous() for key in made}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    (out / "config.json").write_text(json.dumps(config))
+    model = load(out)
+    assert sorted(model.stored.weights) == sorted(linear)
+    assert model.report().stored == {"int4 g32": len(linear)}
+    for name in linear:
+        difference = np.abs(model.float_graph.tensors[name] - expected[name])
+        assert difference.max() <= 0.04 * np.abs(expected[name]).max()
+        assert np.array_equal(model.graph.tensors[f"{name}.int8"], model.stored.weights[name].w8)
+    wanted = hidden(load(source))
+    assert np.corrcoef(hidden(model).ravel(), wanted.ravel())[0, 1] > 0.98
+
+
 def test_gptq_of_the_second_version_stores_zero_points_as_they_are() -> None:
     q, scales = np.full((64, 16), 3), np.full((2, 16), 0.25, np.float32)
     tensors = gptq(q, np.full((2, 16), 8), scales, np.arange(64) // 32)
