@@ -243,7 +243,7 @@ def test_methods_with_a_pre_scale_fit_one_for_the_format(bert: Model, method: st
 
 def test_a_group_that_does_not_divide_the_inputs_names_the_layer(bert: Model) -> None:
     with pytest.raises(WeightFormatError, match=r"groups of 64 do not divide the 32 inputs of 'encoder.layer.0"):
-        check_layers(bert.float_graph, Format(4, 64))
+        check_layers(bert.float_graph, Format(4, 64), layer_names(bert.float_graph))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from causal_models import VOCABULARY, byte_tokenizer, save_causal_model
 from command_line import Command
 from lockstep.model import load
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 TEXT = "a cat sleeps on the sofa while rain falls\nbread bakes and a cat falls\n"
 
@@ -53,6 +55,26 @@ def test_json_tells_the_loss_of_every_layer(
     assert config["format"] == "mixed-precision"
     targets = [name for group in config["config_groups"].values() for name in group["targets"]]
     assert sorted(targets) == sorted(layer["name"].removesuffix(".weight") for layer in report["layers"])
+
+
+def test_a_language_model_generates_from_int4(cli: Command, tmp_path: Path, calibration: Path) -> None:
+    source, out = save_causal_model(tmp_path / "source"), tmp_path / "out"
+    assert cli("quantize", source, "--out", out, "--calibration", calibration).status == 0
+    assert load(out).report().stored == {"int4 g32": 15}, "two layers of seven and the head"
+    outcome = cli("generate", out, "--prompt", "a cat", "--max-new-tokens", 3, "--json")
+    assert outcome.status == 0, outcome.err
+    assert (out / "generation_config.json").is_file() == (source / "generation_config.json").is_file()
+
+
+def test_a_model_that_the_layout_cannot_hold_is_refused(cli: Command, tmp_path: Path, calibration: Path) -> None:
+    """GPT-2 stores its layers as [inputs, outputs]."""
+    words = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    source = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, **words)).save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    refused = cli("quantize", source, "--out", tmp_path / "out", "--calibration", calibration)
+    refused.refused(2, "holds no weight of a layer as [outputs, inputs]")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", "1:4"])

@@ -53,7 +53,8 @@ def quantize(
         steps("importing PyTorch and transformers")
         from lockstep.quantisation.formats import Format
         from lockstep.quantisation.recipe import Recipe, calibration_inputs, check_layers, quantise_model, steps_of
-        from lockstep.quantisation.write import check_output, write_folder
+        from lockstep.quantisation.walk import layer_names
+        from lockstep.quantisation.write import check_output, names_in_files, write_folder
         from lockstep.quantise import prescales_of
 
         chosen = method or ("gptq" if sparsity == "none" else "sparsegpt")
@@ -65,9 +66,12 @@ def quantize(
         folder = loaded.folder
         assert folder is not None, "a model that is loaded by name has a folder"
         check_output(folder, out)
-        check_layers(loaded.float_graph, recipe.format)
+        graph = loaded.float_graph
+        shapes = {name: graph.tensors[name].shape for name in layer_names(graph)}
+        names = names_in_files(folder, shapes)
+        check_layers(graph, recipe.format, names)
         inputs = calibration_inputs(loaded, calibration)
-        total = steps_of(loaded.float_graph, recipe)
+        total = steps_of(recipe, len(names))
         with steps.bar("quantising", total, "layers") as tell:
             done = 0
 
@@ -79,9 +83,10 @@ def quantize(
                     tell(done)
                 done += 1
 
-            found = quantise_model(loaded, recipe, inputs, prescales_of(loaded.graph) if prescale else {}, progress)
+            prescales = prescales_of(loaded.graph) if prescale else {}
+            found = quantise_model(loaded, recipe, inputs, prescales, progress, names)
         steps(f"writing {out}")
-        size, kept = write_folder(folder, out, found.weights, found.prescales)
+        size = write_folder(folder, out, found.weights, found.prescales)
     layers = [
         {"name": name, "format": str(weight.format), "weights": weight.values.size, "loss": found.losses[name]}
         for name, weight in found.weights.items()
@@ -94,7 +99,7 @@ def quantize(
         "bytes": size,
         "layers": layers,
         "curve": [dataclasses.asdict(point) for point in found.curve],
-        "not_written": kept,
+        "not_quantised": [name for name in shapes if name not in names],
     }
     if as_json:
         emit(report)
@@ -110,7 +115,7 @@ def _show(report: dict[str, Any]) -> None:
         points = [[f"{each['bits']:.2f}", f"{each['loss']:.2e}", each["layer"] or "-"] for each in report["curve"]]
         console.print()
         console.print(table(["bits", "sum of losses", "last to become int4"], points))
-    for name in report["not_written"]:
+    for name in report["not_quantised"]:
         text = f"as it was: {name}, which the files do not hold as [outputs, inputs]"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,8 @@ def calibration_inputs(model: Model, path: Path | None) -> list[dict[str, np.nda
     return [{model.input_name: ids[start : start + window]} for start in range(0, len(ids), window)]
 
 
-def check_layers(graph: Graph, format: Format) -> None:
-    """Raise ``WeightFormatError`` unless every layer can have ``format``."""
-    names = layer_names(graph)
-    if not names:
-        raise WeightFormatError(f"{graph.source} has no layer whose weights can be quantised")
+def check_layers(graph: Graph, format: Format, names: Collection[str]) -> None:
+    """Raise ``WeightFormatError`` unless each of the layers ``names`` can have ``format``."""
     for name in names:
         inputs = graph.tensors[name].shape[1]
         if not format.fits(inputs):
@@ -121,22 +118,24 @@ def quantise_model(
     inputs: Sequence[Mapping[str, Any]],
     prescales: Prescales,
     progress: Progress = lambda name: None,
+    names: Collection[str] | None = None,
 ) -> Quantised:
     """``recipe`` applied to ``model`` (its float graph), with ``inputs`` of :func:`calibration_inputs`.
 
-    ``prescales`` are those that the model comes with; a method that fits its own replaces them. Raises
-    ``WeightFormatError`` if a layer does not fit the format.
+    ``prescales`` are those that the model comes with; a method that fits its own replaces them. ``names`` are the
+    weights to quantise, all that can be if not given. Raises ``WeightFormatError`` if one does not fit the format.
     """
     graph, method = model.float_graph, METHODS[recipe.method]
-    check_layers(graph, recipe.format)
+    names = layer_names(graph) if names is None else names
+    check_layers(graph, recipe.format, names)
     if method.prescale is not None:
         progress("pre-scales")
         prescales = _fitted(graph, inputs, recipe.format, method)
-    formats = dict.fromkeys(layer_names(graph), recipe.format)
+    formats = dict.fromkeys(names, recipe.format)
     curve: list[Point] = []
     if recipe.bits is not None:
         wide = Format(8, None, recipe.format.pattern)
-        measured = sensitivities(graph, inputs, prescales, method, wide, recipe.format, progress)
+        measured = sensitivities(graph, inputs, prescales, method, wide, recipe.format, names, progress)
         formats, curve = choose_formats(measured, wide, recipe.format, recipe.bits)
     losses: dict[str, float] = {}
 
@@ -146,7 +145,7 @@ def quantise_model(
         losses[layer.name] = layer.loss(chosen)
         return chosen
 
-    weights = quantise_layers(graph, inputs, prescales, choose)
+    weights = quantise_layers(graph, inputs, prescales, choose, names)
     return Quantised(weights, prescales, losses, tuple(curve))
 
 
@@ -157,6 +156,7 @@ def sensitivities(
     method: Method,
     wide: Format,
     narrow: Format,
+    names: Collection[str],
     progress: Progress = lambda name: None,
 ) -> list[Sensitivity]:
     """What every layer loses in two formats, with the layers before it in the wide one."""
@@ -168,7 +168,7 @@ def sensitivities(
         found.append(Sensitivity(layer.name, layer.weight.numel(), layer.loss(kept), layer.loss(tried)))
         return kept
 
-    quantise_layers(graph, inputs, prescales, choose)
+    quantise_layers(graph, inputs, prescales, choose, names)
     return found
 
 
@@ -179,7 +179,6 @@ def _fitted(graph: Graph, inputs: Sequence[Mapping[str, Any]], format: Format, m
     return fit_prescales(graph, inputs, rounded, by_mean=method.prescale == "mean")[0]
 
 
-def steps_of(graph: Graph, recipe: Recipe) -> int:
-    """How often ``progress`` is called by :func:`quantise_model`."""
-    layers = len(layer_names(graph))
+def steps_of(recipe: Recipe, layers: int) -> int:
+    """How often ``progress`` is called by :func:`quantise_model` for so many layers."""
     return layers * (1 if recipe.bits is None else 2) + (METHODS[recipe.method].prescale is not None)

@@ -6,7 +6,7 @@ quantised form, and is quantised per token as on a device, so that errors before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ def quantise_layers(
     sequences: Sequence[Mapping[str, Any]],
     prescales: Prescales,
     choose: Callable[[Layer], QuantisedWeight],
+    names: Collection[str] | None = None,
 ) -> dict[str, QuantisedWeight]:
     """What ``choose`` makes of every layer, by the name of its weight.
 
@@ -71,10 +72,11 @@ def quantise_layers(
     graph : float stage.
     sequences : calibration inputs, arrays by input name.
     prescales : float32[K] by name of the quantise point.
+    names : the weights to quantise; all of :func:`layer_names` if not given. Others stay float.
 
     A weight that serves in several layers is chosen for the first.
     """
-    wanted = set(layer_names(graph))
+    wanted = set(layer_names(graph) if names is None else names)
     point_of = {node.value: p for p, groups in quantise_points(graph).items() for group in groups for node in group}
     last_use = {value: position for position, node in enumerate(graph) for value in node.inputs}
     runs = [check_inputs(graph, inputs) for inputs in sequences]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lockstep.checkpoint import INDEX, WEIGHTS, matching_name, read_tensors, weight_files
@@ -30,45 +32,63 @@ def check_output(source: Path, out: Path) -> None:
         raise CheckpointError(f"{out} is inside the model's own folder; give one outside of {source}")
 
 
-def write_folder(
-    source: Path, out: Path, weights: Mapping[str, QuantisedWeight], prescales: Prescales
-) -> tuple[int, list[str]]:
+def names_in_files(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names in the files of ``source`` of the weights that they hold as [outputs, inputs].
+
+    ``shapes`` are those of the weights in the model, by name. Raises ``WeightFormatError`` if there are none.
+    """
+    held: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(source):
+        with safe_open(path, framework="pt") as file:
+            held.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    found = {name: stored for name in shapes if (stored := matching_name(name, held)) and held[stored] == shapes[name]}
+    if not found:
+        raise WeightFormatError(f"{source} holds no weight of a layer as [outputs, inputs]; nothing can be quantised")
+    return found
+
+
+def write_folder(source: Path, out: Path, weights: Mapping[str, QuantisedWeight], prescales: Prescales) -> int:
     """Write ``weights``, by their names in the model, and everything else of ``source`` to ``out``.
 
-    Returns the bytes of the tensors, and the weights that stay as they are because the files of ``source`` do not hold
-    them as [outputs, inputs].
+    Returns the bytes of the tensors. ``out`` appears when it is complete. Raises ``WeightFormatError`` for weights that
+    :func:`names_in_files` does not know.
     """
+    names = names_in_files(source, {name: weight.values.shape for name, weight in weights.items()})
+    if unknown := sorted(weights.keys() - names.keys()):
+        raise WeightFormatError(f"{source} does not hold the weight {unknown[0]!r} as [outputs, inputs]")
     tensors = read_tensors(source)
-    before = set(tensors)
     formats: dict[str, Format] = {}
-    kept: list[str] = []
     for name, weight in weights.items():
-        stored = matching_name(name, before)
-        if stored is None or tensors[stored].shape != weight.values.shape:
-            kept.append(name)
-            continue
-        base = stored.removesuffix(".weight")
-        del tensors[stored]
+        base = names[name].removesuffix(".weight")
+        del tensors[names[name]]
         tensors |= layout(base, weight)
         formats[base] = weight.format
-    if not formats:
-        raise WeightFormatError(f"{source} holds none of the weights as [outputs, inputs]; nothing can be quantised")
-    out.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = description(formats)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
+        folder = Path(place) / out.name
+        folder.mkdir()
+        _copy_others(source, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        if prescales:
+            save_file({name: torch.from_numpy(array) for name, array in prescales.items()}, folder / PRESCALE_FILE)
+        for path in folder.glob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes for its owner alone
+        if out.exists():
+            out.rmdir()  # it is empty
+        folder.rename(out)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _copy_others(source: Path, folder: Path) -> None:
     own = {path.name for path in weight_files(source)} | {"config.json", WEIGHTS, INDEX}
     for path in sorted(source.iterdir()):
         if path.is_dir():
-            shutil.copytree(path, out / path.name, ignore=shutil.ignore_patterns(*(f"*{s}" for s in _OTHER_WEIGHTS)))
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns(*(f"*{s}" for s in _OTHER_WEIGHTS)))
         elif path.name not in own and not path.name.endswith(_OTHER_WEIGHTS):
-            shutil.copyfile(path, out / path.name)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / WEIGHTS, {"format": "pt"})
-    if prescales:
-        save_file({name: torch.from_numpy(array) for name, array in prescales.items()}, out / PRESCALE_FILE)
-    for path in out.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes for its owner alone
-    return sum(tensor.nbytes for tensor in tensors.values()), kept
+            shutil.copyfile(path, folder / path.name)
 
 
 def layout(base: str, weight: QuantisedWeight) -> dict[str, torch.Tensor]:
