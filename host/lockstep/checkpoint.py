@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,21 +213,27 @@ def _by_parameter(stored: StoredWeights, module: torch.nn.Module) -> StoredWeigh
     parameters = {name: parameter for name, parameter in module.state_dict().items() if parameter.ndim == 2}
     result = StoredWeights()
     for name, weight in stored.weights.items():
-        found = matching_name(name, parameters)
-        if found is not None and torch.equal(parameters[found], torch.from_numpy(weight.dequantised())):
+        found = same_tensor(name, torch.from_numpy(weight.dequantised()), parameters)
+        if found is not None:
             result.weights[found] = weight
             if name in stored.errors:
                 result.errors[found] = stored.errors[name]
     return result
 
 
-def matching_name(name: str, names: Iterable[str]) -> str | None:
-    """Which of ``names`` is ``name``, give or take the prefix with which a head's module names the model in it."""
-    names = list(names)
-    if name in names:
+def same_tensor(name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Which of ``tensors`` is ``tensor``: that of its name, else the only one with its contents, whatever the dtype.
+
+    transformers renames some tensors when it loads them, so names alone do not tell.
+    """
+
+    def same(other: torch.Tensor) -> bool:
+        return other.shape == tensor.shape and torch.equal(other.float(), tensor)
+
+    if name in tensors and same(tensors[name]):
         return name
-    near = [other for other in names if other.endswith(f".{name}") or name.endswith(f".{other}")]
-    return near[0] if len(near) == 1 else None
+    found = [other for other, value in tensors.items() if same(value)]
+    return found[0] if len(found) == 1 else None
 
 
 def _configuration(folder: Path) -> Any:

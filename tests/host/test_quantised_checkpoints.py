@@ -23,7 +23,7 @@ from lockstep.quantisation.methods import nearest
 from lockstep.quantisation.recipe import Recipe, quantise_model
 from lockstep.quantisation.schemes import Tensors, read_scheme
 from lockstep.quantisation.stored import Stored, StoredWeights
-from lockstep.quantisation.write import layout, write_folder
+from lockstep.quantisation.write import layout, names_in_files, write_folder
 from lockstep.quantise import quantise
 from lockstep_hls import kernels
 from lockstep_isa import operations
@@ -322,7 +322,8 @@ def test_a_truncated_gguf_file_is_named(tmp_path: Path) -> None:
 def quantised(source: Path, out: Path, recipe: Recipe, prescales: dict[str, np.ndarray] | None = None) -> Any:
     model = load(source)
     found = quantise_model(model, recipe, INPUTS, prescales or {})
-    write_folder(source, out, found.weights, found.prescales)
+    names = names_in_files(source, {name: model.float_graph.tensors[name] for name in found.weights})
+    write_folder(source, out, found.weights, found.prescales, names)
     return model, found
 
 

@@ -67,8 +67,8 @@ def quantize(
         assert folder is not None, "a model that is loaded by name has a folder"
         check_output(folder, out)
         graph = loaded.float_graph
-        shapes = {name: graph.tensors[name].shape for name in layer_names(graph)}
-        names = names_in_files(folder, shapes)
+        layers_there = layer_names(graph)
+        names = names_in_files(folder, {name: graph.tensors[name] for name in layers_there})
         check_layers(graph, recipe.format, names)
         inputs = calibration_inputs(loaded, calibration)
         total = steps_of(recipe, len(names))
@@ -86,7 +86,7 @@ def quantize(
             prescales = prescales_of(loaded.graph) if prescale else {}
             found = quantise_model(loaded, recipe, inputs, prescales, progress, names)
         steps(f"writing {out}")
-        size = write_folder(folder, out, found.weights, found.prescales)
+        size = write_folder(folder, out, found.weights, found.prescales, names)
     layers = [
         {"name": name, "format": str(weight.format), "weights": weight.values.size, "loss": found.losses[name]}
         for name, weight in found.weights.items()
@@ -99,7 +99,7 @@ def quantize(
         "bytes": size,
         "layers": layers,
         "curve": [dataclasses.asdict(point) for point in found.curve],
-        "not_quantised": [name for name in shapes if name not in names],
+        "not_quantised": [name for name in layers_there if name not in names],
     }
     if as_json:
         emit(report)

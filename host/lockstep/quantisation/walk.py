@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lockstep.evaluate import check_inputs, run_float_node
-from lockstep.graph import Dense, Graph, Input, Value, tensor_names
+from lockstep.graph import Dense, Graph, Input, Route, Value, tensor_names
 from lockstep.quantisation.formats import QuantisedWeight
 from lockstep.quantise import Prescales, quantise_points
 
@@ -48,13 +48,16 @@ class Layer:
 
 def layer_names(graph: Graph) -> list[str]:
     """The weights that can be quantised, in the order of their use: matrices that serve in products alone, at one
-    point.
+    point. Those that choose experts are left out.
     """
+    routing = {node.logits for node in graph.of(Route)}
     elsewhere = {name for node in graph if not isinstance(node, Dense) for name in tensor_names(node)}
     points: dict[str, set[str]] = {}
     for point, groups in quantise_points(graph).items():
         for node in (node for group in groups for node in group):
             points.setdefault(node.weight, set()).add(point)
+            if node.value in routing:
+                elsewhere.add(node.weight)
     return [name for name, at in points.items() if name not in elsewhere and len(at) == 1]
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lockstep.checkpoint import INDEX, WEIGHTS, matching_name, read_tensors, weight_files
+from lockstep.checkpoint import INDEX, WEIGHTS, read_tensors, same_tensor, weight_files
 from lockstep.errors import CheckpointError, WeightFormatError
 from lockstep.model import PRESCALE_FILE
 from lockstep.quantisation.formats import Format, QuantisedWeight
@@ -32,30 +31,27 @@ def check_output(source: Path, out: Path) -> None:
         raise CheckpointError(f"{out} is inside the model's own folder; give one outside of {source}")
 
 
-def names_in_files(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def names_in_files(source: Path, weights: Mapping[str, np.ndarray]) -> dict[str, str]:
     """The names in the files of ``source`` of the weights that they hold as [outputs, inputs].
 
-    ``shapes`` are those of the weights in the model, by name. Raises ``WeightFormatError`` if there are none.
+    ``weights`` are float32[N, K] by their names in the model. Raises ``WeightFormatError`` if none is there.
     """
-    held: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(source):
-        with safe_open(path, framework="pt") as file:
-            held.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    found = {name: stored for name in shapes if (stored := matching_name(name, held)) and held[stored] == shapes[name]}
-    if not found:
+    held = read_tensors(source)
+    found = {name: same_tensor(name, torch.from_numpy(weight), held) for name, weight in weights.items()}
+    names = {name: stored for name, stored in found.items() if stored is not None}
+    if not names:
         raise WeightFormatError(f"{source} holds no weight of a layer as [outputs, inputs]; nothing can be quantised")
-    return found
+    return names
 
 
-def write_folder(source: Path, out: Path, weights: Mapping[str, QuantisedWeight], prescales: Prescales) -> int:
+def write_folder(
+    source: Path, out: Path, weights: Mapping[str, QuantisedWeight], prescales: Prescales, names: Mapping[str, str]
+) -> int:
     """Write ``weights``, by their names in the model, and everything else of ``source`` to ``out``.
 
-    Returns the bytes of the tensors. ``out`` appears when it is complete. Raises ``WeightFormatError`` for weights that
-    :func:`names_in_files` does not know.
+    ``names`` is what :func:`names_in_files` gives. Returns the bytes of the tensors. ``out`` appears when it is
+    complete.
     """
-    names = names_in_files(source, {name: weight.values.shape for name, weight in weights.items()})
-    if unknown := sorted(weights.keys() - names.keys()):
-        raise WeightFormatError(f"{source} does not hold the weight {unknown[0]!r} as [outputs, inputs]")
     tensors = read_tensors(source)
     formats: dict[str, Format] = {}
     for name, weight in weights.items():
