@@ -31,6 +31,12 @@ class Point:
     layer: str | None
 
 
+def check_budget(bits: float, narrow: Format) -> None:
+    """Raise ``WeightFormatError`` if ``narrow`` alone takes more than ``bits``."""
+    if bits < narrow.bits_per_weight:
+        raise WeightFormatError(f"a budget of {bits:g} bits a weight; {narrow} alone takes {narrow.bits_per_weight:g}")
+
+
 def choose_formats(
     layers: Sequence[Sensitivity], wide: Format, narrow: Format, bits: float
 ) -> tuple[dict[str, Format], list[Point]]:
@@ -39,8 +45,7 @@ def choose_formats(
     Layers become narrow in the order of the loss that a saved byte costs. Raises ``WeightFormatError`` if even all
     narrow is more.
     """
-    if bits < narrow.bits_per_weight:
-        raise WeightFormatError(f"a budget of {bits:g} bits a weight; {narrow} alone takes {narrow.bits_per_weight:g}")
+    check_budget(bits, narrow)
     total = sum(layer.weights for layer in layers)
     stored = total * wide.bits_per_weight
     loss = sum(layer.wide_loss for layer in layers)

@@ -14,7 +14,7 @@ from lockstep.calibrate import sentences
 from lockstep.errors import InputError, WeightFormatError
 from lockstep.graph import Graph
 from lockstep.model import Model
-from lockstep.quantisation.budget import Point, Sensitivity, average_bits, choose_formats
+from lockstep.quantisation.budget import Point, Sensitivity, average_bits, check_budget, choose_formats
 from lockstep.quantisation.formats import Format, QuantisedWeight
 from lockstep.quantisation.methods import METHODS, Method, nearest
 from lockstep.quantisation.walk import Layer, layer_names, quantise_layers
@@ -54,6 +54,8 @@ class Recipe:
             )
         if self.bits is not None and self.format.bits != 4:
             raise WeightFormatError("a budget of bits chooses between int4 and int8; ask for int4 weights with it")
+        if self.bits is not None:
+            check_budget(self.bits, self.format)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +98,8 @@ def calibration_inputs(model: Model, path: Path | None) -> list[dict[str, np.nda
         return [{model.input_name: ids} for ids in model.tokenize(lines)]
     ids = np.asarray(model.tokenizer(text, verbose=False)["input_ids"], np.int64)
     window = min(WINDOW, model.graph.max_tokens)
-    return [{model.input_name: ids[start : start + window]} for start in range(0, len(ids), window)]
+    pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
+    return [{model.input_name: piece} for piece in pieces if len(piece) >= model.graph.min_tokens]
 
 
 def check_layers(graph: Graph, format: Format, names: Collection[str]) -> None:

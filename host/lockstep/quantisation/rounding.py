@@ -37,7 +37,9 @@ def to_int4(weight: torch.Tensor, step: torch.Tensor, multiplier: torch.Tensor) 
     return torch.minimum(torch.maximum((weight / step).round(), lowest), torch.tensor(7.0))
 
 
-def best_multipliers(weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def best_multipliers(
+    weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(k, error) of each group: float32[...] both, for weight: float32[..., G], scale: float32[...].
 
     importance: float32[..., G] weighs the squared errors.
