@@ -7,16 +7,20 @@ modules.
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from lockstep.bundled import BUNDLED, bundled_folder
@@ -27,6 +31,9 @@ from lockstep.errors import (
     TensorError,
     UnknownArchitectureError,
 )
+from lockstep.quantisation.gguf_file import gguf_in, stored_weights, tensor_types
+from lockstep.quantisation.schemes import read_scheme
+from lockstep.quantisation.stored import StoredWeights
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +51,7 @@ class Checkpoint:
     ----------
     module : the model in evaluation mode, float32.
     folder : where the files are.
+    stored : matrices that the files hold quantised, by the name of the parameter.
     missing : parameters that the files do not hold and that PyTorch therefore made up. They are harmless where the
         captured graph does not use them (a pooler, say), and an error where it does: see ``require``.
     """
@@ -51,6 +59,7 @@ class Checkpoint:
     module: torch.nn.Module
     folder: Path
     missing: frozenset[str]
+    stored: StoredWeights = field(default_factory=StoredWeights)
 
     def require(self, used: list[str]) -> None:
         """Raise ``TensorError`` if one of the parameters ``used`` is not in the files."""
@@ -63,7 +72,8 @@ class Checkpoint:
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a model given as a path, as a bundled name, or as a Hub id that is in the local cache.
+    """The folder of a model given as a path, as a bundled name, or as a Hub id that is in the local cache; or its
+    GGUF file.
 
     Raises
     ------
@@ -71,7 +81,7 @@ def find_folder(name: str) -> Path:
         if there is none.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or gguf_in(path) is not None:
         return path
     if path.is_file():
         raise ModelNotFoundError(f"{name} is a file; give the folder that holds config.json and the weights")
@@ -99,24 +109,36 @@ def _cached(name: str) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and check the model in ``folder``.
+    """Read and check the model in ``folder``, or in a GGUF file.
 
     Raises
     ------
     ConfigurationMissingError, UnknownArchitectureError, CheckpointError, TensorError
         as the class says; each message names the file or the tensor.
+    QuantisedCheckpointError
+        if weights are quantised in a way that is not known, or that contradicts itself.
     """
+    if (file := gguf_in(folder)) is not None:
+        return _load_gguf(file)
     config = _configuration(folder)
+    scheme = getattr(config, "quantization_config", None)
     found: dict[str, Path] = {}
     for path in weight_files(folder):
-        names = check_file(path)
+        names = check_file(path, quantised=scheme is not None)
         found.update(dict.fromkeys(names, path))
     _check_index(folder, found)
+    stored, tensors = StoredWeights(), None
+    if scheme is not None:
+        tensors = read_tensors(folder)
+        stored = read_scheme(scheme, tensors)
+        del config.quantization_config
     with _quiet():
         try:
-            module, report = _kind(config).from_pretrained(
-                folder,
+            kind = _kind(config) if tensors is None else _kind(config)._model_mapping[type(config)]
+            module, report = kind.from_pretrained(
+                None if tensors else folder,
                 config=config,
+                state_dict=tensors,
                 local_files_only=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
@@ -146,7 +168,72 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{where} holds the tensor {extra[0]!r}{_and_more(extra)} that {_architecture(config)} does not have; "
             "config.json and the weights belong to different models"
         )
-    return Checkpoint(module.eval(), folder, frozenset(report["missing_keys"]))
+    return Checkpoint(module.eval(), folder, frozenset(report["missing_keys"]), _by_parameter(stored, module))
+
+
+def _load_gguf(path: Path) -> Checkpoint:
+    types = tensor_types(path)
+    with _quiet(), redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        try:
+            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            kind = _class_of(config)
+            with torch.device("meta"):
+                empty = kind(config)
+            tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
+            module, report = kind.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, dtype=torch.float32
+            )
+        except Exception as error:
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"the model in {path} cannot be built: {detail}") from None
+    stored = stored_weights(module, types)
+    with torch.no_grad():
+        for name, weight in stored.weights.items():
+            module.get_parameter(name).copy_(torch.from_numpy(weight.dequantised()))
+    return Checkpoint(module.eval(), path.parent, frozenset(report["missing_keys"]), stored)
+
+
+def _class_of(config: Any) -> Any:
+    """The class of a GGUF file's model, which is a language model where there can be one."""
+    causal: Any = transformers.AutoModelForCausalLM._model_mapping
+    other: Any = transformers.AutoModel._model_mapping
+    return causal[type(config)] if type(config) in causal else other[type(config)]
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in ``folder``, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def _by_parameter(stored: StoredWeights, module: torch.nn.Module) -> StoredWeights:
+    """``stored`` by the names of the module's parameters; what transformers merged on loading is left out."""
+    parameters = {name: parameter for name, parameter in module.state_dict().items() if parameter.ndim == 2}
+    result = StoredWeights()
+    for name, weight in stored.weights.items():
+        found = same_tensor(name, torch.from_numpy(weight.dequantised()), parameters)
+        if found is not None:
+            result.weights[found] = weight
+            if name in stored.errors:
+                result.errors[found] = stored.errors[name]
+    return result
+
+
+def same_tensor(name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Which of ``tensors`` is ``tensor``: that of its name, else the only one with its contents, whatever the dtype.
+
+    transformers renames some tensors when it loads them, so names alone do not tell.
+    """
+
+    def same(other: torch.Tensor) -> bool:
+        return other.shape == tensor.shape and torch.equal(other.float(), tensor)
+
+    if name in tensors and same(tensors[name]):
+        return name
+    found = [other for other, value in tensors.items() if same(value)]
+    return found[0] if len(found) == 1 else None
 
 
 def _configuration(folder: Path) -> Any:
@@ -215,7 +302,7 @@ def _check_index(folder: Path, found: dict[str, Path]) -> None:
             )
 
 
-def check_file(path: Path) -> list[str]:
+def check_file(path: Path, quantised: bool = False) -> list[str]:
     """The names of the tensors in a safetensors file, after checking sizes, types and that every value is finite.
 
     Raises
@@ -242,10 +329,10 @@ def check_file(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
                 tensor = file.get_tensor(name)
-                if name.endswith("weight") and not tensor.is_floating_point():
+                if name.endswith("weight") and not tensor.is_floating_point() and not quantised:
                     raise TensorError(
-                        f"the tensor {name!r} in {path} has dtype {header[name]['dtype']}; only F32, F16 and BF16 "
-                        "weights can be read"
+                        f"the tensor {name!r} in {path} has dtype {header[name]['dtype']}; without a "
+                        "quantization_config in config.json, only F32, F16 and BF16 weights can be read"
                     )
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise TensorError(

@@ -56,3 +56,11 @@ class PoolingError(ModelError):
 
 class PrescaleError(ModelError):
     """A pre-scale file cannot be read or does not fit the model."""
+
+
+class WeightFormatError(ModelError):
+    """A format of weights that there is none of, or that a layer does not fit."""
+
+
+class QuantisedCheckpointError(ModelError):
+    """A quantised checkpoint is of an unknown scheme, lacks scales, or contradicts itself."""

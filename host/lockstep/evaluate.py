@@ -104,7 +104,7 @@ def run_float(
     def compute(graph: Graph, node: Node, given: list[Any]) -> Any:
         if observe is not None:
             observe(node, given)
-        return _float(graph, node, given)
+        return run_float_node(graph, node, given)
 
     return _run(graph, inputs, compute)
 
@@ -248,7 +248,7 @@ def attend(
     )
 
 
-def _float(graph: Graph, node: Node, given: list[Any]) -> Any:
+def run_float_node(graph: Graph, node: Node, given: list[Any]) -> Any:
     def tensor(name: str | None) -> Any:
         return None if name is None else torch.from_numpy(graph.tensors[name])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lockstep.graph import Attention, Fallback, Graph, Quantise
+from lockstep.quantisation.stored import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class ModelReport:
     causal : whether it is a causal language model, which generates.
     int8_bytes, other_bytes : memory of the weights of products, and of all other parameters.
     cache_bytes : memory of the keys and values of one token, scales included; 0 if there is no cache.
+    stored : number of weights that the files hold quantised, by their format here.
+    rounded_again : the largest change of such a weight on reading, relative to the largest of its channel.
     """
 
     source: str
@@ -36,6 +40,8 @@ class ModelReport:
     int8_bytes: int = 0
     other_bytes: int = 0
     cache_bytes: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
+    rounded_again: float = 0.0
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.operations.items())
@@ -46,12 +52,16 @@ class ModelReport:
             f"{self.int8_bytes:,} bytes of int8 weights, {self.other_bytes:,} of other parameters"
             + (f", {self.cache_bytes:,} of keys and values a token" if self.cache_bytes else ""),
         ]
+        if self.stored:
+            formats = ", ".join(f"{count} {format}" for format, count in self.stored.items())
+            lines.append(f"weights stored quantised: {formats}; changed by up to {self.rounded_again:.2%} on reading")
         lines.extend(f"on the CPU in PyTorch: {name} ({reason})" for name, reason in self.fallbacks)
         return "\n".join(lines)
 
 
-def inspect(graph: Graph) -> ModelReport:
-    """What ``graph``, of the contract stage, is made of."""
+def inspect(graph: Graph, stored: StoredWeights | None = None) -> ModelReport:
+    """What ``graph``, of the contract stage, is made of; ``stored`` are the weights that came quantised."""
+    stored = stored or StoredWeights()
     points = [node.prescale for node in graph.of(Quantise)]
     tensors = graph.tensors.values()
     return ModelReport(
@@ -65,4 +75,6 @@ def inspect(graph: Graph) -> ModelReport:
         int8_bytes=sum(array.nbytes for array in tensors if array.dtype == np.int8),
         other_bytes=sum(array.nbytes for array in tensors if array.dtype != np.int8),
         cache_bytes=sum(2 * node.kv_heads * (node.head_dim + 4) for node in graph.of(Attention)) if graph.causal else 0,
+        stored=dict(Counter(str(weight.format) for weight in stored.weights.values())),
+        rounded_again=max(stored.errors.values(), default=0.0),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from lockstep.bundled import BUNDLED
 from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
 from lockstep.checkpoint import find_folder, load_checkpoint
-from lockstep.errors import CaptureError, FallbackError, InputError, ModelError, TokenizerError
+from lockstep.errors import CaptureError, FallbackError, InputError, ModelError, PrescaleError, TokenizerError
 from lockstep.evaluate import run_reference
 from lockstep.executors import OpenExecutor, check_uri
 from lockstep.generation import (
@@ -33,7 +33,8 @@ from lockstep.generation import (
 from lockstep.graph import Fallback, Graph, Input
 from lockstep.inspection import ModelReport, inspect
 from lockstep.pooling import Pooling, read_pooling
-from lockstep.quantise import Prescales, load_prescales, quantise
+from lockstep.quantisation.stored import StoredWeights
+from lockstep.quantise import Prescales, load_prescales, quantise, without_prescales
 from lockstep.recognise import recognise
 from lockstep.sampling import Defaults, read_defaults
 from lockstep.session import HostSession, Session
@@ -90,6 +91,7 @@ class Model:
     pooling : how a sequence becomes one vector.
     folder : the model's files; none for a module.
     device : URI of the executor on which the model runs if a call names no other.
+    stored : weights that the model's files hold quantised, by their names in the float graph.
 
     The device is opened when it is first used, and stays open; use the model as a context manager, or call
     :meth:`close`.
@@ -100,6 +102,7 @@ class Model:
     pooling: Pooling
     folder: Path | None
     device: str = "cpu"
+    stored: StoredWeights = field(default_factory=StoredWeights)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -268,7 +271,7 @@ class Model:
 
     def report(self) -> ModelReport:
         """What was recognised, what memory it takes, and what falls back to PyTorch and why."""
-        return inspect(self.graph)
+        return inspect(self.graph, self.stored)
 
 
 def load(
@@ -306,12 +309,21 @@ def load(
         chosen = None if prescale in (None, "default") else load_prescales(Path(str(prescale)))
         return Model(quantise(graph, chosen), graph, Pooling(), None, device)
     name = str(model)
-    folder = find_folder(name)
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(find_folder(name))
+    folder = checkpoint.folder
     pooling = read_pooling(folder)
     graph = _float_graph(checkpoint.module, example, max_tokens, name, checkpoint.require)
     _refuse_fallbacks(graph, strict)
-    return Model(quantise(graph, _prescales(prescale, name, folder)), graph, pooling, folder, device)
+    stored = checkpoint.stored
+    if stored.weights and prescale != "default":
+        raise PrescaleError(
+            f"the weights of {name} are quantised already; a pre-scale can no longer be chosen for them"
+        )
+    prescales = _prescales(prescale, name, folder)
+    contract = quantise(graph, prescales, stored.weights)
+    if stored.weights and prescales:
+        graph = without_prescales(graph, prescales, stored.weights)
+    return Model(contract, graph, pooling, folder, device, stored)
 
 
 def _refuse_fallbacks(graph: Graph, strict: bool) -> None:

@@ -13,7 +13,7 @@ contract's own error asks for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 from lockstep.errors import PrescaleError
 from lockstep.evaluate import run_float
 from lockstep.graph import Add, Dense, Expert, Experts, Graph, Linear, Node, Quantise, Value, live, tensor_names
+from lockstep.quantisation.formats import QuantisedWeight
 
 #: Migration strengths that ``fit_prescales`` tries at every quantise point, besides no pre-scale at all.
 ALPHAS = tuple(step / 10 for step in range(1, 10))
@@ -33,6 +34,8 @@ ALPHAS = tuple(step / 10 for step in range(1, 10))
 CALIBRATION_ROWS = 2048
 
 Prescales = Mapping[str, np.ndarray]
+#: A weight float32[N, K] as it is after quantisation.
+Rounded = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quantise_points(graph: Graph) -> dict[str, list[list[Dense]]]:
@@ -63,7 +66,15 @@ def quantise_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(rounded, -127, 127).astype(np.int8), scale
 
 
-def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
+def to_int8_and_back(weight: torch.Tensor) -> torch.Tensor:
+    """What int8 makes of weight: float32[N, K]."""
+    q, scale = quantise_weight(weight.numpy())
+    return torch.from_numpy(q.astype(np.float32)) * torch.from_numpy(scale)[:, None]
+
+
+def quantise(
+    graph: Graph, prescales: Prescales | None = None, weights: Mapping[str, QuantisedWeight] | None = None
+) -> Graph:
     """The contract stage of ``graph``: every ``Dense`` becomes a ``Linear`` on a ``Quantise`` that it shares with its
     siblings.
 
@@ -71,6 +82,8 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
     ----------
     graph : float stage.
     prescales : ``float32[K]`` by name of the quantise point; points without one get none.
+    weights : those that are quantised already, divided by the pre-scales, by their names in ``graph``; all others are
+        rounded to the nearest int8.
 
     Raises
     ------
@@ -80,6 +93,7 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
     chosen = dict(prescales or {})
     points = quantise_points(graph)
     _check(chosen, points, graph)
+    stored = dict(weights or {})
     tensors = {name: flush(array) if array.dtype == np.float32 else array for name, array in graph.tensors.items()}
     point_of = {node.value: name for name, groups in points.items() for group in groups for node in group}
     nodes: list[Node] = []
@@ -87,7 +101,7 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
     fresh = max(node.value for node in graph) + 1
     for node in graph:
         if isinstance(node, Experts):
-            node = dataclasses.replace(node, experts=tuple(_expert(expert, tensors) for expert in node.experts))
+            node = dataclasses.replace(node, experts=tuple(_expert(expert, tensors, stored) for expert in node.experts))
         if not isinstance(node, Dense):
             nodes.append(node)
             continue
@@ -100,7 +114,7 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
             quantised[node.x] = fresh
             nodes.append(Quantise(fresh, node.x, name))
             fresh += 1
-        nodes.append(_linear(node, quantised[node.x], prescale, point, tensors))
+        nodes.append(_linear(node, quantised[node.x], prescale, point, tensors, stored))
     kept = live(nodes, graph.output)
     used = {name for node in kept for name in tensor_names(node)}
     return Graph(
@@ -113,12 +127,38 @@ def quantise(graph: Graph, prescales: Prescales | None = None) -> Graph:
     )
 
 
-def _linear(node: Dense, source: Value, prescale: Any, point: str, tensors: dict[str, np.ndarray]) -> Linear:
+def prescales_of(graph: Graph) -> dict[str, np.ndarray]:
+    """The pre-scales of a graph of the contract stage, by quantise point."""
+    names = {node.prescale for node in graph.of(Quantise) if node.prescale is not None}
+    return {name.removesuffix(".prescale"): graph.tensors[name] for name in sorted(names)}
+
+
+def without_prescales(graph: Graph, prescales: Prescales, weights: Mapping[str, QuantisedWeight]) -> Graph:
+    """``graph`` (float stage), whose ``weights`` are as stored, with the pre-scales multiplied back into them."""
+    tensors = dict(graph.tensors)
+    for point, groups in quantise_points(graph).items():
+        for name in {node.weight for group in groups for node in group} & weights.keys():
+            if point in prescales:
+                tensors[name] = graph.tensors[name] * prescales[point]
+    return dataclasses.replace(graph, tensors=tensors)
+
+
+def _linear(
+    node: Dense,
+    source: Value,
+    prescale: Any,
+    point: str,
+    tensors: dict[str, np.ndarray],
+    stored: Mapping[str, QuantisedWeight],
+) -> Linear:
     weight = tensors[node.weight]
     start, stop = node.rows
     part = "" if (start, stop) == (0, len(weight)) else f"[{start}:{stop}]"
     name = f"{node.weight}{part}.int8" + ("" if prescale is None or point == node.weight else f" at {point}")
-    if name not in tensors:
+    if name not in tensors and node.weight in stored:
+        given = stored[node.weight]
+        tensors[name], tensors[f"{name}.scales"] = given.w8[start:stop], given.scale[start:stop]
+    elif name not in tensors:
         rows = weight[start:stop] if prescale is None else weight[start:stop] / np.asarray(prescale, np.float32)
         tensors[name], tensors[f"{name}.scales"] = quantise_weight(rows)
     bias = node.bias
@@ -128,17 +168,19 @@ def _linear(node: Dense, source: Value, prescale: Any, point: str, tensors: dict
     return Linear(node.value, source, name, f"{name}.scales", bias)
 
 
-def _expert(expert: Expert, tensors: dict[str, np.ndarray]) -> Expert:
-    names = [_int8(weight, tensors) for weight in (expert.gate, expert.up, expert.down)]
+def _expert(expert: Expert, tensors: dict[str, np.ndarray], stored: Mapping[str, QuantisedWeight]) -> Expert:
+    names = [_int8(weight, tensors, stored) for weight in (expert.gate, expert.up, expert.down)]
     gate, up, down = names
     return Expert(gate, up, down, tuple(f"{name}.scales" for name in names))
 
 
-def _int8(weight: str, tensors: dict[str, np.ndarray]) -> str:
+def _int8(weight: str, tensors: dict[str, np.ndarray], stored: Mapping[str, QuantisedWeight]) -> str:
     """The name of the int8 form of a whole weight; its scales are called the same with ``.scales``."""
     name = f"{weight}.int8"
     if name not in tensors:
-        tensors[name], tensors[f"{name}.scales"] = quantise_weight(tensors[weight])
+        given = stored.get(weight)
+        pair = quantise_weight(tensors[weight]) if given is None else (given.w8, given.scale)
+        tensors[name], tensors[f"{name}.scales"] = pair
     return name
 
 
@@ -168,14 +210,14 @@ def load_prescales(path: Path) -> dict[str, np.ndarray]:
 
 
 def fit_prescales(
-    graph: Graph, sequences: Iterable[Mapping[str, Any]]
+    graph: Graph, sequences: Iterable[Mapping[str, Any]], rounded: Rounded = to_int8_and_back, by_mean: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Pre-scales for ``graph`` (float stage) from sample inputs, and the migration strength chosen at each point.
 
     At every quantise point each strength alpha in ``ALPHAS`` proposes pc = max|W|^(1 - alpha) / max|x|^alpha per
-    input channel; the one whose int8 products come closest to the float ones on the samples wins. No pre-scale is one
-    of the candidates. The error of a token counts relative to the length of what it ends up in: the product itself,
-    or the sum with a residual.
+    input channel, or 1 / mean|x|^alpha where ``by_mean``; the one whose products, with weights ``rounded`` to their
+    format, come closest to the float ones on the samples wins. No pre-scale is one of the candidates. The error of a
+    token counts relative to the length of what it ends up in: the product itself, or the sum with a residual.
     """
     points = quantise_points(graph)
     names = {node.value: name for name, groups in points.items() for group in groups for node in group}
@@ -198,7 +240,7 @@ def fit_prescales(
     for name, groups in points.items():
         weights = [torch.from_numpy(graph.tensors[node.weight][slice(*node.rows)]) for node in groups[0]]
         x, length = _thinned(samples[name], lengths[name])
-        alpha, prescale = _fit(x, weights, length)
+        alpha, prescale = _fit(x, weights, length, rounded, by_mean)
         if prescale is not None and alpha is not None:
             prescales[name], chosen[name] = prescale, alpha
     return prescales, chosen
@@ -216,22 +258,22 @@ def _thinned(samples: list[np.ndarray], lengths: list[np.ndarray]) -> tuple[torc
 
 
 def _fit(
-    x: torch.Tensor, weights: list[torch.Tensor], length: torch.Tensor | None
+    x: torch.Tensor, weights: list[torch.Tensor], length: torch.Tensor | None, rounded: Rounded, by_mean: bool
 ) -> tuple[float | None, np.ndarray | None]:
-    largest_x = x.abs().amax(dim=0).clamp(min=1e-5)
-    largest_w = torch.cat(weights).abs().amax(dim=0).clamp(min=1e-5)
+    size_x = (x.abs().mean(dim=0) if by_mean else x.abs().amax(dim=0)).clamp(min=1e-5)
+    largest_w = torch.ones(()) if by_mean else torch.cat(weights).abs().amax(dim=0).clamp(min=1e-5)
     exact = [x @ weight.T for weight in weights]
     best: tuple[float | None, np.ndarray | None] = (None, None)
-    least = _error(x, weights, exact, length, None)
+    least = _error(x, weights, exact, length, None, rounded)
     for alpha in ALPHAS:
-        prescale = _rounded(largest_w ** (1 - alpha) / largest_x**alpha)
-        error = _error(x, weights, exact, length, prescale)
+        prescale = _shortened(largest_w ** (1 - alpha) / size_x**alpha)
+        error = _error(x, weights, exact, length, prescale, rounded)
         if error < least:
             least, best = error, (alpha, prescale.numpy())
     return best
 
 
-def _rounded(prescale: torch.Tensor) -> torch.Tensor:
+def _shortened(prescale: torch.Tensor) -> torch.Tensor:
     """A pre-scale around one, with eight significant bits: more would only make the file depend on the machine it was
     fitted on.
     """
@@ -244,17 +286,17 @@ def _error(
     exact: list[torch.Tensor],
     length: torch.Tensor | None,
     prescale: torch.Tensor | None,
+    rounded: Rounded,
 ) -> float:
-    """Squared error of the int8 products relative to ``length``, or to the exact products: mean over tokens, sum over
-    weights.
+    """Squared error of the quantised products relative to ``length``, or to the exact products: mean over tokens, sum
+    over weights.
     """
     scaled = x if prescale is None else x * prescale
     steps = scaled.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-    rounded = torch.round(scaled / steps) * steps
+    quantised = torch.round(scaled / steps) * steps
     total = 0.0
     for weight, wanted in zip(weights, exact, strict=True):
-        q, scale = quantise_weight((weight if prescale is None else weight / prescale).numpy())
-        got = rounded @ (torch.from_numpy(q.astype(np.float32)) * torch.from_numpy(scale)[:, None]).T
+        got = quantised @ rounded(weight if prescale is None else weight / prescale).T
         size = (wanted**2).sum(dim=1) if length is None else length
         total += float((((got - wanted) ** 2).sum(dim=1) / size.clamp(min=1e-30)).mean())
     return total

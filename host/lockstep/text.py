@@ -9,18 +9,23 @@ import numpy as np
 import transformers
 
 from lockstep.errors import SequenceLengthError, TokenizerError
+from lockstep.quantisation.gguf_file import gguf_in
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder``; raises ``TokenizerError`` if there is none or it cannot be read."""
+    given: dict[str, Any] = {"local_files_only": True}
     if not any((folder / name).is_file() for name in _FILES):
-        raise TokenizerError(
-            f"{folder} has no tokenizer (none of {', '.join(_FILES)}); fetch tokenizer.json, or give token ids"
-        )
+        file = gguf_in(folder)
+        if file is None:
+            raise TokenizerError(
+                f"{folder} has no tokenizer (none of {', '.join(_FILES)}); fetch tokenizer.json, or give token ids"
+            )
+        given["gguf_file"] = file.name
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, **given)
     except Exception as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TokenizerError(f"the tokenizer in {folder} cannot be read: {detail}") from None

@@ -18,6 +18,7 @@ from . import (
     inspect,
     models,
     programs,
+    quantize,
     report,
     run,
     synth,
@@ -53,7 +54,7 @@ def _options(
 
 
 _GROUPS = (
-    *(demo, generate, models, run, explain, report, explore, inspect),
+    *(demo, generate, models, run, explain, report, explore, inspect, quantize),
     *(devices, doctor, programs, bench, synth, cache),
 )
 for group in _GROUPS:

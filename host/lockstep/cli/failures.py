@@ -33,6 +33,7 @@ _STATUS = {
     "lockstep_isa.config.ConfigurationError": USER,
     "lockstep_isa.instructions.InstructionError": USER,
     "lockstep_isa.program.ProgramError": USER,
+    "lockstep_isa.weights.WeightError": USER,
     "lockstep_rtl.synthesis.SynthesisError": ENVIRONMENT,
     "lockstep_sim.core.RegisterError": ENVIRONMENT,
     "builtins.OSError": USER,

@@ -36,6 +36,9 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     ]
     if report.causal:
         rows.append(["keys and values of a token", f"{report.cache_bytes:,} bytes"])
+    rows.extend([f"weights stored as {format}", f"{count:,}"] for format, count in report.stored.items())
+    if report.rounded_again:
+        rows.append(["largest change of a stored weight, of its channel's largest", f"{report.rounded_again:.2%}"])
     rows.append(["quantise points with a pre-scale", f"{report.prescaled[0]:,} of {report.prescaled[1]:,}"])
     console.print(table(["", ""], rows, numbers=1))
     if not report.fallbacks:

@@ -107,8 +107,8 @@ class Steps:
         yield tell
 
     @contextmanager
-    def bar(self, line: str, total: int) -> Iterator[Callable[[int], None] | None]:
-        """A bar over ``total`` cycles; gives what to tell how many have passed.
+    def bar(self, line: str, total: int, unit: str = "cycles") -> Iterator[Callable[[int], None] | None]:
+        """A bar over ``total`` cycles, or another unit; gives what to tell how many have passed.
 
         Without a terminal, or where the total is not known (zero), it is a step like any other and gives none.
         """
@@ -122,7 +122,7 @@ class Steps:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} cycles"),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
