@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "instructions.hpp"  // generated
+#include "latencies.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
@@ -34,9 +35,9 @@ struct Prediction {
     UnitCycles units[4];
 };
 
-class TimingModel {
+class TimingModel : Latencies {
   public:
-    using Time = int64_t;
+    using Latencies::Time;
 
     // `recording`, where there is one, is told what happens, in the order of its computation and not of time.
     TimingModel(BusTiming bus, bool operands, Recording* recording = nullptr)
@@ -154,25 +155,6 @@ class TimingModel {
     const Prediction& prediction() const { return result_; }
 
   private:
-    // Latencies of the RTL, in cycles.
-    static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
-    static constexpr Time kQueueLatency = 3;    // dispatcher to the head of a unit's queue
-    static constexpr Time kTokenLatency = 3;    // done to the accepted instruction that waited for it
-    // A fetch: its beats, and the instructions that it brings.
-    static constexpr Time kFetchBeats = std::max(1u, isa::kInstructionBytes / isa::kBusBytes);
-    static constexpr size_t kFetched = std::max(1u, isa::kBusBytes / isa::kInstructionBytes);
-    static constexpr Time kOperandWords = 4 * isa::kOperands / isa::kInstructionBytes / kFetched;  // fetches of operands
-    static constexpr Time kOperandTurn = 2;     // descriptor to the operands' first address
-    static constexpr Time kSelect = 2;          // an instruction with operands, and one more for each
-    static constexpr Time kSkipLatency = 2;     // an instruction that does nothing, from its tokens to those it gives
-    static constexpr Time kSettle = 2;          // last done to the fence
-    static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
-    static constexpr Time kLoadLatency = 2;     // last beat to done
-    static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;
-    static constexpr size_t kStoresInFlight = 8, kWaitingStores = 4, kOutstandingStores = 16;
-    static constexpr Time kBufferedBeats = 2 * 4 * isa::kRows / isa::kBusBytes;  // two words on the way to the bus
-    static constexpr uint32_t kBurstBeats = 32;
-
     struct Item {
         int unit;
         uint32_t wait, signal, selectors;
