@@ -28,6 +28,14 @@ def sizes(measurement: Measurement, names: Sequence[str], rest: bool = False) ->
     return " ".join(f"{name}={value}" for name, value in measurement.parameters.items() if (name in names) is not rest)
 
 
+def figures(measurement: Measurement) -> str:
+    """The figures of a case's own in words."""
+    return ", ".join(
+        f"{name} {f'{value:.3f}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) else value}"
+        for name, value in ((n.replace("_", " "), v) for n, v in measurement.figures.items())
+    )
+
+
 def summary(case: Case, measured: Sequence[Measurement]) -> list[str]:
     """Lines on bits, speed, the bar, and what others have published."""
     shares = [m.share for m in measured]
@@ -38,6 +46,7 @@ def summary(case: Case, measured: Sequence[Measurement]) -> list[str]:
     ]
     if len(measured) > 1:
         lines.append(f"median {median(shares):.1%} of the limit, worst {min(shares):.1%}")
-    if (met := case.bar.met(shares, measured[0].core)) is not None:
+    lines += [figures(m) for m in measured if m.figures]
+    if (met := case.bar.reached(measured)) is not None:
         lines.append(f"{'reached' if met else 'not reached'}: {case.bar.text}")
     return lines + [f"published, not measured here: {p.figure}, {p.source}" for p in case.published]
