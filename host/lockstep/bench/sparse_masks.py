@@ -42,13 +42,14 @@ def read_mask(file: Path, heads: int | None, blocks: int | None, causal: bool) -
 def pattern_mask(pattern: str, heads: int, blocks: int, causal: bool, seed: int) -> BlockMask:
     """bool[heads, blocks, blocks] of a pattern; raises :class:`BenchError` for one that there is not.
 
-    ``window:W`` keeps the diagonal and the W - 1 blocks before it (sliding windows), ``sinks:S`` the first S blocks of
+    ``causal`` keeps the diagonal and all before it, ``window:W`` the diagonal and the W - 1 blocks before it (sliding
+    windows; without ``causal`` also those behind it), ``sinks:S`` the first S blocks of
     keys too (StreamingLLM, https://arxiv.org/abs/2309.17453). ``random:DENSITY`` draws the blocks of every head by
     itself; the diagonal is kept, and is part of the density.
     """
     whole = dense_mask(heads, blocks, causal)
     if pattern == "causal":
-        return whole
+        return whole & np.tril(np.ones((blocks, blocks), np.bool_))
     query, key = np.arange(blocks)[:, None], np.arange(blocks)
     if found := re.fullmatch(r"(?:sinks:(\d+)\+)?window:(\d+)", pattern):
         sinks, window = (int(text or 0) for text in found.groups())
@@ -69,8 +70,8 @@ def _random(whole: BlockMask, density: float, seed: int) -> BlockMask:
     least = heads * blocks
     if not least <= wanted <= int(whole.sum()):
         raise BenchError(
-            f"the diagonal alone is a density of {least / int(whole.sum()):.3f} of {blocks} blocks, and all are 1; give "
-            f"--pattern random:DENSITY between them, not {density}"
+            f"the diagonal alone is a density of {least / int(whole.sum()):.3f} of {blocks} blocks, and all are "
+            f"1; give --pattern random:DENSITY between them, not {density}"
         )
     rng = np.random.default_rng(seed)
     others = np.flatnonzero(whole & ~diagonal)

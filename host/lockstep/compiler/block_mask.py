@@ -10,7 +10,7 @@ a tile of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from lockstep_isa.attention import MAX_TILE
@@ -26,6 +26,10 @@ from .allocation import CapacityError
 LONGEST_TILE = 2048
 #: Tiles of a program at work: the one being multiplied, the one being softened, the one being loaded.
 PARTS = 3
+#: Steps of a program whose operands are asked for before a step's product is.
+AHEAD = 2
+#: Pieces of WEIGHT memory: of the step before, whose product may not be done, of this step and of those ahead.
+QUARTERS = AHEAD + 2
 
 
 class BlockMaskError(ModelError):
@@ -81,9 +85,7 @@ class BlockSparse:
     @property
     def dense(self) -> BlockSparse:
         """The same attention with nothing skipped but what lies above the diagonal of a causal one."""
-        return BlockSparse(
-            dense_mask(*self.mask.shape[:2], self.causal), self.block, self.head_dim, self.tile, self.causal
-        )
+        return replace(self, mask=dense_mask(self.heads, self.mask.shape[1], self.causal))
 
     @property
     def density(self) -> float:
@@ -122,15 +124,20 @@ def check_mask(mask: NDArray[np.generic], causal: bool) -> None:
     if len(future):
         head, query, key = future[0]
         raise BlockMaskError(
-            f"head {head}, query block {query} keeps key block {key}, which lies behind it, as do {len(future) - 1} others; "
-            "a causal mask keeps nothing above its diagonal (--no-causal lets queries see what comes later)"
+            f"head {head}, query block {query} keeps key block {key}, which comes after it{_others(len(future) - 1)}; "
+            "in causal attention a mask keeps nothing above its diagonal"
         )
     empty = np.argwhere(~mask.any(axis=2))
     if len(empty):
         head, query = empty[0]
         raise BlockMaskError(
-            f"head {head}, query block {query} keeps no key block, as do {len(empty) - 1} others; a softmax needs a key"
+            f"head {head}, query block {query} keeps no key block{_others(len(empty) - 1)}; a softmax needs a key, so "
+            "keep at least the diagonal"
         )
+
+
+def _others(count: int) -> str:
+    return f" (and so for {count} more)" if count else ""
 
 
 @dataclass(frozen=True)
@@ -170,18 +177,30 @@ class Room:
 
 
 def room(config: CoreConfig, work: BlockSparse) -> Room:
-    """How the memories of a core are divided; raises :class:`BlockMaskError` for blocks that are no row tiles."""
+    """How the memories of a core are divided; raises :class:`BlockMaskError` for blocks that are no row tiles and
+    panels that are no whole beats, and :class:`CapacityError` where a block of keys does not fit.
+    """
     if work.block % config.rows:
         raise BlockMaskError(
             f"blocks of {work.block} tokens are no multiple of the {config.rows} rows of core '{config.name}'"
         )
-    own = work.block // config.rows * work.head_dim
+    if work.head_dim * config.rows % config.bus_bytes:
+        raise BlockMaskError(
+            f"heads of {work.head_dim} features take {work.head_dim * config.rows} bytes a panel, no multiple of the "
+            f"{config.bus_bytes} bytes of the bus of core '{config.name}'; give an even number of features"
+        )
+    own, operands = work.block // config.rows * work.head_dim, config.weight_words // QUARTERS
+    if own > operands:
+        raise CapacityError(
+            f"{work.block} keys of {work.head_dim} features take {own:,} words of WEIGHT memory, and core "
+            f"'{config.name}' has {operands:,} for one block; give smaller blocks, or a core with more memory"
+        )
     return Room(
         own,
         (config.activation_words - PARTS * own) // 2,
         config.vector_words - PARTS * own,
         own,
-        config.weight_words // 4,
+        operands,
     )
 
 
@@ -191,7 +210,7 @@ def strips(config: CoreConfig, work: BlockSparse) -> list[Strip]:
     A softmax stands beside the products of the strip before it: where both have about as many keys, neither unit waits
     for the other, however uneven the heads are. And behind the last strip, the shortest, there is little left to do.
 
-    Raises :class:`CapacityError` where one row tile, one block of keys or one panel of values does not fit.
+    Raises as :func:`room` does, and :class:`CapacityError` where one row tile or one panel of values does not fit.
     """
     space, row_tiles, found = room(config, work), work.block // config.rows, []
     for head, rows in enumerate(work.mask):
@@ -199,11 +218,11 @@ def strips(config: CoreConfig, work: BlockSparse) -> list[Strip]:
             sections = _sections(np.flatnonzero(kept).tolist(), work.tile // work.block)
             keys = max(len(section) for section in sections) * work.block
             tiles = min(row_tiles, space.probabilities // keys, space.scores // keys)
-            if tiles < 1 or keys > space.operands or row_tiles * work.head_dim > space.operands:
+            if tiles < 1 or keys > space.operands:
+                most = min(space.probabilities, space.scores, space.operands)
                 raise CapacityError(
-                    f"head {head}, query block {query} keeps {keys:,} keys of {work.head_dim} features in one tile; core "
-                    f"'{config.name}' has room for {min(space.probabilities, space.scores, space.operands):,} keys of "
-                    f"blocks of {space.operands // work.head_dim * config.rows:,}: give a shorter tile or smaller blocks"
+                    f"head {head}, query block {query} keeps {keys:,} keys in one tile, and core '{config.name}' has "
+                    f"room for {max(0, most):,}; give a shorter tile, or a core with more memory"
                 )
             # Strips of one height: one of a single row tile would read keys for a quarter of the array's work.
             tiles = -(-row_tiles // -(-row_tiles // tiles))

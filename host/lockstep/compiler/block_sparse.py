@@ -12,7 +12,7 @@ but one strip's scores and probabilities grows with the keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from lockstep_driver.builder import ProgramBuilder
@@ -37,13 +37,9 @@ from lockstep_isa.instructions import (
 from lockstep_isa.program import Program
 
 from .allocation import Pieces
-from .block_mask import PARTS, BlockSparse, Strip, room, runs, strips
+from .block_mask import AHEAD, PARTS, QUARTERS, BlockSparse, Strip, room, runs, strips
 from .passes import RECIPROCAL, SLOTS, Softmax, scaling
 
-#: Steps whose operands are asked for before a step's product is.
-AHEAD = 2
-#: Pieces of WEIGHT memory: of the step before, whose product may not be done, of this step and of those ahead.
-QUARTERS = AHEAD + 2
 #: Strips whose scales of queries are made ready by one short pass.
 BATCH = 8
 
@@ -68,7 +64,7 @@ class Places:
 
 
 def block_sparse_program(config: CoreConfig, work: BlockSparse, places: Places) -> Program:
-    """The program of one attention; raises :class:`BlockMaskError` and :class:`CapacityError` as :func:`strips` does."""
+    """The program of one attention; raises as :func:`strips` does."""
     return BlockSparseLowering(config, work, places).program()
 
 
@@ -96,11 +92,15 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Step:
-    """One product: ``load`` asks for its operands, ``multiply`` starts it, ``drain`` takes its result tiles."""
+    """One product: ``load`` asks for its operands, ``multiply`` starts it, ``drain`` takes its result tiles.
+
+    behind : of the steps from the first on, how many must be drained before this one's product is emitted.
+    """
 
     load: Callable[[], None]
     multiply: Callable[[], None]
     drain: Callable[[], None]
+    behind: int = 0
 
 
 class BlockSparseLowering:
@@ -112,7 +112,7 @@ class BlockSparseLowering:
         self.strips, self.space = strips(config, work), room(config, work)
         self.rows, self.d = config.rows, work.head_dim
         self.groups, self.row_tiles = -(-self.d // self.rows), work.block // self.rows
-        self.operand_steps = 0
+        self.steps = 0
         most = max(len(section) for strip in self.strips for section in strip.sections)
         self.most_blocks = max(1, min(most, self.space.operands // (self.row_tiles * self.d)))
         words = Pieces("PARAMETER", 0, config.parameter_words)
@@ -122,7 +122,7 @@ class BlockSparseLowering:
         self.factors = words.take(2 * BATCH * self.row_tiles)
         # Per turn: scales and sums beside each other, so that one pass takes the reciprocals of both.
         self.scales, self.inverses = (words.take(PARTS * 2 * self.row_tiles) for _ in range(2))
-        # Per turn, where a strip meets several tiles: peaks before this one, and factors from those to the peaks behind.
+        # Per turn, where a strip meets several tiles: peaks before this one, factors from those to the peaks behind.
         self.before, self.rescale = (words.take(PARTS * self.row_tiles) for _ in range(2))
         self.peaks, self.totals = (words.take(PARTS * self.row_tiles) for _ in range(2))
 
@@ -139,27 +139,32 @@ class BlockSparseLowering:
         steps = list(self._steps())
         for step in steps[:AHEAD]:
             step.load()
+        drained = 0
         for n, step in enumerate(steps):
             if n + AHEAD < len(steps):
                 steps[n + AHEAD].load()
+            for before in steps[drained : step.behind]:
+                before.drain()
+            drained = max(drained, step.behind)
             step.multiply()
             # One behind: MATRIX has its next product in its queue while VECTOR's fills up.
-            if n:
-                steps[n - 1].drain()
+            for before in steps[drained:n]:
+                before.drain()
+            drained = max(drained, n)
         steps[-1].drain()
         return self.builder.finish()
 
     # --- The order of steps ------------------------------------------------------------------------------------
 
     def _steps(self) -> Iterator[_Step]:
-        before: _Turn | None = None
+        before: tuple[_Turn, int] | None = None
         for turn in self._turns():
-            yield from self._score_steps(turn)
+            softened = yield from self._score_steps(turn)
             if before is not None:
-                yield from self._value_steps(before)
-            before = turn
+                yield from self._value_steps(*before)
+            before = turn, softened
         assert before is not None
-        yield from self._value_steps(before)
+        yield from self._value_steps(*before)
 
     def _turns(self) -> Iterator[_Turn]:
         number = 0
@@ -170,11 +175,11 @@ class BlockSparseLowering:
 
     def _quarter(self) -> int:
         """Which quarter of the WEIGHT memory the operands of the next step take."""
-        self.operand_steps += 1
-        return (self.operand_steps - 1) % QUARTERS
+        self.steps += 1
+        return (self.steps - 1) % QUARTERS
 
-    def _score_steps(self, turn: _Turn) -> Iterator[_Step]:
-        """Queries times keys, some blocks of keys at a time."""
+    def _score_steps(self, turn: _Turn) -> Generator[_Step, None, int]:
+        """Queries times keys, some blocks of keys at a time; returns how many steps there are up to their last."""
         for first in range(0, len(turn.blocks), self.most_blocks):
             blocks, quarter = turn.blocks[first : first + self.most_blocks], self._quarter()
 
@@ -194,8 +199,9 @@ class BlockSparseLowering:
                     self._soften(turn)
 
             yield _Step(load, multiply, drain)
+        return self.steps
 
-    def _value_steps(self, turn: _Turn) -> Iterator[_Step]:
+    def _value_steps(self, turn: _Turn, softened: int) -> Iterator[_Step]:
         """Probabilities times values, some panels of features at a time."""
         most = max(1, self.space.operands // self._keys(turn))
         for first in range(0, self.groups, most):
@@ -214,7 +220,7 @@ class BlockSparseLowering:
                 if first + count == self.groups and turn.last:
                     self._finish(turn)
 
-            yield _Step(load, multiply, drain)
+            yield _Step(load, multiply, drain, softened)
 
     # --- Where things lie ----------------------------------------------------------------------------------------
 
