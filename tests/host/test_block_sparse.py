@@ -88,6 +88,18 @@ def test_one_block_is_plain_causal_attention() -> None:
     check(BlockSparse(dense_mask(1, 1, True), 64, 16, 64))
 
 
+@pytest.mark.parametrize(("tile", "head_dim"), [(64, 16), (704, 128)])
+def test_a_peak_lasts_through_tiles_and_pieces_of_a_tile(tile: int, head_dim: int) -> None:
+    # With 128 features, a product takes eight of the eleven blocks of keys at once.
+    work = BlockSparse(dense_mask(1, 11, True), 64, head_dim, tile)
+    operands = random_operands(1, work.tokens, head_dim)
+    # Exponents of the first keys are hundreds above those of the others: beyond float32, were they not the peak.
+    operands.q[:] = np.abs(operands.q)
+    operands.k[:, :64] = 200
+    with open_device("fast:laptop") as device:
+        assert_same_bits(run_attention(device, work, operands).values[0], masked(work, operands))
+
+
 @pytest.mark.parametrize("tile", [320, 640])
 def test_rows_of_a_block_are_taken_apart_where_their_scores_do_not_fit(tile: int) -> None:
     work = BlockSparse(uneven(10), 64, 64, tile)
