@@ -347,6 +347,23 @@ def stops_at_words_beyond_a_memory(device: Device) -> None:
 
 
 @check
+def names_the_store_that_is_wrong(device: Device) -> None:
+    """Though others are under way: in front of it unanswered ones, behind it one that waits for its turn."""
+    config = device.config
+    beyond = {ErrorCode.OUT_OF_WINDOW: {"address": -(-device.memory_bytes // 4096) * 4096}}
+    if config.vector_words < 1 << 16:
+        beyond[ErrorCode.LOCAL_BOUNDS] = {"local": config.vector_words - 1}
+    for code, fields in beyond.items():
+        for wrong in (0, 2, 7):
+            builder = ProgramBuilder(config.replace(vector_words=1 << 16))
+            for n in range(8):
+                where = {"address": 1 << 16, "local": 0} | (fields if n == wrong else {})
+                builder.emit(STORE, memory=Memory.VECTOR, words=16, **where)
+            program = dataclasses.replace(builder.finish(), config_crc=config.crc)
+            _expect_error(device, program, code, "STORE", wrong)
+
+
+@check
 def stops_at_malformed_instructions(device: Device) -> None:
     """Unknown opcodes, counts of zero, undefined values and stray bits are refused at dispatch."""
     good = encode(Instruction(MATRIX, depth=4, outer=1, inner=1))

@@ -275,6 +275,10 @@ class Machine(wiring.Component):
                         getattr(self, f"code_{name}").eq(ErrorCode.LOCAL_BOUNDS),
                         getattr(self, f"address_{name}").eq(memory.bounds_address),
                     ]
-                    if unit in (Unit.LOAD, Unit.STORE):
-                        m.d.comb += getattr(self, f"index_{name}").eq(queues[unit].oldest)
+                    # LOAD writes for its oldest instruction; STORE reads ahead, for the newest or the one before.
+                    queue = queues[unit]
+                    if unit == Unit.LOAD:
+                        m.d.comb += self.index_load.eq(queue.oldest)
+                    elif unit == Unit.STORE:
+                        m.d.comb += self.index_store.eq(Mux(store.read_earlier, queue.earlier, queue.newest))
         return m

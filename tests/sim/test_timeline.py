@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lockstep_driver import Counters, Device, open_device
 from lockstep_driver.builder import ProgramBuilder
@@ -88,6 +90,53 @@ def test_without_transfers_every_instruction_takes_the_same_cycles_on_both(fast,
     stalls = [[cycles(s.stalls) for s in t.of(Unit.MATRIX)] for t in (predicted, counted)]
     assert all(abs(a - b) <= error for a, b in zip(*stalls, strict=True))
     assert program is vector_program or sum(stalls[1]) > 500
+
+
+#: Blocks of a STORE: one burst and many, rows of one word, bytes, and more bursts than may wait for their answers.
+BLOCKS = [
+    {"words": 1},
+    {"words": 100, "address": 0x10014},
+    {"words": 100, "bytes": 1},
+    {"words": 20, "rows": 9, "stride": 0x800, "local": 3, "local_stride": 30},
+    {"words": 1, "rows": 40, "stride": 0x400},
+    {"words": 1, "rows": 40, "stride": 0x400, "bytes": 1},
+]
+
+
+def store_program(*blocks: dict[str, int]) -> Program:
+    builder = ProgramBuilder(CONFIG)
+    for block in blocks:
+        builder.emit(STORE, memory=Memory.VECTOR, **({"address": 0x10000} | block))
+    return builder.finish()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_store_takes_the_same_cycles_on_both(fast, rtl, block) -> None:
+    (predicted, a), (counted, b) = recorded(fast, store_program(block)), recorded(rtl, store_program(block))
+    (one,), (other,) = predicted.slices, counted.slices
+    shift = one.start - other.start
+    assert shift in (0, 1)
+    assert one.end - shift == other.end
+    # States are counted a cycle behind.
+    differences = np.array(one.stalls) - shift - np.array(other.stalls)
+    assert np.abs(differences).max() <= 1
+    for state in ("busy", "wait_token", "wait_data"):
+        assert a.units["STORE"][state] == b.units["STORE"][state], state
+    bursts = [
+        [(burst.asked, burst.first, burst.end) for burst in t.bursts if burst.source == Unit.STORE]
+        for t in (predicted, counted)
+    ]
+    assert [tuple(time - shift for time in burst) for burst in bursts[0]] == bursts[1]
+
+
+def test_stores_overlap_on_both(fast, rtl) -> None:
+    """One goes on while the ones before it wait for their answers; beats of instruction fetch come in between."""
+    stores = [{"words": 60, "bytes": n % 2, "address": 0x10000 + 0x1000 * n} for n in range(6)]
+    (predicted, _), (counted, _) = recorded(fast, store_program(*stores)), recorded(rtl, store_program(*stores))
+    for found in (predicted, counted):
+        slices = found.of(Unit.STORE)
+        assert all(b.accepted < a.end for a, b in pairwise(slices))
+    assert abs(predicted.cycles - counted.cycles) <= FETCH_ERROR
 
 
 def test_with_transfers_they_differ_by_what_the_prediction_leaves_out(fast, rtl) -> None:

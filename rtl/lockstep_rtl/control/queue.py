@@ -13,7 +13,7 @@ from ..interfaces import instruction_layout, instruction_stream
 
 #: Bits of an instruction's index in its program.
 INDEX_BITS = 24
-#: Instructions that a unit may have accepted and not completed (LOAD has the most).
+#: Instructions that a unit may have accepted and not completed (STORE has the most).
 IN_FLIGHT = 8
 
 #: What is kept of a running instruction.
@@ -38,6 +38,7 @@ class UnitQueue(wiring.Component):
     want : Out(4), granted : In(1), take : Out(1), give : Out(4), to :class:`Tokens`.
     halt : In(1), offer nothing. running : Out(1), taken and not complete. waiting : Out(1), for tokens.
     newest, oldest : Out(24), indices of the last that the unit accepted and of the oldest running instruction.
+    earlier : Out(24), index of the one that the unit accepted before ``newest``.
     """
 
     def __init__(self, config: CoreConfig, type: InstructionType) -> None:
@@ -58,6 +59,7 @@ class UnitQueue(wiring.Component):
                 "empty": Out(1),
                 "newest": Out(INDEX_BITS),
                 "oldest": Out(INDEX_BITS),
+                "earlier": Out(INDEX_BITS),
             }
         )
 
@@ -86,7 +88,7 @@ class UnitQueue(wiring.Component):
             flight.w_data.eq(Cat(head.instruction.signal, head.skip, head.index)),
         ]
         with m.If(accepted):
-            m.d.sync += self.newest.eq(head.index)
+            m.d.sync += [self.newest.eq(head.index), self.earlier.eq(self.newest)]
 
         # The unit may be done while a skipped instruction in front of its own is still on the way out.
         oldest = data.View(_RUNNING, flight.r_data)

@@ -15,8 +15,8 @@ BEAT_BITS = 21
 
 #: A block: ``rows`` rows of ``beats`` bus words from ``address``, ``stride`` bytes apart.
 BLOCK = data.StructLayout({"address": ADDRESS_BITS, "stride": ADDRESS_BITS, "rows": 16, "beats": BEAT_BITS})
-#: A burst: byte address and beats minus one.
-BURST = data.StructLayout({"addr": ADDRESS_BITS, "len": 8})
+#: A burst: byte address, beats minus one, and whether it is the ``last`` of its block.
+BURST = data.StructLayout({"addr": ADDRESS_BITS, "len": 8, "last": 1})
 
 
 class Window(wiring.Signature):
@@ -65,7 +65,7 @@ class BurstSplitter(wiring.Component):
         # Cycle 0: the next burst is cut off.
         in_block = Signal(range(BURST_BEATS))
         to_border, length = Signal(range(BURST_BEATS + 1)), Signal(range(BURST_BEATS + 1))
-        cut = Signal(data.StructLayout({"addr": ADDRESS_BITS, "length": length.shape(), "aligned": 1}))
+        cut = Signal(data.StructLayout({"addr": ADDRESS_BITS, "length": length.shape(), "aligned": 1, "last": 1}))
         cut_valid, advance, passes = Signal(), Signal(), Signal()
         m.d.comb += [
             in_block.eq(address >> beat_bits),
@@ -79,6 +79,7 @@ class BurstSplitter(wiring.Component):
                 cut.addr.eq(address),
                 cut.length.eq(length),
                 cut.aligned.eq((address[:beat_bits] | stride[:beat_bits]) == 0),
+                cut.last.eq((remaining == length) & (rows == 1)),
                 address.eq(address + (length << beat_bits)),
                 remaining.eq(remaining - length),
             ]
@@ -112,6 +113,7 @@ class BurstSplitter(wiring.Component):
                 self.burst.valid.eq(1),
                 self.burst.payload.addr.eq(cut.addr),
                 self.burst.payload.len.eq(cut.length - 1),
+                self.burst.payload.last.eq(cut.last),
             ]
 
         with m.If(self.block.valid & self.block.ready):

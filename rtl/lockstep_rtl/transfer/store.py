@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 from amaranth.hdl import Cat, Module, Mux, Signal
-from amaranth.lib import wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib import data, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import STORE
 
+from ..axi import ADDRESS_BITS as BUS_ADDRESS_BITS
 from ..axi import WriteMaster
 from ..interfaces import ADDRESS_BITS, ReadPort, instruction_stream
+from .beats import LANE_BITS, BeatBuffer
 from .bursts import BurstSplitter, UnitError, Window
 
-#: Bursts announced and not answered at once.
-OUTSTANDING_BURSTS = 4
+#: Bursts announced whose data is not sent, and bursts announced and not answered.
+WAITING_BURSTS = 4
+OUTSTANDING_BURSTS = 16
+
+#: Where the words of an instruction are, and which of their bytes are written.
+_SOURCE = data.StructLayout(
+    {"local": 16, "local_stride": 16, "words": 16, "rows": 16, "bytes": 1, "lane": LANE_BITS},
+)
+#: What is kept of a burst until it is answered: its address, and whether it is the last one of its instruction.
+_ANSWER = data.StructLayout({"address": BUS_ADDRESS_BITS, "last": 1})
 
 
 class StoreUnit(wiring.Component):
-    """Executes STORE instructions one at a time.
+    """Executes STORE instructions in order, one bus beat a cycle.
 
     Ports
     -----
-    instruction : In(stream of STORE). done : Out(1), the memory has acknowledged the last burst.
-    stalled : Out(1), waiting for the scratchpad or the bus.
+    instruction : In(stream of STORE); one is accepted while the words of the one before are still read, so that its
+        bursts are announced when its data comes. done : Out(1), the oldest one's last burst is answered.
+    stalled : Out(1), neither sends a beat nor is done: waiting for the scratchpad or the bus.
     read : Out(ReadPort of 32 R) with ``read_ready`` In(1): words of the vector scratchpad, when it has time; as many
-        at once as a beat holds words of bytes.
-    bus : Out(WriteMaster). window : In(Window). halt : In(1), announce no burst. error : Out(UnitError).
+        at once as a beat holds words of bytes. read_earlier : Out(1), they are not those of the last accepted
+        instruction, but of the one before.
+    bus : Out(WriteMaster). window : In(Window). halt : In(1), announce no burst. error : Out(UnitError); the address of
+        BUS_WRITE is that of the burst.
     outstanding : Out(1), bursts are under way.
 
-    A word of N beats takes N + 2 cycles: request, answer, N beats. Results are a small part of a model's traffic,
-    so the two cycles are not hidden. With ``bytes`` a word has a quarter of the beats: its lanes' low bytes are packed
-    when it is taken; where a beat is wider than such a word, it takes two, which count as one word of one beat. Lanes
+    Words wait for the bus in a :class:`BeatBuffer`. With ``bytes`` a word has a quarter of the beats: its lanes' low
+    bytes are packed; where a beat is wider than such a word, it takes two, which count as one word of one beat. Lanes
     that are not to be written have their strobes off, and so has what a row lacks of its last beat; their beats are
     sent all the same.
     """
@@ -46,6 +58,7 @@ class StoreUnit(wiring.Component):
                 "stalled": Out(1),
                 "read": Out(ReadPort(32 * config.rows, config.operand_words_per_beat)),
                 "read_ready": In(1),
+                "read_earlier": Out(1),
                 "bus": Out(WriteMaster(config.bus_bytes)),
                 "window": In(Window()),
                 "halt": In(1),
@@ -60,16 +73,19 @@ class StoreUnit(wiring.Component):
         beats, byte_beats = config.beats_per_vector_word, max(1, config.rows // config.bus_bytes)
         byte_words = config.operand_words_per_beat
         m.submodules.splitter = splitter = BurstSplitter(config)
-        m.submodules.lengths = lengths = SyncFIFOBuffered(width=8, depth=OUTSTANDING_BURSTS)
+        m.submodules.lengths = lengths = SyncFIFO(width=8, depth=WAITING_BURSTS)
+        m.submodules.answers = answers = SyncFIFO(width=_ANSWER.size, depth=OUTSTANDING_BURSTS)
+        m.submodules.buffer = buffer = BeatBuffer(config)
         wiring.connect(m, wiring.flipped(self.window), splitter.window)
         aw, w, b = self.bus.aw, self.bus.w, self.bus.b
 
-        active = Signal()
-        i = Signal.like(self.instruction.payload)
-        m.d.comb += self.instruction.ready.eq(~active & splitter.block.ready & ~self.halt)
-        accept = self.instruction.valid & self.instruction.ready
+        # An instruction enters both the splitter and the place in front of the reader.
         n = self.instruction.payload
+        next_source, next_valid = Signal(_SOURCE), Signal()
+        accept = Signal()
         m.d.comb += [
+            self.instruction.ready.eq(~next_valid & splitter.block.ready & ~self.halt),
+            accept.eq(self.instruction.valid & self.instruction.ready),
             splitter.block.valid.eq(accept),
             splitter.block.payload.address.eq(n.address),
             splitter.block.payload.stride.eq(n.stride),
@@ -83,94 +99,87 @@ class StoreUnit(wiring.Component):
             ),
         ]
 
-        # Addresses: each burst's length goes to the data side.
-        bursts = Signal(range(2 * OUTSTANDING_BURSTS + 1))
-        shown, burst_ok = Signal(), Signal()
+        # Words are requested as long as there is room for them.
+        source, reading, first_row = Signal(_SOURCE), Signal(), Signal()
+        local, words, rows = Signal(ADDRESS_BITS), Signal(16), Signal(16)
+        pair, row_end, end = Signal(), Signal(), Signal()
+        requested = Signal()
+        following = Signal()  # the next instruction's words are requested from the next cycle on
         m.d.comb += [
-            burst_ok.eq(shown | (lengths.w_rdy & (bursts != 2 * OUTSTANDING_BURSTS) & ~self.halt)),
+            pair.eq((byte_words == 2) & source.bytes & (words != 1)),
+            row_end.eq(words == Mux(pair, 2, 1)),
+            end.eq(row_end & (rows == 1)),
+            self.read.enable.eq(Mux(reading & buffer.word.ready, Cat(1, pair), 0)),
+            self.read.address.eq(local),
+            self.read_earlier.eq(next_valid),
+            requested.eq(buffer.word.ready & buffer.word.valid),
+            buffer.word.valid.eq(reading & self.read_ready),
+            *(buffer.word.payload.bytes.eq(source.bytes), buffer.word.payload.pair.eq(pair)),
+            *(buffer.word.payload.first_row.eq(first_row), buffer.word.payload.lane.eq(source.lane)),
+            buffer.word.payload.last.eq(end),
+            buffer.data.eq(self.read.data),
+            following.eq(next_valid & (~reading | (requested & end))),
+        ]
+        with m.If(requested):
+            m.d.sync += [local.eq(local + 1 + pair), words.eq(words - 1 - pair)]
+            with m.If(row_end):
+                # ``source.local`` is where the row begins.
+                m.d.sync += [
+                    *(words.eq(source.words), rows.eq(rows - 1), first_row.eq(0)),
+                    *(signal.eq(source.local + source.local_stride) for signal in (local, source.local)),
+                ]
+            with m.If(end):
+                m.d.sync += reading.eq(0)
+        with m.If(following):
+            m.d.sync += [
+                *(source.eq(next_source), reading.eq(1), first_row.eq(1), next_valid.eq(0)),
+                *(local.eq(next_source.local), words.eq(next_source.words), rows.eq(next_source.rows)),
+            ]
+        with m.If(accept):
+            m.d.sync += [next_valid.eq(1), *(next_source[field].eq(n[field]) for field, _ in _SOURCE)]
+
+        # Addresses: each burst's length goes to the data side, its end to the answers.
+        shown, burst_ok = Signal(), Signal()  # an address once shown stays until taken, halt or not
+        announced = Signal()
+        m.d.comb += [
+            burst_ok.eq(shown | (lengths.w_rdy & answers.w_rdy & ~self.halt)),
             aw.valid.eq(splitter.burst.valid & burst_ok),
             splitter.burst.ready.eq(aw.ready & burst_ok),
             aw.addr.eq(splitter.burst.payload.addr),
             aw.len.eq(splitter.burst.payload.len),
-            lengths.w_en.eq(aw.valid & aw.ready),
-            lengths.w_data.eq(aw.len),
-            b.ready.eq(1),
-            self.outstanding.eq(bursts.any() | aw.valid),
+            announced.eq(aw.valid & aw.ready),
+            *(lengths.w_en.eq(announced), lengths.w_data.eq(aw.len)),
+            *(answers.w_en.eq(announced), answers.w_data.eq(Cat(aw.addr, splitter.burst.payload.last))),
+            self.outstanding.eq(answers.r_rdy | aw.valid),
         ]
-        m.d.sync += [
-            shown.eq(aw.valid & ~aw.ready),
-            bursts.eq(bursts + (aw.valid & aw.ready) - (b.valid & b.ready)),
-        ]
+        m.d.sync += shown.eq(aw.valid & ~aw.ready)
 
-        # Data: request a word, take it, send its beats.
-        word = Signal(32 * config.rows)
-        local, row_local = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
-        words, rows = Signal(16), Signal(16)
-        beat = Signal(range(max(2, beats)))
-        in_burst = Signal(8)
-        sent = Signal()
-        # One strobe for each lane of ``word``, of both words where there are two; ``first_row`` as long as words of the
-        # first row are requested.
-        written, first_row = Signal(config.rows * byte_words), Signal()
-        packed = Cat(self.read.data[32 * r : 32 * r + 8] for r in range(config.rows * byte_words))
-        lanes = Cat(~first_row | (i.lane <= lane) for lane in range(config.rows))
-        pair = Signal()  # this request is for two words
-        m.d.comb += pair.eq((byte_words == 2) & i.bytes & (words != 1))
-        wide = Cat(written[b // 4] for b in range(config.bus_bytes))
+        # Data: a beat needs the length of its burst.
+        in_burst, sent = Signal(8), Signal()
         m.d.comb += [
-            self.read.address.eq(local),
-            w.data.eq(word[: 8 * config.bus_bytes]),
-            w.strb.eq(Mux(i.bytes, written[: config.bus_bytes], wide)),
+            w.valid.eq(buffer.beat.valid & lengths.r_rdy),
+            buffer.beat.ready.eq(w.ready & lengths.r_rdy),
+            w.data.eq(buffer.beat.payload.data),
+            w.strb.eq(buffer.beat.payload.strb),
             w.last.eq(in_burst == lengths.r_data),
             sent.eq(w.valid & w.ready),
             lengths.r_en.eq(sent & w.last),
+            self.stalled.eq((next_valid | reading | self.outstanding) & ~sent & ~self.done),
         ]
         with m.If(sent):
-            m.d.sync += [word.eq(word >> (8 * config.bus_bytes)), beat.eq(beat + 1)]
-            m.d.sync += written.eq(Mux(i.bytes, written >> config.bus_bytes, written >> (config.bus_bytes // 4)))
             m.d.sync += in_burst.eq(Mux(w.last, 0, in_burst + 1))
-        with m.FSM():
-            with m.State("ACCEPT"), m.If(accept):
-                m.d.sync += [i.eq(n), local.eq(n.local), row_local.eq(n.local), words.eq(n.words), rows.eq(n.rows)]
-                m.d.sync += [active.eq(1), first_row.eq(1)]
-                m.next = "REQUEST"
-            with m.State("REQUEST"):
-                m.d.comb += [self.read.enable.eq(Cat(1, pair)), self.stalled.eq(~self.read_ready)]
-                with m.If(self.read_ready):
-                    m.next = "TAKE"
-            with m.State("TAKE"):
-                m.d.sync += [beat.eq(0), local.eq(local + 1 + pair), words.eq(words - 1 - pair)]
-                m.d.sync += [
-                    word.eq(Mux(i.bytes, packed, self.read.data)),
-                    written.eq(Cat(lanes, Mux(pair, lanes, 0))),
-                ]
-                m.next = "SEND"
-            with m.State("SEND"):
-                m.d.comb += [w.valid.eq(lengths.r_rdy), self.stalled.eq(~sent)]
-                with m.If(sent & (beat == Mux(i.bytes, byte_beats - 1, beats - 1))):
-                    m.next = "REQUEST"
-                    with m.If(words == 0):
-                        m.d.sync += [
-                            words.eq(i.words),
-                            rows.eq(rows - 1),
-                            first_row.eq(0),
-                            local.eq(row_local + i.local_stride),
-                            row_local.eq(row_local + i.local_stride),
-                        ]
-                        with m.If(rows == 1):
-                            m.next = "ACKNOWLEDGE"
-            with m.State("ACKNOWLEDGE"):
-                m.d.comb += self.stalled.eq(bursts.any())
-                with m.If(~bursts.any()):
-                    m.d.comb += self.done.eq(1)
-                    m.d.sync += active.eq(0)
-                    m.next = "ACCEPT"
 
+        # Answers come in the order of the bursts.
+        answer = data.View(_ANSWER, answers.r_data)
         bus_error = b.valid & b.resp.any()
         m.d.comb += [
+            b.ready.eq(1),
+            answers.r_en.eq(b.valid),
+            self.done.eq(b.valid & answers.r_rdy & answer.last),
             self.error.valid.eq(bus_error | splitter.error.valid),
             self.error.code.eq(Mux(bus_error, ErrorCode.BUS_WRITE, splitter.error.code)),
-            self.error.address.eq(Mux(bus_error, local, splitter.error.address)),
-            self.error.oldest.eq(1),
+            self.error.address.eq(Mux(bus_error, answer.address, splitter.error.address)),
+            # What is refused is cut from the last one that was accepted.
+            self.error.oldest.eq(bus_error | ~splitter.error.valid),
         ]
         return m

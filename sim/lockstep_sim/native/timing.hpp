@@ -3,7 +3,8 @@
 // Units are in order, and whatever one waits for (a token, a result tile, room in the accumulator queue, a place in a
 // queue) has one time, so times can be computed unit by unit in any order that respects the waiting: no events, no
 // cycles, a few operations per result tile and per burst. What it leaves out: bus beats of instruction fetch that meet
-// beats of LOAD are charged one by one, and the phase of refresh is that of a core that starts in cycle 0.
+// beats of LOAD are charged one by one, beats of LOAD and STORE that meet delay neither, and the phase of refresh is
+// that of a core that starts in cycle 0.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +63,7 @@ class TimingModel {
         item.address = i.address, item.stride = i.stride, item.rows = i.rows;
         const uint32_t word = (i.bytes ? 1 : 4) * isa::kRows;
         item.beats = whole_beats(i.words * word);
-        // Words that share a beat are sent as one.
+        // Words that share a beat are read as one.
         item.words = std::min(i.words, item.beats);
         result_.write_beats += uint64_t(item.rows) * item.beats;
     }
@@ -168,6 +169,8 @@ class TimingModel {
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kLoadLatency = 2;     // last beat to done
     static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;
+    static constexpr size_t kStoresInFlight = 8, kWaitingStores = 4, kOutstandingStores = 16;
+    static constexpr Time kBufferedBeats = 2 * 4 * isa::kRows / isa::kBusBytes;  // two words on the way to the bus
     static constexpr uint32_t kBurstBeats = 32;
 
     struct Item {
@@ -189,6 +192,10 @@ class TimingModel {
         Time ended = 0;             // when all of its items so far have ended
         std::vector<Time> given[4]; // times of tokens given to each unit
         size_t taken[4] = {};       // tokens taken from each unit
+    };
+
+    struct Cycles {
+        Time begin, end;
     };
 
     template <class Type>
@@ -215,9 +222,10 @@ class TimingModel {
             for (int source = 0; source < 4; source++) lane.taken[source] += item.wait >> source & 1;
             const Time earliest = std::max(item.dispatched, lane.free);
             item.start = item.now = std::max(earliest, ready);
-            cycles.wait_token += uint64_t(item.start - earliest);
             // A unit that is at work counts as that, and not as waiting for its next instruction.
-            record_.span(unit, kWaitToken, std::max(earliest, lane.ended), item.start);
+            const Time waits = std::max(earliest, lane.ended);
+            if (waits < item.start) cycles.wait_token += uint64_t(item.start - waits);
+            record_.span(unit, kWaitToken, waits, item.start);
             item.accepted = item.start;
         }
         const uint32_t row = item.row, tile = item.tile;
@@ -273,6 +281,22 @@ class TimingModel {
         }
     }
 
+    // The end of a burst of STORE, `end` if it is alone, with the instruction words that arrive during it: beat by beat
+    // both take turns.
+    Time take_turns(Time end, uint64_t length) {
+        while (length) {
+            if (!fetch_left_) {
+                if (charged_ == fetched_.size() || fetched_[charged_] > end) break;
+                record_.burst(kFetch, end - bus_.latency, end, end + kFetchBeats, uint64_t(kFetchBeats));
+                charged_++, fetch_left_ = uint64_t(kFetchBeats);
+            }
+            const uint64_t beats = std::min(length, fetch_left_);
+            end = transfer(end, beats);
+            length -= beats, fetch_left_ -= beats;
+        }
+        return end;
+    }
+
     static constexpr uint32_t whole_beats(uint32_t bytes) { return (bytes + isa::kBusBytes - 1) / isa::kBusBytes; }
     // Beats of the VECTOR unit that take `columns` columns.
     static constexpr Time column_beats(Time columns) { return (columns + isa::kColumnsPerBeat - 1) / isa::kColumnsPerBeat; }
@@ -317,16 +341,37 @@ class TimingModel {
     }
 
     void store(Item& item, Lane& lane, UnitCycles& cycles) {
-        const uint64_t word_beats = item.words ? item.beats / item.words : 0;
-        Time now = item.start + 2;
-        if (record_.on()) record_store(item, word_beats);
-        for (uint32_t n = 0; n < item.rows * item.words; n++) now = transfer(now + 2, word_beats);
-        item.end = now + Time(bus_.latency) + 1;
-        cycles.busy += uint64_t(now - item.start);
-        cycles.wait_data += uint64_t(item.end - now);
-        record_.span(item.unit, kBusy, item.start, now);
-        record_.span(item.unit, kWaitData, now, item.end);
-        lane.free = item.end + 1;
+        if (lane.next >= kStoresInFlight)
+            item.start = std::max(item.start, items_[lane.queue[lane.next - kStoresInFlight]].end + 1);
+        item.accepted = item.start;
+        const Time begin = std::max(item.start, lane.ended), reads = std::max(item.start, store_read_);
+        Time cut = item.start - 1;
+        bursts(item, [&](uint32_t length) {
+            // Bursts are announced up to kWaitingStores ahead of the data, and kOutstandingStores ahead of the answers.
+            const size_t n = store_ends_.size();
+            cut = std::max(cut + 1, n > 1 ? store_asked_[n - 2] : 0);
+            Time asked = cut + 2;
+            if (n) asked = std::max(asked, store_asked_[n - 1] + 1);
+            if (n >= kWaitingStores) asked = std::max(asked, store_ends_[n - kWaitingStores]);
+            if (n >= kOutstandingStores) asked = std::max(asked, store_ends_[n - kOutstandingStores] + Time(bus_.latency));
+            const Time first = std::max(asked + 1, n ? store_ends_[n - 1] : 0);
+            charge_fetches(first);
+            Time end = transfer(first, length);
+            record_.burst(item.unit, asked, first, end, length);
+            if (n && first > store_ends_[n - 1]) fetch_left_ = 0;
+            end = take_turns(end, length);
+            store_asked_.push_back(asked), store_ends_.push_back(end);
+            if (record_.on()) beats(first, length, [&](Time from, Time to) { store_beats_.push_back({from, to}); });
+        });
+        const Time sent = store_ends_.back();
+        // The next one is accepted when this one's words are being read, and its bursts are all cut.
+        store_read_ = std::max(reads + Time(item.rows * item.words), sent - kBufferedBeats);
+        lane.free = std::max(reads, cut) + 2;
+        item.end = sent + Time(bus_.latency);
+        if (record_.on()) store_runs_.push_back({begin, item.end});
+        const uint64_t useful = uint64_t(item.rows) * item.beats + 1;  // and the cycle in which it is done
+        // Beats may have been sent while the one before was not yet answered, so this difference may be negative.
+        cycles.busy += useful, cycles.wait_data += uint64_t(item.end - begin) - useful;
     }
 
     bool matrix(Item& item, Lane& lane, UnitCycles& cycles) {
@@ -386,16 +431,25 @@ class TimingModel {
 
     // --- What a recording is told ---
 
-    // Busy in the cycles of `count` beats from `first` on, waiting for data in the others; nothing before `told`.
-    Time record_beats(int unit, Time told, Time first, uint64_t count) {
+    // The cycles of `count` beats from `first` on, refresh left out.
+    template <class Visit>
+    void beats(Time first, uint64_t count, Visit visit) const {
         while (count) {
             const Time begin = transfer(first, 1) - 1;
             const Time rest = bus_.refresh_interval ? bus_.refresh_interval - begin % bus_.refresh_interval : Time(count);
             const Time end = begin + std::min(Time(count), rest);
+            visit(begin, end);
+            count -= uint64_t(end - begin), first = end;
+        }
+    }
+
+    // Busy in the cycles of beats, waiting for data in the others; nothing before `told`.
+    Time record_beats(int unit, Time told, Time first, uint64_t count) {
+        beats(first, count, [&](Time begin, Time end) {
             record_.span(unit, kWaitData, told, begin);
             record_.span(unit, kBusy, std::max(told, begin), end);
-            told = std::max(told, end), count -= uint64_t(end - begin), first = end;
-        }
+            told = std::max(told, end);
+        });
         return told;
     }
 
@@ -406,18 +460,22 @@ class TimingModel {
         if (operands_) record_.burst(kFetch, begin - latency, begin, bus_free_, uint64_t(beats));
     }
 
-    void record_store(const Item& item, uint64_t word_beats) {
-        Time now = item.start + 2, asked = item.start + 1, first = -1;
-        uint64_t done = 0;
-        bursts(item, [&](uint32_t length) {
-            uint64_t wanted = length;
-            while (done < wanted) {
-                now = transfer(now + 2, word_beats), done += word_beats;
-                if (first < 0) first = now - Time(word_beats);
+    // Busy in the cycles of STORE's beats, waiting for data in the others in which it has an instruction.
+    void record_store() {
+        const int unit = int(isa::Unit::kStore);
+        size_t n = 0;
+        for (const Cycles& run : store_runs_) {
+            Time told = run.begin;
+            for (; n < store_beats_.size() && store_beats_[n].begin < run.end; n++) {
+                const Cycles& sent = store_beats_[n];
+                record_.span(unit, kWaitData, told, sent.begin);
+                record_.span(unit, kBusy, std::max(told, sent.begin), std::min(sent.end, run.end));
+                told = std::max(told, sent.end);
+                if (sent.end > run.end) break;
             }
-            record_.burst(item.unit, asked, first, now, length);
-            done -= wanted, asked = now, first = -1;
-        });
+            record_.span(unit, kWaitData, told, run.end - 1);
+            record_.span(unit, kBusy, std::max(told, run.end - 1), run.end);
+        }
     }
 
     // Instruction words that met no load, and what is still open.
@@ -427,6 +485,7 @@ class TimingModel {
             const Time end = std::max<Time>(fetched_[charged_] - 2, 0);
             record_.burst(kFetch, end - fetch - bus_.latency, end - fetch, end, uint64_t(fetch));
         }
+        record_store();
         record_.finish(int(isa::Unit::kMatrix), available_, popped_);
     }
 
@@ -437,7 +496,11 @@ class TimingModel {
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     std::vector<Time> burst_ends_, fetched_;
+    std::vector<Time> store_asked_, store_ends_;    // STORE's bursts: announced, and behind their last beats
+    std::vector<Cycles> store_beats_, store_runs_;  // for a recording: STORE's beats, and where it has an instruction
+    Time store_read_ = 0;                           // when the words of STORE's newest instruction have been read
     size_t charged_ = 0;
+    uint64_t fetch_left_ = 0;                       // beats of the last fetch that STORE's next burst meets
     Time bus_free_ = 0;
     bool partial_ = false;
     Prediction result_;

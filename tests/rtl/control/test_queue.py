@@ -153,12 +153,16 @@ async def skipped_instructions_exchange_tokens_in_order(dut):
         world.add(Source(dut, "push", pushes, stalls(0.3 * (seed % 2), seed)))
         latencies = [rand.choice((4, 5, 30)) for _ in program]
         unit = world.add(Bursty(dut, stalls(0.4 if seed % 3 else 0, seed), latencies))
-        probe = world.add(Probe(dut, "take", "want", "give", "running", "newest", "oldest"))
+        probe = world.add(Probe(dut, "take", "want", "give", "running", "newest", "oldest", "earlier"))
         await world.until(lambda probe=probe: probe.count("give") == 80, 5000, "completion")
         assert [word for _, word in unit.accepted] == [word_of(i) for i, skip in program if not skip]
         gives = probe.cycles("give")
         assert [probe.values["give"][n] for n in gives] == [i.signal for i, _ in program]
         assert [probe.values["oldest"][n] for n in gives] == list(range(len(program)))
+        accepted = [n for n, (_, skip) in enumerate(program) if not skip]
+        behind = [cycle + 1 for cycle, _ in unit.accepted][1:]
+        assert [probe.values["newest"][n] for n in behind] == accepted[1:]
+        assert [probe.values["earlier"][n] for n in behind] == accepted[:-1]
         takes = probe.cycles("take")
         assert [probe.values["want"][n] for n in takes] == [i.wait for i, _ in program]
         # Nobody gives before the unit is done with it, nor a skipped one before those in front of it are done.

@@ -7,7 +7,7 @@ from lockstep_isa.errors import ErrorCode
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import STORE, Instruction, Memory
 from lockstep_rtl.generate import component_verilog
-from lockstep_rtl.transfer.store import StoreUnit
+from lockstep_rtl.transfer.store import OUTSTANDING_BURSTS, StoreUnit
 from rtl.axi_models import (
     Probe,
     ReadServer,
@@ -119,19 +119,90 @@ async def every_channel_stalls(dut):
         await world.finish(stores)
 
 
+def beats_of(store):
+    """Bus beats of a STORE."""
+    row = -(-store.words // BYTE_WORDS) * BYTE_BEATS if store.bytes else store.words * BEATS
+    return store.rows * row
+
+
+async def beats_without_a_gap(dut, stores):
+    """Run stores on a memory and a scratchpad that never wait: a beat in every cycle; the world behind it."""
+    world = await World.start(dut, stores)
+    await world.finish(stores)
+    assert len(world.bus.beats) == sum(beats_of(i) for i in stores)
+    assert_equal(np.diff(world.bus.beats), np.ones(len(world.bus.beats) - 1), "cycles behind beat ")
+    return world
+
+
 @cocotb.test()
-async def a_word_takes_its_beats_and_two_cycles(dut):
-    store = Instruction(STORE, memory=Memory.VECTOR, words=32, address=at(0x1000))
-    world = await World.start(dut, [store])
-    await world.finish([store])
-    first = np.array(world.bus.beats[::BEATS])
-    assert_equal(np.diff(first), np.full(31, BEATS + 2), "cycles between the first beats of word ")
-    store = store.replace(bytes=1)
-    world = await World.start(dut, [store])
-    await world.finish([store])
-    first = np.array(world.bus.beats[::BYTE_BEATS])
-    count = 32 // BYTE_WORDS
-    assert_equal(np.diff(first), np.full(count - 1, BYTE_BEATS + 2), "cycles between the first beats of packed word ")
+async def a_block_takes_its_beats_and_no_other_cycle(dut):
+    # Rows of one word too, of which each is a burst.
+    for rows, words in ((1, 48), (3, 7), (12, 1)):
+        for as_bytes in (0, 1):
+            block = store(rows=rows, words=words, address=at(0x1000), stride=at(0x400), local=2, local_stride=4)
+            await beats_without_a_gap(dut, [block.replace(bytes=as_bytes)])
+
+
+#: One behind the other: of bytes and of whole words, with and without parts of rows, of some beats and of many.
+CHAIN = [
+    store(words=12, address=at(0x1000), local=5),
+    store(bytes=1, words=24, lane=1, address=at(0x2000), local=3),
+    store(rows=2, words=5, lane=2, address=at(0x3000), stride=at(0x100), local=1, local_stride=6),
+    store(bytes=1, rows=3, words=6, address=at(0x4000), stride=at(0x40), local=9, local_stride=5),
+    store(bytes=1, rows=2, words=9, lane=3, address=at(0x5010), stride=at(0x20), local=20, local_stride=11),
+    store(words=4, lane=1, address=at(0x6000), local=40),
+    store(words=4, address=at(0x7000), local=50),
+    store(words=20, address=at(0x8000), local=33),
+]
+
+
+@cocotb.test()
+async def stores_follow_each_other_without_a_gap_and_are_done_in_order(dut):
+    world = await beats_without_a_gap(dut, CHAIN)
+    # Done is the answer to an instruction's own last beat.
+    last = np.array(world.bus.beats)[np.cumsum([beats_of(i) for i in CHAIN]) - 1]
+    assert_equal(world.probe.cycles("done"), last + world.bus.latency, "cycle of done ")
+    # The next one was accepted while the one before was not answered, or not even sent.
+    assert all(np.array(world.source.taken[1:]) < np.array(world.probe.cycles("done")[:-1]))
+
+
+@cocotb.test()
+async def bursts_beyond_those_that_may_wait_for_answers_are_held_back(dut):
+    block = store(rows=60, words=1, bytes=1, address=at(0x1000), stride=at(0x100), local_stride=1)
+    world = await World.start(dut, [block], latency=200)
+    await world.finish([block])
+    announced, answered = (np.array(cycles) for cycles in ([c for c, *_ in world.bus.bursts], world.bus.beats))
+    flying = [(answered[:n] + world.bus.latency >= cycle).sum() for n, cycle in enumerate(announced)]
+    assert max(flying) == OUTSTANDING_BURSTS - 1, "in front of the one that is announced"
+
+
+@cocotb.test()
+async def a_scratchpad_that_is_often_busy_costs_nothing_where_words_have_four_beats(dut):
+    turns = iter(range(1 << 30))
+    world = await World.start(dut, CHAIN[:1], read_gap=lambda: next(turns) % 2 == 0)
+    await world.finish(CHAIN[:1])
+    gaps = np.diff(world.bus.beats) - 1
+    # With two beats a word a cycle without an answer is one without a beat.
+    assert gaps.sum() == 0 if BEATS >= 4 else gaps.sum() <= CHAIN[0].words
+
+
+@cocotb.test()
+async def every_read_is_for_the_last_accepted_instruction_or_the_one_before(dut):
+    for seed in range(2):
+        world = await World.start(dut, CHAIN, stalls(0.3, seed), stalls(0.5, seed), stall_w=stalls(0.3, seed))
+        earlier = world.bench.add(Probe(dut, "read_earlier"))
+        await world.finish(CHAIN)
+        reads = [n for n, i in enumerate(CHAIN) for _ in range(i.rows * words_read(i))]
+        assert len(world.pad.reads) == len(reads)
+        for (cycle, address), expected in zip(world.pad.reads, reads, strict=True):
+            newest = sum(taken < cycle for taken in world.source.taken) - 1
+            named = newest - earlier.values["read_earlier"][cycle]
+            assert named == expected, f"the read of word {address} is for STORE {expected}, {named} was named"
+
+
+def words_read(store):
+    """Reads of one row."""
+    return -(-store.words // BYTE_WORDS) if store.bytes else store.words
 
 
 @cocotb.test()
@@ -149,11 +220,27 @@ async def transfers_outside_the_window_or_misaligned_are_refused(dut):
 
 
 @cocotb.test()
-async def a_bus_error_is_reported(dut):
-    world = await World.start(dut, STORES, bad=[at(0x3014)])
-    await world.bench.until(lambda: world.probe.count("error_valid"), 2000, "an error")
-    assert world.probe.values["error_code"][-1] == ErrorCode.BUS_WRITE
-    assert int(dut.error_oldest.value)
+async def a_refused_burst_is_of_the_last_accepted_instruction(dut):
+    """Though older ones are not answered yet, and are so in the end."""
+    stores = [*CHAIN[:2], store(words=3, address=at(0xFFF8)), CHAIN[2]]
+    world = await World.start(dut, stores, latency=100)
+    await world.bench.until(lambda: world.probe.count("error_valid"), 500, "an error")
+    assert not int(dut.error_oldest.value)
+    assert (len(world.source.taken), world.probe.count("done")) == (3, 0)
+    dut.halt.value = 1
+    await world.bench.until(lambda: world.probe.count("done") == 2, 500, "the end of the older ones")
+
+
+@cocotb.test()
+async def a_bus_error_is_reported_for_the_oldest_instruction(dut):
+    for bad, older in ((at(0x3014), 1), (at(0xFFF0), 4), (at(0x1000), 0)):
+        world = await World.start(dut, STORES, bad=[bad], latency=40)
+        oldest = world.bench.add(Probe(dut, "error_oldest"))
+        await world.bench.until(lambda world=world: world.probe.count("error_valid"), 2000, "an error")
+        assert world.probe.values["error_code"][-1] == ErrorCode.BUS_WRITE
+        assert world.probe.values["error_address"][-1] == bad
+        assert oldest.values["error_oldest"][-1]
+        assert len([n for n in world.probe.cycles("done") if n < world.bench.cycle - 1]) == older
 
 
 @cocotb.test()
