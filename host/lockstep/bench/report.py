@@ -105,7 +105,7 @@ def _section(case: Case, measured: Sequence[Measurement]) -> str:
         "",
     ]
     lines += _units(measured)
-    lines += [f"- {figures(m)}" for m in rows if m.figures]
+    lines += [f"- {line}" for m in rows for line in figures(m)]
     for published in case.published:
         lines += [f"- published: {published.figure}, {published.source}"]
     return "\n".join([*lines, ""]) if case.published else "\n".join(lines)
