@@ -131,7 +131,7 @@ def test_a_run_with_other_bits_exits_with_1(cli: Command, monkeypatch: pytest.Mo
 
 
 def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lockstep.bench import blocks, decode
+    from lockstep.bench import blocks, decode, sparse_attention
 
     def fails(*_: object) -> Iterator[Measurement]:
         raise OSError("no such weights")
@@ -143,11 +143,12 @@ def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.
     monkeypatch.setattr(gemm, "run", lambda _, bench: original(sizes(m=8, n=8, k=8), bench))
     monkeypatch.setattr(decode, "run", lambda _, bench: original(sizes(m=9, n=9, k=9), bench))
     monkeypatch.setattr(blocks, "run", lambda _, bench: original(sizes(m=7, n=7, k=7), bench))
+    monkeypatch.setattr(sparse_attention, "run", lambda _, bench: original(sizes(m=6, n=6, k=6), bench))
     page = tmp_path / "page.md"
     done = cli("bench", "all", "--device", "fast:tiny", "--json", "--write", page)
     assert done.status == 1
     assert "error: minilm: no such weights" in done.err
-    assert [one["parameters"]["m"] for one in done.json[:-1]] == [8, 9, 7, 7]
+    assert [one["parameters"]["m"] for one in done.json[:-1]] == [8, 9, 7, 7, 6]
     assert done.json[-1] == {"case": "minilm", "device": "fast:tiny", "error": "no such weights"}
     assert not page.exists()
 

@@ -28,7 +28,8 @@ class Bar:
     ----------
     text : in words. share : least share of the limit, of each measurement or, with ``worst``, of their median.
     worst : least share of the worst one. sample : fewer measurements than this say nothing about the bar. core : the
-    only preset that the bar is for, if there is one.
+    only preset that the bar is for, if there is one. figure : which of a measurement's own figures stands in the place
+    of the share of the limit, if one does.
     """
 
     text: str
@@ -36,6 +37,12 @@ class Bar:
     worst: float | None = None
     sample: int = 1
     core: str | None = None
+    figure: str | None = None
+
+    def reached(self, measured: Sequence[Measurement]) -> bool | None:
+        """Whether measurements of one core reach the bar; none where they are too few to say."""
+        values = [one.share if self.figure is None else one.figures[self.figure] for one in measured]
+        return self.met(values, measured[0].core)
 
     def met(self, shares: Sequence[float], core: str) -> bool | None:
         """Whether these shares of the limit on a core reach the bar; none where they are too few to say."""

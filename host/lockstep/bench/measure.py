@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,7 @@ class Measurement:
     the array. units : the cycles of each unit by what it did.
     reference : what the values are compared with. values, differences : compared, and of other bits.
     predicted_cycles : of the fast core with the same memory. cycles_per_second : of the simulation.
+    figures : what only this case has, by name.
     """
 
     case: str
@@ -50,6 +51,7 @@ class Measurement:
     differences: int
     predicted_cycles: int
     cycles_per_second: float
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def core(self) -> str:
@@ -93,6 +95,7 @@ class Measurement:
             "cycles_per_second": self.cycles_per_second,
             "predicted_cycles": self.predicted_cycles,
             "published": [asdict(one) for one in published],
+            **self.figures,
         }
 
 
@@ -156,10 +159,12 @@ class Bench:
         expected: Sequence[np.ndarray],
         reference: str = "golden",
         memory_bytes: int = 0,
+        figures: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> Measurement:
         """Do ``work`` on the device and compare what it leaves with ``expected``, bit for bit.
 
         memory_bytes : device memory that the work needs; a larger one than the URI's is opened where it must be.
+        figures : what the case says about so many cycles, beside the limit.
         """
         predicted, rate = self._run(work, "fast", memory_bytes)
         ran, differences = predicted, _differences(expected, predicted.values)
@@ -182,6 +187,7 @@ class Bench:
             differences=differences,
             predicted_cycles=predicted.counters.cycles,
             cycles_per_second=rate,
+            figures={} if figures is None else figures(counters.cycles),
         )
 
     def _run(self, work: Work, scheme: str, memory_bytes: int, total: int = 0) -> tuple[Ran, float]:

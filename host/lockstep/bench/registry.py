@@ -59,5 +59,16 @@ CASES: dict[str, Case] = {
             ),
             core="paper",
         ),
+        Case(
+            "sparse-attention",
+            "Causal attention that skips blocks of keys, beside the same with none skipped.",
+            sizes.SparseAttentionSizes,
+            "sparse_attention",
+            Bar(
+                "at least 0.9 / density times as fast as dense",
+                0.9,
+                figure="speedup_over_inverse_density",
+            ),
+        ),
     )
 }

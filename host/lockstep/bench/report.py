@@ -11,7 +11,7 @@ from statistics import median
 
 from .case import Case
 from .measure import Measurement
-from .summary import shown, sizes, varying
+from .summary import figures, shown, sizes, varying
 
 _HEAD = """# How close does it come to its limits?
 
@@ -71,7 +71,7 @@ def _section(case: Case, measured: Sequence[Measurement]) -> str:
     lines = [f"## {case.name}", "", f"{case.help}{f' `{fixed}`' if fixed else ''}", ""]
     if len(measured) > 1:
         lines += [f"{len(measured)} runs: **median {median(shares):.1%} of the limit, worst {min(shares):.1%}**."]
-    met = case.bar.met(shares, measured[0].core)
+    met = case.bar.reached(measured)
     if met is not None:
         lines += [f"Wanted: {case.bar.text}: **{'reached' if met else 'not reached'}**."]
     lines += [
@@ -105,6 +105,7 @@ def _section(case: Case, measured: Sequence[Measurement]) -> str:
         "",
     ]
     lines += _units(measured)
+    lines += [f"- {line}" for m in rows for line in figures(m)]
     for published in case.published:
         lines += [f"- published: {published.figure}, {published.source}"]
     return "\n".join([*lines, ""]) if case.published else "\n".join(lines)

@@ -6,6 +6,7 @@ A field is an option of the command: its annotation is the type with the option'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 
@@ -67,3 +68,20 @@ class FeedForwardBlockSizes:
     d_ff: Annotated[int, "Features between the products."] = 2048
     parts: Annotated[int, "1 or 2: scales per token of the last product's left operand."] = 2
     seed: Annotated[int, "Of weights and values."] = 0
+
+
+@dataclass(frozen=True)
+class SparseAttentionSizes:
+    """Attention that keeps some blocks of queries and keys, beside one that keeps them all."""
+
+    mask: Annotated[Path | None, "A file of NumPy: bool[heads, query blocks, key blocks], True is kept."] = None
+    pattern: Annotated[str, "Without --mask: causal, window:W, sinks:S+window:W (in blocks), or random:DENSITY."] = (
+        "random:0.4"
+    )
+    heads: Annotated[int | None, "Heads; unasked, the mask's, or 4."] = None
+    seq: Annotated[int | None, "Tokens; unasked, the mask's, or 512."] = None
+    head_dim: Annotated[int, "Features of a head."] = 128
+    block: Annotated[int, "Tokens of a block."] = 64
+    tile: Annotated[int | None, "Keys per tile of the stream, part of the bits; unasked, up to 2048."] = None
+    causal: Annotated[bool, "Queries see keys up to their own position."] = True
+    seed: Annotated[int, "Of values and random blocks."] = 0

@@ -28,6 +28,17 @@ def sizes(measurement: Measurement, names: Sequence[str], rest: bool = False) ->
     return " ".join(f"{name}={value}" for name, value in measurement.parameters.items() if (name in names) is not rest)
 
 
+def figures(measurement: Measurement) -> list[str]:
+    """The figures of a case's own in words: a line of numbers, and one for each text."""
+    named = [(name.replace("_", " "), value) for name, value in measurement.figures.items()]
+    numbers = [
+        f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value:,}"
+        for name, value in named
+        if not isinstance(value, str)
+    ]
+    return [", ".join(numbers)] * bool(numbers) + [f"{name}: {text}" for name, text in named if isinstance(text, str)]
+
+
 def summary(case: Case, measured: Sequence[Measurement]) -> list[str]:
     """Lines on bits, speed, the bar, and what others have published."""
     shares = [m.share for m in measured]
@@ -38,6 +49,7 @@ def summary(case: Case, measured: Sequence[Measurement]) -> list[str]:
     ]
     if len(measured) > 1:
         lines.append(f"median {median(shares):.1%} of the limit, worst {min(shares):.1%}")
-    if (met := case.bar.met(shares, measured[0].core)) is not None:
+    lines += [line for m in measured for line in figures(m)]
+    if (met := case.bar.reached(measured)) is not None:
         lines.append(f"{'reached' if met else 'not reached'}: {case.bar.text}")
     return lines + [f"published, not measured here: {p.figure}, {p.source}" for p in case.published]
