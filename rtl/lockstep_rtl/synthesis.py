@@ -27,8 +27,7 @@ Progress = Callable[[str], None]
 DEVICE = {"TRELLIS_COMB": 83640, "TRELLIS_FF": 83640, "DP16KD": 208, "MULT18X18D": 156}
 #: Clock rate that place and route aims at, in MHz.
 TARGET_MHZ = 60.0
-#: The electrostatic placer leaves wires a fifth shorter than the usual one, and only then the core can be routed; and it
-#: is the router that negotiates about congestion that ends.
+#: The electrostatic placer leaves wires a sixth shorter than the usual one.
 PLACE = ("--placer", "static", "--router", "router2")
 #: Instance in the core -> row of the report; what is not listed is control.
 UNITS = {
