@@ -76,11 +76,13 @@ class OperandAdder(wiring.Component):
         selectors, fields = ([array[n] for n in range(SLOTS)] for array in (self.selectors, self.fields))
         words_per_beat = 8 * self.bus_bytes // OPERAND_BITS
         word_bits = (words_per_beat - 1).bit_length()
+        # Selectors stand in registers while they are gone through: they are far down an instruction's decoding.
+        held = [Signal.like(selector, name=f"selector{n}") for n, selector in enumerate(selectors)]
         chosen, word = Signal(range(OPERANDS)), Signal(range(words_per_beat))
         total = Signal(OPERAND_BITS)
         m.d.comb += [
             choice.eq(reads & (~reads + 1)[:SLOTS]),
-            chosen.eq(_select(choice, selectors)),
+            chosen.eq(_select(choice, held)),
             read.en.eq(choice.any()),
             read.addr.eq(chosen[word_bits:]),
             total.eq(_select(adds, fields) + Mux(self.present, read.data.word_select(word, OPERAND_BITS), 0)),
@@ -97,6 +99,7 @@ class OperandAdder(wiring.Component):
         with m.If(self.begin):
             found = Cat(s.any() for s in selectors)
             m.d.sync += [changed.eq(found), reads.eq(found), self.skip.eq(0)]
+            m.d.sync += [register.eq(selector) for register, selector in zip(held, selectors, strict=True)]
         return m
 
 

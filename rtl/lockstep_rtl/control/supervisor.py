@@ -21,7 +21,7 @@ class Supervisor(wiring.Component):
     Ports
     -----
     busy : In(1), a program is under way. progress : In(1), some unit did something in this cycle.
-    watchdog : In(32), cycles without progress that are an error; 0 for never.
+    watchdog : In(32), cycles without progress that are an error, one cycle later; 0 for never.
     error_NAME : In(1) with code_NAME In(4), address_NAME In(32), index_NAME In(24) for each reporter.
     running_U, stalled_U, waiting_U : In(1) per unit, as its queue and the unit itself say.
     reset_request, clear_counters : In(1). bus_quiet : In(1), no burst is under way.
@@ -61,7 +61,10 @@ class Supervisor(wiring.Component):
         m = Module()
 
         quiet_cycles, expired = Signal(32), Signal()
-        with m.If(self.busy & ~self.progress & ~self.halt):
+        # Known late in a cycle, and not urgent.
+        progressed = Signal()
+        m.d.sync += progressed.eq(self.progress)
+        with m.If(self.busy & ~progressed & ~self.halt):
             m.d.sync += quiet_cycles.eq(quiet_cycles + 1)
         with m.Else():
             m.d.sync += quiet_cycles.eq(0)

@@ -169,13 +169,13 @@ class StoreUnit(wiring.Component):
         with m.If(sent):
             m.d.sync += in_burst.eq(Mux(w.last, 0, in_burst + 1))
 
-        # Answers come in the order of the bursts.
+        # Answers come in the order of the bursts, and none without one.
         answer = data.View(_ANSWER, answers.r_data)
         bus_error = b.valid & b.resp.any()
         m.d.comb += [
             b.ready.eq(1),
             answers.r_en.eq(b.valid),
-            self.done.eq(b.valid & answers.r_rdy & answer.last),
+            self.done.eq(b.valid & answer.last),
             self.error.valid.eq(bus_error | splitter.error.valid),
             self.error.code.eq(Mux(bus_error, ErrorCode.BUS_WRITE, splitter.error.code)),
             self.error.address.eq(Mux(bus_error, answer.address, splitter.error.address)),
