@@ -63,7 +63,7 @@ class Supervisor(wiring.Component):
         quiet_cycles, expired = Signal(32), Signal()
         # Known late in a cycle, and not urgent.
         progressed = Signal()
-        m.d.sync += progressed.eq(self.progress)
+        m.d.sync += progressed.eq(self.progress | ~self.busy)
         with m.If(self.busy & ~progressed & ~self.halt):
             m.d.sync += quiet_cycles.eq(quiet_cycles + 1)
         with m.Else():
