@@ -69,7 +69,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def show(case: str, threads: int, results: dict[str, Any], missing: dict[str, str]) -> None:
     print(f"\n{case}, {threads} {'thread' if threads == 1 else 'threads'}")
     heads = ("median ms", "middle half", "least ms", "CPU ms", "tokens/s", "median x", "least x", "CPU x", "cosine")
-    print(f"{'':<18}{'':<10}" + "".join(f"{head:>13}" for head in heads))
+    print(f"{'':<18}{'':<10}" + "".join(f"{head:>15}" for head in heads))
     for name, figures in results.items():
         for phase in (key for key in figures if key != "cosine_to_pytorch"):
             f = figures[phase]
@@ -78,7 +78,7 @@ def show(case: str, threads: int, results: dict[str, Any], missing: dict[str, st
             keys = ("lockstep_is_faster", "lockstep_is_faster_least", "lockstep_is_faster_cpu")
             ratios = (f"{f[key]:.2f}" for key in keys)
             cells = (*times, f"{f['tokens_per_second']:.1f}", *ratios, f"{figures['cosine_to_pytorch']:.4f}")
-            print(f"{name:<18}{phase:<10}" + "".join(f"{cell:>13}" for cell in cells))
+            print(f"{name:<18}{phase:<10}" + "".join(f"{cell:>15}" for cell in cells))
     for name, reason in missing.items():
         print(f"{name:<18}left out: {reason}")
 
