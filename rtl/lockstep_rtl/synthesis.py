@@ -167,7 +167,7 @@ def synthesise(
         return report
 
     if route:
-        say("placing and routing with nextpnr (half an hour)")
+        say("placing and routing with nextpnr (a large core may not end; --no-route stops behind placement)")
         used, fmax, path = place_and_route(workdir, seed)
         return SynthesisReport(config, units, total, used, fmax, path)
     say("placing with nextpnr (minutes)")
