@@ -30,7 +30,10 @@ def synth(
     ] = None,
     route: Annotated[
         bool,
-        typer.Option("--route/--no-route", help="Stop behind placement and estimate the clock from its distances; routing a large core may not end."),
+        typer.Option(
+            "--route/--no-route",
+            help="Stop behind placement and estimate the clock from its distances; routing a large core may not end.",
+        ),
     ] = True,
     seed: Annotated[int, typer.Option(min=1, help="Of the placement: another one gives another clock.")] = 1,
     as_json: JsonOption = False,
