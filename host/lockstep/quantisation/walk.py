@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lockstep_hls import kernels
 
 from lockstep.evaluate import check_inputs, run_float_node
 from lockstep.graph import Dense, Graph, Input, Route, Value, tensor_names
@@ -119,10 +120,9 @@ def quantise_layers(
 
 
 def _as_on_device(x: np.ndarray, prescale: np.ndarray | None) -> np.ndarray:
-    """x * prescale rounded to int8 per token: float32[tokens, K]."""
-    scaled = x if prescale is None else x * prescale
-    step = np.maximum(np.abs(scaled).max(axis=1, keepdims=True), np.float32(1e-30)) / np.float32(127)
-    return np.rint(scaled / step) * step
+    """x * prescale as the device quantises it per token: float32[tokens, K]."""
+    q, scale = kernels.quantise_rows(x, prescale)
+    return q * scale[:, None]
 
 
 def _hessian(activations: Sequence[np.ndarray]) -> torch.Tensor:
