@@ -168,10 +168,14 @@ class Machine(wiring.Component):
         wiring.connect(m, load.fill_weight, weight.fill)
         wiring.connect(m, load.fill_vector, vectors.fill)
         wiring.connect(m, load.fill_parameter, parameter.fill)
-        wiring.connect(m, vector_unit.activation_write, activation.write)
-        wiring.connect(m, vector_unit.weight_write, weight.write)
-        wiring.connect(m, vector_unit.vector_write, vectors.write)
-        wiring.connect(m, vector_unit.parameter_write, parameter.write)
+        for name, memory in (
+            ("activation", activation),
+            ("weight", weight),
+            ("vector", vectors),
+            ("parameter", parameter),
+        ):
+            wiring.connect(m, getattr(vector_unit, f"{name}_write"), memory.write)
+            m.d.comb += memory.write_idle.eq(getattr(vector_unit, f"{name}_write_idle"))
         wiring.connect(m, matrix.activation_read, activation.read)
         wiring.connect(m, matrix.weight_read, weight.read)
         wiring.connect(m, vector_unit.vector_read, vectors.read)
@@ -238,7 +242,13 @@ class Machine(wiring.Component):
             ),
         ]
 
-        # Errors: what a unit reports itself, then what the memories say of it.
+        # Errors: what a unit reports itself, then what the memories say of it, which is of the cycle before.
+        accessing = {}
+        for unit, queue in queues.items():
+            accessing[unit] = index = Signal(INDEX_BITS, name=f"accessing_{unit.name.lower()}")
+            # LOAD writes for its oldest instruction; STORE reads ahead, for the newest or the one before.
+            of_unit = {Unit.LOAD: queue.oldest, Unit.STORE: Mux(store.read_earlier, queue.earlier, queue.newest)}
+            m.d.sync += index.eq(of_unit.get(unit, queue.newest))
         for unit, error in ((Unit.LOAD, load.error), (Unit.STORE, store.error)):
             name = unit.name.lower()
             queue = queues[unit]
@@ -253,8 +263,6 @@ class Machine(wiring.Component):
             self.code_control.eq(sequencer.error.code),
             self.address_control.eq(sequencer.error.address),
             self.index_control.eq(sequencer.index),
-            self.index_matrix.eq(queues[Unit.MATRIX].newest),
-            self.index_vector.eq(queues[Unit.VECTOR].newest),
         ]
         for memory, writer, reader in (
             (activation, Unit.VECTOR, Unit.MATRIX),
@@ -275,10 +283,5 @@ class Machine(wiring.Component):
                         getattr(self, f"code_{name}").eq(ErrorCode.LOCAL_BOUNDS),
                         getattr(self, f"address_{name}").eq(memory.bounds_address),
                     ]
-                    # LOAD writes for its oldest instruction; STORE reads ahead, for the newest or the one before.
-                    queue = queues[unit]
-                    if unit == Unit.LOAD:
-                        m.d.comb += self.index_load.eq(queue.oldest)
-                    elif unit == Unit.STORE:
-                        m.d.comb += self.index_store.eq(Mux(store.read_earlier, queue.earlier, queue.newest))
+                    m.d.comb += getattr(self, f"index_{name}").eq(accessing[unit])
         return m

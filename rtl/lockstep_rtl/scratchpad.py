@@ -44,11 +44,12 @@ class Scratchpad(wiring.Component):
 
     Ports
     -----
-    write : In(WritePort), the vector unit; always taken.
+    write : In(WritePort), the vector unit; always taken. write_idle : In(1), ``write`` is not enabled, from a
+        register of its own: ``write`` steers the whole memory, and what LOAD does next hangs on this.
     fill : In(stream of address, data, enable), LOAD; waits while ``write`` is enabled.
     read : In(ReadPort), the datapath; always served, answer one cycle later.
     drain : In(ReadPort) with ``drain_ready`` Out(1), STORE; served in cycles without ``read``.
-    bounds_* : Out(1) each, an access beyond the end in this cycle, with ``bounds_address`` Out(16).
+    bounds_* : Out(1) each, an access beyond the end in the cycle before, with ``bounds_address`` Out(16).
 
     Where a port takes two words, even and odd words lie in banks of their own: of two words one behind the other each
     bank has one, wherever they begin. A port that takes one word then uses the bank that has it.
@@ -65,6 +66,7 @@ class Scratchpad(wiring.Component):
         super().__init__(
             {
                 "write": In(WritePort(width, granules, words.write)),
+                "write_idle": In(1),
                 "fill": In(fill_stream(width, words.fill)),
                 "read": In(ReadPort(width, words.read)),
                 "drain": In(ReadPort(width, words.drain)),
@@ -88,7 +90,7 @@ class Scratchpad(wiring.Component):
         writes, reads = self.write.enable.any(), self.read.enable.any()
         fill = self.fill.payload
         m.d.comb += [
-            self.fill.ready.eq(~writes),
+            self.fill.ready.eq(self.write_idle),
             write_address.eq(fill.address),
             write_data.eq(fill.data),
             write_words.eq(Mux(self.fill.valid, fill.enable, 0)),
@@ -152,15 +154,13 @@ class Scratchpad(wiring.Component):
         if bits < ADDRESS_BITS:
             write_beyond, write_at = self._beyond(write_address, write_words)
             read_beyond, read_at = self._beyond(read_address, read_words)
-            m.d.comb += [
+            m.d.sync += [
                 self.bounds_write.eq(writes & write_beyond),
                 self.bounds_fill.eq(~writes & write_beyond),
                 self.bounds_read.eq(reads & read_beyond),
                 self.bounds_drain.eq(~reads & read_beyond),
-                self.bounds_address.eq(read_at),
+                self.bounds_address.eq(Mux(write_beyond, write_at, read_at)),
             ]
-            with m.If(write_beyond):
-                m.d.comb += self.bounds_address.eq(write_at)
         return m
 
     def _beyond(self, address: Value, words: Value) -> tuple[Value, Value]:

@@ -34,6 +34,7 @@ class Traffic:
         self.dut, self.random, self.beyond = dut, random.Random(seed), beyond
         self.memory = np.zeros((DEPTH, GRANULES), np.uint8)
         self.expected, self.fill_waits, self.served = None, None, dict.fromkeys(BOUNDS, 0)
+        self.done_before = dict.fromkeys(BOUNDS, (0, 0))
 
     def words(self, name):
         """How many words the next access of a port has."""
@@ -62,6 +63,7 @@ class Traffic:
             self.fill_waits = (self.address(), self.value("fill"), self.words("fill"))
         dut.write_enable.value, dut.write_address.value = (1 << self.write) - 1, self.write_at
         dut.write_data.value, dut.write_mask.value = self.written, self.mask
+        dut.write_idle.value = not self.write
         dut.fill_valid.value = self.fill_waits is not None
         if self.fill_waits:
             dut.fill_payload.value = fill_payload(*self.fill_waits)
@@ -83,14 +85,15 @@ class Traffic:
         done["drain"] = (self.drain_at, 0 if self.read else self.drain)
         wrong = set()
         for name in BOUNDS:
-            address, count = done[name]
+            address, count = self.done_before[name]
             beyond = [address + n for n in range(count) if address + n >= DEPTH][:1]
-            assert int(getattr(dut, f"bounds_{name}").value) == len(beyond), f"bounds_{name} at {done[name]}"
+            assert int(getattr(dut, f"bounds_{name}").value) == len(beyond), f"bounds_{name} at {address}"
             wrong |= set(beyond)
-            self.served[name] += count > 0
+            self.served[name] += done[name][1] > 0
         if wrong:
             assert int(dut.bounds_address.value) in wrong, "the address of one of the accesses beyond the end"
 
+        self.done_before = done
         name = "read" if self.read else "drain"
         if self.read or self.drain:
             self.expected = name, self.memory[places(*done[name])]
@@ -109,7 +112,7 @@ async def filled(dut, seed, beyond=0.0):
     """A bench whose memory is known everywhere."""
     world = await bench(dut)
     traffic = Traffic(dut, seed, beyond)
-    dut.fill_valid.value = 1
+    dut.fill_valid.value, dut.write_idle.value = 1, 1
     for address in range(DEPTH):
         dut.fill_payload.value = fill_payload(address, 0)
         await world.step()

@@ -32,7 +32,7 @@ class Accumulators(wiring.Component):
                 "result": In(32 * config.rows),
                 "strobe": In(1),
                 "reserve": In(1),
-                "room": Out(1),
+                "room": Out(1, init=1),
                 "read": In(AccumulatorPort(config)),
             }
         )
@@ -75,10 +75,11 @@ class Accumulators(wiring.Component):
 
         complete = Signal(range(config.accumulator_tiles + 1))
         reserved = Signal(range(config.accumulator_tiles + 1))
-        m.d.comb += self.room.eq(reserved != config.accumulator_tiles)
-        # As a register of its own: VECTOR decides by it at the start of a cycle.
+        # Registers of their own: VECTOR and MATRIX decide by them at the start of a cycle.
         with m.If(written != self.read.pop):
             m.d.sync += self.read.available.eq(written | (complete != 1))
+        with m.If(self.reserve != self.read.pop):
+            m.d.sync += self.room.eq(self.read.pop | (reserved != config.accumulator_tiles - 1))
         m.d.sync += [
             complete.eq(complete + written - self.read.pop),
             reserved.eq(reserved + self.reserve - self.read.pop),

@@ -59,6 +59,7 @@ class MatrixUnit(wiring.Component):
         last_word, last_inner, last_outer = (Signal(name=f"last_{n}") for n in ("word", "inner", "outer"))
         # Idle cycles before the words of each tile, and those that this tile still has to wait.
         padding, idle = Signal(range(columns)), Signal(range(columns))
+        padded, idles = Signal(), Signal()  # they are not zero
         # Word addresses: of this k, of this tile's start, of this outer step's start.
         a, a_tile, a_outer = (Signal(ADDRESS_BITS, name=f"a{n}") for n in ("", "_tile", "_outer"))
         w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
@@ -67,7 +68,7 @@ class MatrixUnit(wiring.Component):
         step, go, tile_end = (Signal(name=n) for n in ("step", "go", "tile_end"))
         m.d.comb += [
             step.eq(active & (started | accumulators.room)),
-            go.eq(step & ~idle.any()),
+            go.eq(step & ~idles),
             self.stalled.eq(active & ~started & ~accumulators.room),
             self.streaming.eq(go),
             accumulators.reserve.eq(step & ~started),
@@ -79,12 +80,12 @@ class MatrixUnit(wiring.Component):
         ]
         with m.If(step):
             m.d.sync += started.eq(1)
-        with m.If(idle.any() & step):
-            m.d.sync += idle.eq(idle - 1)
+        with m.If(idles & step):
+            m.d.sync += [idle.eq(idle - 1), idles.eq(idle != 1)]
         with m.If(go):
             m.d.sync += [first.eq(0), words.eq(words - 1), last_word.eq(words == 2), a.eq(a + 1), w.eq(w + 1)]
         with m.If(tile_end):
-            m.d.sync += [first.eq(1), words.eq(i.depth), started.eq(0), idle.eq(padding)]
+            m.d.sync += [first.eq(1), words.eq(i.depth), started.eq(0), idle.eq(padding), idles.eq(padded)]
             m.d.sync += last_word.eq(i.depth == 1)
 
         end = Signal()
@@ -110,7 +111,7 @@ class MatrixUnit(wiring.Component):
             short = Mux(n.depth < columns, columns - n.depth, 0)
             m.d.sync += [i.eq(n), active.eq(1), words.eq(n.depth), inner.eq(n.inner), outer.eq(n.outer)]
             m.d.sync += [last_word.eq(n.depth == 1), last_inner.eq(n.inner == 1), last_outer.eq(n.outer == 1)]
-            m.d.sync += [padding.eq(short), idle.eq(short)]
+            m.d.sync += [padding.eq(short), padded.eq(n.depth < columns), idle.eq(short), idles.eq(n.depth < columns)]
             m.d.sync += [word.eq(n.a) for word in (a, a_tile, a_outer)]
             m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]
 

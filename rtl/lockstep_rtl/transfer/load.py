@@ -134,10 +134,11 @@ class LoadUnit(wiring.Component):
         ]
 
         # Data: beats gather in the upper end of ``word``; a full word, or a beat of words, waits in ``pending`` to be
-        # written.
+        # written. Each beat goes to its place, where shifting would hang all of ``word`` on one gate.
         target = Signal(_TARGET)
         receiving, pending, last_pending = Signal(), Signal(), Signal()
-        beat = Signal(range(max(c.beats for c in self.chunks.values())))
+        most_beats = max(c.beats for c in self.chunks.values())
+        beat, first_beat = Signal(range(most_beats)), Signal(range(most_beats))  # places in ``word``
         words, rows = Signal(16), Signal(16)
         most_words = max(c.words for c in self.chunks.values())
         step, pending_words = Signal(range(most_words + 1)), Signal(range(most_words + 1))
@@ -183,10 +184,9 @@ class LoadUnit(wiring.Component):
             m.d.sync += [number.eq(Mux(last_entry, 0, number + 1)), pending_address.eq(pending_address + 1)]
 
         # What comes to an end with this word is known when the word before it ends.
-        last_beat = Signal(len(beat))
         one_word, one_row = Signal(), Signal()  # the rest of the row is one word, or less than another beat of words
         chunks = [self.chunks.get(n, Chunk(1, 1)) for n in range(8)]  # type: ignore[call-overload]
-        beats_last = Array(C(c.beats - 1, len(beat)) for c in chunks)
+        firsts = Array(C(most_beats - c.beats, len(beat)) for c in chunks)
         steps = Array(C(c.words, len(step)) for c in chunks)
         room, take, word_end, row_end, instruction_end = (
             Signal(name=n) for n in ("room", "take", "word_end", "row_end", "instruction_end")
@@ -196,7 +196,7 @@ class LoadUnit(wiring.Component):
             room.eq(receiving & (~pending | written)),
             r.ready.eq(room | self.halt),
             take.eq(r.valid & room),
-            word_end.eq(take & (beat == last_beat)),
+            word_end.eq(take & (beat == most_beats - 1)),
             row_end.eq(word_end & one_word),
             instruction_end.eq(word_end & one_word & one_row),
             self.done.eq(written & last_pending),
@@ -205,10 +205,10 @@ class LoadUnit(wiring.Component):
         with m.If(written):
             m.d.sync += [pending.eq(0), *(wait.eq(0) for wait in waits.values())]
         with m.If(take):
-            m.d.sync += [word.eq(Cat(word, beat_data)[bus_bits:]), beat.eq(beat + 1)]
+            m.d.sync += [word.word_select(beat, bus_bits).eq(beat_data), beat.eq(beat + 1)]
         with m.If(word_end):
             m.d.sync += [
-                beat.eq(0),
+                beat.eq(first_beat),
                 pending.eq(1),
                 last_pending.eq(instruction_end),
                 pending_address.eq(local),
@@ -232,7 +232,8 @@ class LoadUnit(wiring.Component):
             m.d.sync += [
                 receiving.eq(1),
                 target.eq(following),
-                *(last_beat.eq(beats_last[following.memory]), step.eq(steps[following.memory])),
+                *(signal.eq(firsts[following.memory]) for signal in (beat, first_beat)),
+                step.eq(steps[following.memory]),
                 *(words.eq(following.words), one_word.eq(following.words <= steps[following.memory])),
                 *(rows.eq(following.rows), one_row.eq(following.rows == 1)),
                 local.eq(following.local),
@@ -240,7 +241,10 @@ class LoadUnit(wiring.Component):
             ]
 
         # The scratchpads look after their own ends; that of the function tables is known here.
-        bus_error, beyond = take & r.resp.any(), self.table_enable & (pending_address >= TABLE_SLOTS * TABLE_ENTRIES)
+        # An error of the bus is told a cycle later, when the word that it came with is the oldest there is.
+        bus_error, error_address = Signal(), Signal(ADDRESS_BITS)
+        m.d.sync += [bus_error.eq(take & r.resp.any()), error_address.eq(local)]
+        beyond = self.table_enable & (pending_address >= TABLE_SLOTS * TABLE_ENTRIES)
         m.d.comb += [
             self.error.valid.eq(bus_error | beyond | splitter.error.valid),
             self.error.code.eq(splitter.error.code),
@@ -250,5 +254,5 @@ class LoadUnit(wiring.Component):
         with m.If(beyond):
             m.d.comb += [self.error.code.eq(ErrorCode.LOCAL_BOUNDS), self.error.address.eq(pending_address)]
         with m.Elif(bus_error):
-            m.d.comb += [self.error.code.eq(ErrorCode.BUS_READ), self.error.address.eq(local)]
+            m.d.comb += [self.error.code.eq(ErrorCode.BUS_READ), self.error.address.eq(error_address)]
         return m

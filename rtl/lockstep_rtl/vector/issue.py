@@ -18,6 +18,7 @@ from lockstep_isa.instructions import (
 )
 
 from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, instruction_layout, instruction_stream
+from .column_words import ColumnWords
 from .timing import CONTINUE_PROLOGUE, PARTIALS, row_pause
 
 #: Bits of the distance from a row's position to a column: of ``first_row``, less up to 65,535 tiles of 64 rows.
@@ -92,7 +93,7 @@ class Issue(wiring.Component):
         # Beats of a group, and of a row before partial sums are added to.
         group, partials = rows // side, PARTIALS // side
         group_bits = (group - 1).bit_length()
-        word = 32 * rows
+        word, taken = 32 * rows, 32 * config.lanes
 
         # What the instruction uses, worked out when it is taken.
         with_column0 = (n.mul1 == FirstMultiply.COLUMN0) | (n.mul2 == SecondMultiply.COLUMN0)
@@ -158,7 +159,8 @@ class Issue(wiring.Component):
         m.d.comb += next_needs.eq(Mux(fetch_group == final_beat[group_bits:], 0, column_needs))
         bases = (i.column0, i.column1, i.column2, i.lane0, i.lane1, i.max_to)
         fetch_address = Signal(ADDRESS_BITS)
-        m.d.comb += [choice.eq(needed & (~needed + 1)[:6]), one_left.eq((needed & ~choice) == 0)]
+        able = Signal(6)  # needed, and there is room for it
+        m.d.comb += [choice.eq(able & (~able + 1)[:6]), one_left.eq((needed & ~choice) == 0)]
         for kind, base in enumerate(bases):
             with m.If(choice[kind]):
                 m.d.comb += fetch_address.eq(base + (fetch_group if kind < 3 else tile))
@@ -171,14 +173,19 @@ class Issue(wiring.Component):
         with m.If(fetching):
             m.d.sync += needed.eq(needed & ~choice)
         lane_words = [Signal(word, name=f"lane{k}_word") for k in range(2)]
-        column_words = [[Signal(word, name=f"column{k}_word{p}") for p in range(2)] for k in range(3)]
-        for kind in range(3):
-            for parity in range(2):
-                with m.If(fetched[kind] & (fetched_parity == parity)):
-                    m.d.sync += column_words[kind][parity].eq(self.parameter_read.data)
         for k in range(2):
             with m.If(fetched[3 + k]):
                 m.d.sync += lane_words[k].eq(self.parameter_read.data)
+        # Long wires from PARAMETER end at one register for each kind of column word.
+        fetched_columns = [ColumnWords(group, 32 * side) for _ in range(3)]
+        for kind, columns in enumerate(fetched_columns):
+            m.submodules[f"columns{kind}"] = columns
+            m.d.comb += [
+                columns.requests.eq(fetching & choice[kind]),
+                columns.loads.eq(fetched[kind]),
+                columns.word.eq(self.parameter_read.data),
+                columns.parity.eq(fetched_parity),
+            ]
         m.d.comb += self.continue_valid.eq(fetched[5])
 
         # Pacing: cycles still to wait behind the row before, and behind the transposed group before.
@@ -220,7 +227,7 @@ class Issue(wiring.Component):
                 ]
                 m.next = "FETCH"
             with m.State("FETCH"):
-                m.d.comb += fetching.eq(needed.any())
+                m.d.comb += [able.eq(needed), fetching.eq(needed.any())]
                 with m.If(least.any()):
                     m.d.sync += least.eq(least - 1)
                 with m.If(one_left & (least == 0)):
@@ -230,7 +237,8 @@ class Issue(wiring.Component):
             with m.State("ISSUE"):
                 m.d.comb += [
                     self.stalled.eq(no_tile),
-                    fetching.eq(needed.any()),
+                    able.eq(needed & ~Cat(columns.fills for columns in fetched_columns)),
+                    fetching.eq(able.any()),
                     issues.eq(go & ~read_y),
                     y_alone.eq(go & read_y),
                 ]
@@ -313,12 +321,12 @@ class Issue(wiring.Component):
                     unseen[c].eq(Mux(windowed, clamped(issued_ahead + i.window + c), rows)),
                 ]
 
-        # Stage 0: reads. The accumulators' answer waits for the others.
+        # Stage 0: reads. The lanes' part of the accumulators' answer waits for the others.
         accumulator_read = Signal()
-        accumulated = Signal(word * side)
+        accumulated = Signal(taken)
         m.d.sync += accumulator_read.eq(self.accumulator.enable)
         with m.If(accumulator_read):
-            m.d.sync += accumulated.eq(self.accumulator.data)
+            m.d.sync += accumulated.eq(self.accumulator.data.word_select(self.sub, taken))
 
         # Stage 1: the answers, and the lanes' part of them.
         sub1 = Signal(range(subwords))
@@ -330,16 +338,13 @@ class Issue(wiring.Component):
             m.d.sync += [sub1.eq(self.sub), in_group1.eq(issued_beat), parity1.eq(issued_beat[group_bits])]
         with m.If(reads_y1):
             m.d.sync += held_y.eq(self.vector_read.data)
-        x = Signal(word * side)
-        m.d.comb += x.eq(self.parameter_read.data)
-        with m.If(from_accumulator):
-            m.d.comb += x.eq(accumulated)
-        with m.Elif(from_vector):
-            m.d.comb += x.eq(self.vector_read.data)
         y = Mux(shares, held_y, self.vector_read.data)
-        taken = 32 * config.lanes
+        m.d.comb += self.x.eq(self.parameter_read.data.word_select(sub1, taken))
+        with m.If(from_accumulator):
+            m.d.comb += self.x.eq(accumulated)
+        with m.Elif(from_vector):
+            m.d.comb += self.x.eq(self.vector_read.data.word_select(sub1, taken))
         m.d.comb += [
-            self.x.eq(x.word_select(sub1, taken)),
             self.y.eq(y.word_select(sub1, taken)),
             self.lane0.eq(lane_words[0].replicate(side).word_select(sub1, taken)),
             self.lane1.eq(lane_words[1].replicate(side).word_select(sub1, taken)),
@@ -349,7 +354,7 @@ class Issue(wiring.Component):
         with m.If(beat1 & masked):
             m.d.sync += self.hidden.eq(hidden.word_select(sub1, config.lanes))
         for kind, port in enumerate((self.column0, self.column1, self.column2)):
-            chosen = Mux(parity1, column_words[kind][1], column_words[kind][0])
+            m.d.comb += fetched_columns[kind].address.eq(Cat(in_group1, parity1))
             with m.If(beat1 & column_needs[kind]):
-                m.d.sync += port.eq(chosen.word_select(in_group1, 32 * side))
+                m.d.sync += port.eq(fetched_columns[kind].data)
         return m

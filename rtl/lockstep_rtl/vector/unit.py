@@ -18,6 +18,8 @@ from .timing import CONVERT, DEPTH, FUNCTION, RESULT, ROUNDED, SUM
 
 #: Rows whose maximum continues and that are in the pipeline at once: DEPTH over the least pitch of such rows.
 CONTINUED_ROWS = 16
+#: Memories that a pass may write.
+WRITES = ("activation", "weight", "vector", "parameter")
 
 
 class VectorUnit(wiring.Component):
@@ -39,7 +41,7 @@ class VectorUnit(wiring.Component):
     accumulator : Out(AccumulatorPort). ``vector_read``, ``parameter_read`` : Out(ReadPort(32 R)).
     vector_write, parameter_write : Out(WritePort(32 R, R)); ``activation_write``, ``weight_write`` :
         Out(WritePort(8 R, R)). Writes are always taken. A granule is one lane. Ports take a word for each column of a
-        beat.
+        beat. vector_write_idle etc. : Out(1), the port is not enabled, from a register of its own.
     table_write : In: ``enable``, ``address`` In(9) = 128 * slot + entry, ``data`` In(72).
     flags : Out(2), pulses: bit 0 RECIP met a zero, bit 1 RECIP met an infinity or NaN.
 
@@ -63,6 +65,7 @@ class VectorUnit(wiring.Component):
                 "parameter_write": Out(WritePort(32 * rows, rows, side)),
                 "activation_write": Out(WritePort(8 * rows, rows, side)),
                 "weight_write": Out(WritePort(8 * rows, rows, side)),
+                **{f"{memory}_write_idle": Out(1, init=1) for memory in WRITES},
                 "table_write": In(wiring.Signature({"enable": Out(1), "address": Out(9), "data": Out(ENTRY_BITS)})),
                 "flags": Out(2),
             }
@@ -187,11 +190,12 @@ class VectorUnit(wiring.Component):
 
         # Writes.
         m.submodules.writer = writer = ResultWriter(config)
-        for name in ("vector_write", "parameter_write", "activation_write", "weight_write"):
+        for name in (f"{memory}_write" for memory in WRITES):
             # Registers, so that who else wants the port learns of it at the start of a cycle. A write is one cycle
             # later than the pipeline's last stage, and still before any unit that got a token for it can read.
             inner, port = getattr(writer, name), getattr(self, name)
-            m.d.sync += port.enable.eq(inner.enable)
+            idle = getattr(self, f"{name}_idle")
+            m.d.sync += [port.enable.eq(inner.enable), idle.eq(~inner.enable.any())]
             with m.If(inner.enable.any()):
                 m.d.sync += [port.address.eq(inner.address), port.data.eq(inner.data), port.mask.eq(inner.mask)]
         m.d.comb += [

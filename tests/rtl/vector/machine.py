@@ -65,7 +65,9 @@ class Machine:
             answers.append((dut.accumulator__data, self.tiles[0][:, column : column + side].T.astype("<u4")))
         pop = int(dut.accumulator__pop.value)
         for name, size in (("vector", 4), ("parameter", 4), ("activation", 1), ("weight", 1)):
-            if enable := int(getattr(dut, f"{name}_write__enable").value):
+            enable = int(getattr(dut, f"{name}_write__enable").value)
+            assert int(getattr(dut, f"{name}_write_idle").value) == (enable == 0), f"cycle {self.cycle}: {name}"
+            if enable:
                 address = int(getattr(dut, f"{name}_write__address").value)
                 mask = int(getattr(dut, f"{name}_write__mask").value)
                 data = int(getattr(dut, f"{name}_write__data").value)

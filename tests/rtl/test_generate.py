@@ -1,0 +1,50 @@
+"""What a built simulator depends on."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lockstep_isa.config import preset
+from lockstep_rtl import generate
+
+#: Prints every module of ours that generating a core loads.
+LOADED = """
+import sys
+from lockstep_isa.config import preset
+from lockstep_rtl.generate import core_verilog
+import lockstep_rtl.generate as generate
+generate._optimise = lambda text: text
+core_verilog(preset("tiny"))
+print(*sorted(n for n in sys.modules if n.split(".")[0] in ("lockstep_rtl", "lockstep_isa")))
+"""
+
+
+def test_everything_that_generating_a_core_loads_is_part_of_its_identity():
+    loaded = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True).stdout.split()
+    sources = generate.core_sources()
+    assert set(loaded) <= set(sources)
+    assert "lockstep_rtl.vector.lane" in loaded
+    assert "lockstep_rtl.synthesis" not in sources, "synthesis uses the core and not the other way round"
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "changes"),
+    [
+        ("lockstep_rtl.matrix.unit", "words == 2", "words == 3", True),
+        ("lockstep_isa.errors", "= 1", "= 77", True),
+        ("lockstep_rtl.matrix.unit", '"""', '"""Once more: ', False),
+        ("lockstep_rtl.matrix.unit", "        # What is left", "        # What remains", False),
+    ],
+    ids=["logic", "number", "docstring", "comment"],
+)
+def test_the_identity_changes_with_code_and_not_with_words(tmp_path, monkeypatch, module, old, new, changes):
+    sources = generate.core_sources()
+    changed = Path(shutil.copy(sources[module], tmp_path))
+    text = changed.read_text()
+    assert old in text
+    changed.write_text(text.replace(old, new, 1))
+    before = generate.core_identity(preset("tiny"))
+    monkeypatch.setattr(generate, "core_sources", lambda: sources | {module: changed})
+    assert (generate.core_identity(preset("tiny")) != before) == changes
