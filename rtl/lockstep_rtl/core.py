@@ -274,7 +274,7 @@ class Machine(wiring.Component):
                 (memory.bounds_write, writer),
                 (memory.bounds_read, reader),
                 (memory.bounds_fill, Unit.LOAD),
-                (memory.bounds_drain, Unit.STORE),
+                *([(memory.bounds_drain, Unit.STORE)] if memory.drains else []),
             ):
                 name = unit.name.lower()
                 with m.If(event):

@@ -20,12 +20,12 @@ def fill_stream(width: int, words: int = 1) -> stream.Signature:
 
 @dataclass(frozen=True)
 class PortWords:
-    """Words a cycle that each port of a scratchpad takes, 1 or 2."""
+    """Words a cycle that each port of a scratchpad takes, 1 or 2; ``drain`` 0 where STORE does not read it."""
 
     write: int = 1
     fill: int = 1
     read: int = 1
-    drain: int = 1
+    drain: int = 0
 
 
 def port_words(config: CoreConfig, memory: Memory) -> PortWords:
@@ -48,7 +48,7 @@ class Scratchpad(wiring.Component):
         register of its own: ``write`` steers the whole memory, and what LOAD does next hangs on this.
     fill : In(stream of address, data, enable), LOAD; waits while ``write`` is enabled.
     read : In(ReadPort), the datapath; always served, answer one cycle later.
-    drain : In(ReadPort) with ``drain_ready`` Out(1), STORE; served in cycles without ``read``.
+    drain : In(ReadPort) with ``drain_ready`` Out(1), STORE; served in cycles without ``read``. Not there for 0 words.
     bounds_* : Out(1) each, an access beyond the end in the cycle before, with ``bounds_address`` Out(16).
 
     Where a port takes two words, even and odd words lie in banks of their own: of two words one behind the other each
@@ -61,7 +61,7 @@ class Scratchpad(wiring.Component):
 
     def __init__(self, width: int, granules: int, depth: int, words: PortWords | None = None) -> None:
         words = words or PortWords()
-        self.width, self.granules, self.depth = width, granules, depth
+        self.width, self.granules, self.depth, self.drains = width, granules, depth, bool(words.drain)
         self.banks = max(words.write, words.fill, words.read, words.drain)
         super().__init__(
             {
@@ -69,14 +69,16 @@ class Scratchpad(wiring.Component):
                 "write_idle": In(1),
                 "fill": In(fill_stream(width, words.fill)),
                 "read": In(ReadPort(width, words.read)),
-                "drain": In(ReadPort(width, words.drain)),
-                "drain_ready": Out(1),
                 "bounds_write": Out(1),
                 "bounds_fill": Out(1),
                 "bounds_read": Out(1),
-                "bounds_drain": Out(1),
                 "bounds_address": Out(ADDRESS_BITS),
             }
+            | (
+                {"drain": In(ReadPort(width, words.drain)), "drain_ready": Out(1), "bounds_drain": Out(1)}
+                if words.drain
+                else {}
+            )
         )
 
     def elaborate(self, platform: object) -> Module:
@@ -103,13 +105,11 @@ class Scratchpad(wiring.Component):
                 write_words.eq(self.write.enable),
                 mask.eq(self.write.mask),
             ]
-        m.d.comb += [
-            self.drain_ready.eq(~reads),
-            read_address.eq(self.drain.address),
-            read_words.eq(self.drain.enable),
-        ]
-        with m.If(reads):
-            m.d.comb += [read_address.eq(self.read.address), read_words.eq(self.read.enable)]
+        m.d.comb += [read_address.eq(self.read.address), read_words.eq(self.read.enable)]
+        if self.drains:
+            m.d.comb += self.drain_ready.eq(~reads)
+            with m.If(~reads):
+                m.d.comb += [read_address.eq(self.drain.address), read_words.eq(self.drain.enable)]
 
         # The memory, or its even and odd words. A port's first word is in bank 1 where its address is odd.
         bank_bits = banks - 1
@@ -148,7 +148,9 @@ class Scratchpad(wiring.Component):
             with m.If(read_words.any()):
                 m.d.sync += answer_odd.eq(read_odd)
             words = Mux(answer_odd, Cat(reversed(answers)), words)
-        m.d.comb += [self.read.data.eq(words), self.drain.data.eq(words)]
+        m.d.comb += self.read.data.eq(words)
+        if self.drains:
+            m.d.comb += self.drain.data.eq(words)
 
         bits = (self.depth - 1).bit_length()
         if bits < ADDRESS_BITS:
@@ -158,9 +160,10 @@ class Scratchpad(wiring.Component):
                 self.bounds_write.eq(writes & write_beyond),
                 self.bounds_fill.eq(~writes & write_beyond),
                 self.bounds_read.eq(reads & read_beyond),
-                self.bounds_drain.eq(~reads & read_beyond),
                 self.bounds_address.eq(Mux(write_beyond, write_at, read_at)),
             ]
+            if self.drains:
+                m.d.sync += self.bounds_drain.eq(~reads & read_beyond)
         return m
 
     def _beyond(self, address: Value, words: Value) -> tuple[Value, Value]:

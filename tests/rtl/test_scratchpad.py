@@ -149,9 +149,19 @@ async def data_is_held_until_the_next_read(dut):
 
 @pytest.mark.parametrize(
     "words",
-    [{}, {"write": 2, "fill": 2}, {"write": 2, "read": 2, "drain": 2}, {"fill": 2}],
-    ids=lambda words: "_".join(words) or "single",
+    [
+        {"drain": 1},
+        {"write": 2, "fill": 2, "drain": 1},
+        {"write": 2, "read": 2, "drain": 2},
+        {"fill": 2, "drain": 1},
+    ],
+    ids=lambda words: "_".join(f"{name}{count}" for name, count in words.items()),
 )
 def test_scratchpad_serves_the_datapath_first_and_names_accesses_beyond_its_end(words):
     scratchpad = Scratchpad(WIDTH, GRANULES, DEPTH, PortWords(**words))
-    run_cocotb(component_verilog(scratchpad, "top"), __name__, f"scratchpad_{'_'.join(words)}", words)
+    run_cocotb(
+        component_verilog(scratchpad, "top"),
+        __name__,
+        "scratchpad_" + "_".join(f"{name}{count}" for name, count in words.items()),
+        words,
+    )

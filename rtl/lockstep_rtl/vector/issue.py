@@ -211,7 +211,8 @@ class Issue(wiring.Component):
         issues, y_alone = Signal(), Signal()  # a beat, or a cycle that only reads y
         m.d.comb += go.eq(~no_tile & ~sum_stops & ~group_stops & ~late)
 
-        with m.FSM():
+        with m.FSM() as states:
+            issuing = states.ongoing("ISSUE")
             with m.State("ACCEPT"):
                 m.d.comb += self.instruction.ready.eq(1)
                 with m.If(self.instruction.valid):
@@ -291,7 +292,8 @@ class Issue(wiring.Component):
         reads_y = Signal()
         there = Cat(1, final_full | ~last_beat)[:side]  # which columns of the beat
         m.d.comb += [
-            self.accumulator.enable.eq(issues & from_accumulator),
+            # Also where the beat has to wait: it reads again, and hundreds of registers do not hang on that.
+            self.accumulator.enable.eq(issuing & from_accumulator & self.accumulator.available),
             self.accumulator.column.eq(beat[:group_bits] << side_bits),
             self.accumulator.pop.eq(issues & from_accumulator & ends & (group_ends | last_beat)),
         ]
