@@ -19,6 +19,9 @@ _RESET = re.compile(r"    if \(rst\) (.+?) <= (.*);")
 _ENABLED = re.compile(r"    (?:else )?if \(([^()]*)\) (.+?) <= (.*);")
 _CLOCKED = "  always @(posedge clk)"
 
+#: The nets that read a net, in the order of the text: what is written must not hang on the hashes of names.
+_Feeds = dict[str, dict[str, None]]
+
 
 @dataclass
 class _Register:
@@ -79,7 +82,7 @@ def _parsed(text: str) -> _Module:
 def _places(module: _Module) -> dict[str, str | None]:
     """For each net the enable of the one block that reads it, or none; nets that nothing reads are left out."""
     readers: dict[str, set[str | None]] = defaultdict(set)  # by blocks and by everything else
-    feeds: dict[str, set[str]] = defaultdict(set)  # by other nets
+    feeds: _Feeds = defaultdict(dict)  # by other nets
     for name in _names("\n".join([*module.rest, *module.groups])):
         readers[name].add(None)
     for enable, registers in module.groups.items():
@@ -92,7 +95,7 @@ def _places(module: _Module) -> dict[str, str | None]:
             for name in _names(value):
                 readers[name].add(None)
         for name in _names(value):
-            feeds[name].add(target)
+            feeds[name][target] = None
 
     places: dict[str, str | None] = {}
     used: dict[str, set[str | None]] = {}
@@ -103,7 +106,7 @@ def _places(module: _Module) -> dict[str, str | None]:
     return places
 
 
-def _outermost_first(module: _Module, feeds: dict[str, set[str]]) -> list[str]:
+def _outermost_first(module: _Module, feeds: _Feeds) -> list[str]:
     """The nets, each behind all nets that read it."""
     order: list[str] = []
     seen: set[str] = set()

@@ -27,8 +27,9 @@ Progress = Callable[[str], None]
 DEVICE = {"TRELLIS_COMB": 83640, "TRELLIS_FF": 83640, "DP16KD": 208, "MULT18X18D": 156}
 #: Clock rate that place and route aims at, in MHz.
 TARGET_MHZ = 60.0
-#: The electrostatic placer leaves wires a sixth shorter than the usual one.
-PLACE = ("--placer", "static", "--router", "router2")
+#: The electrostatic placer leaves wires a sixth shorter than the usual one, and of the two routers this one comes to an
+#: end on them; it also routes again what is too slow.
+PLACE = ("--placer", "static", "--router", "router2", "--tmg-ripup")
 #: Instance in the core -> row of the report; what is not listed is control.
 UNITS = {
     "load": "LOAD",
@@ -167,7 +168,7 @@ def synthesise(
         return report
 
     if route:
-        say("placing and routing with nextpnr (a large core may not end; --no-route stops behind placement)")
+        say("placing and routing with nextpnr (a quarter of an hour for a large core; --no-route stops behind placement)")
         used, fmax, path = place_and_route(workdir, seed)
         return SynthesisReport(config, units, total, used, fmax, path)
     say("placing with nextpnr (minutes)")

@@ -102,7 +102,6 @@ def lane_signature(subwords: int) -> wiring.Signature:
             "partial": Out(32),
             "other": In(32),
             "maximum_first": In(1),
-            "maximum_sub": In(range(subwords)),
             "maximum_start": In(32),
             "maximum": Out(32 * subwords),
             "write_enable": In(1),
@@ -254,7 +253,6 @@ class Lane(wiring.Component):
             maximum.resume.eq(mode.max_continue),
             maximum.valid.eq(valid[RESULT:ROUNDED] & mode.maximum.replicate(2)),
             maximum.first.eq(self.maximum_first),
-            maximum.sub.eq(self.maximum_sub),
             maximum.start.eq(self.maximum_start),
             self.maximum.eq(maximum.maximum),
         ]

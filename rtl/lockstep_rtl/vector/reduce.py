@@ -269,9 +269,10 @@ class RunningMaximum(wiring.Component):
     -----
     x : In(32) and ``exponent`` : In(signed(16)), in cycle 0; ``use_exponent`` and ``resume`` : In(1), hold still.
     valid : In(2), bit i: a beat is in cycle i.
-    first : In(1), ``sub`` : In, ``start`` : In(32), in cycle 1: the row's first column, which row of the lane, and
-        where the maximum starts if ``resume``.
-    maximum : Out(32 * subwords), two cycles behind x.
+    first : In(1), ``start`` : In(32), in cycle 1: the row's first column, and where the maximum starts if ``resume``.
+    maximum : Out(32 * subwords), of all rows of the lane, two cycles behind the x of the last one.
+
+    The rows of a lane take turns, so their maxima go round: the one to compare with is always the first.
     """
 
     def __init__(self, subwords: int) -> None:
@@ -284,7 +285,6 @@ class RunningMaximum(wiring.Component):
                 "resume": In(1),
                 "valid": In(2),
                 "first": In(1),
-                "sub": In(range(subwords)),
                 "start": In(32),
                 "maximum": Out(32 * subwords),
             }
@@ -305,8 +305,8 @@ class RunningMaximum(wiring.Component):
         least = Mux(self.use_exponent, -(2**31), 0)
         m.d.comb += [
             begin.eq(Mux(self.resume, self.start.as_signed(), least)),
-            current.eq(Mux(self.first, begin, self.maximum.word_select(self.sub, 32).as_signed())),
+            current.eq(Mux(self.first, begin, self.maximum[:32].as_signed())),
         ]
-        with m.If(self.valid[1] & ((key > current) | self.first)):
-            m.d.sync += self.maximum.word_select(self.sub, 32).eq(Mux(key > current, key, current))
+        with m.If(self.valid[1]):
+            m.d.sync += self.maximum.eq(Cat(self.maximum[32:], Mux(key > current, key, current)))
         return m

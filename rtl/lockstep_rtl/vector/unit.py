@@ -171,7 +171,6 @@ class VectorUnit(wiring.Component):
                 lane.column2.eq(issue.column2.word_select(column, 32)),
                 lane.hidden.eq(hidden[n] & masks),
                 lane.maximum_first.eq(first[RESULT + 1]),
-                lane.maximum_sub.eq(sub_at(RESULT + 1)),
                 lane.maximum_start.eq(start.word_select(row, 32)),
                 lane.write_enable.eq(self.table_write.enable),
                 lane.write_address.eq(self.table_write.address),
