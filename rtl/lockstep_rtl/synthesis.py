@@ -168,7 +168,7 @@ def synthesise(
         return report
 
     if route:
-        say("placing and routing with nextpnr (a quarter of an hour for a large core; --no-route stops behind placement)")
+        say("placing and routing with nextpnr (some 15 minutes for a large core; --no-route stops behind placement)")
         used, fmax, path = place_and_route(workdir, seed)
         return SynthesisReport(config, units, total, used, fmax, path)
     say("placing with nextpnr (minutes)")

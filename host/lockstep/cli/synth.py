@@ -32,7 +32,7 @@ def synth(
         bool,
         typer.Option(
             "--route/--no-route",
-            help="Stop behind placement and estimate the clock from its distances; routing a large core may not end.",
+            help="Stop behind placement, in half the time, and estimate the clock from distances.",
         ),
     ] = True,
     seed: Annotated[int, typer.Option(min=1, help="Of the placement: another one gives another clock.")] = 1,
