@@ -20,7 +20,7 @@ def fill_stream(width: int, words: int = 1) -> stream.Signature:
 
 @dataclass(frozen=True)
 class PortWords:
-    """Words a cycle that each port of a scratchpad takes, 1 or 2; ``read`` may be 4."""
+    """Most words a cycle that each port of a scratchpad takes, 1 or 2; ``read`` may be 4, it then takes 1 or 4."""
 
     write: int = 1
     fill: int = 1
@@ -66,6 +66,9 @@ class Scratchpad(wiring.Component):
         words = words or PortWords()
         self.width, self.granules, self.depth = width, granules, depth
         self.banks = max(words.write, words.fill, words.read, words.drain)
+        # Most words of a write, and of a read that begins anywhere.
+        self.written = max(words.write, words.fill)
+        self.anywhere = max(1 if words.read == 4 else words.read, words.drain)
         super().__init__(
             {
                 "write": In(WritePort(width, granules, words.write)),
@@ -85,7 +88,7 @@ class Scratchpad(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         banks = self.banks
-        write_address, write_data = Signal(ADDRESS_BITS), Signal(banks * self.width)
+        write_address, write_data = Signal(ADDRESS_BITS), Signal(self.written * self.width)
         write_words, mask = Signal(banks), Signal(self.granules)
         read_address, read_words = Signal(ADDRESS_BITS), Signal(banks)
 
@@ -117,7 +120,7 @@ class Scratchpad(wiring.Component):
         # The memory, or its banks: word n of a port is in bank (address + n) mod banks.
         bank_bits = (banks - 1).bit_length()
         bits = (self.depth // banks - 1).bit_length()
-        parts = [write_data.word_select(n, self.width) for n in range(min(banks, 2))]
+        written = [write_data.word_select(n, self.width) for n in range(self.written)]
         answers = []
         for bank in range(banks):
             name = f"bank{bank}" if bank_bits else "memory"
@@ -141,7 +144,7 @@ class Scratchpad(wiring.Component):
                 i_clk=ClockSignal(),
                 i_write_enable=Mux((write_words >> number(write_address))[0], mask, 0),
                 i_write_address=place(write_address),
-                i_write_data=_select(number(write_address)[:1], parts),
+                i_write_data=_select(number(write_address)[: self.written - 1], written),
                 i_read_enable=(read_words >> number(read_address))[0],
                 i_read_address=place(read_address),
                 o_read_data=answer,
@@ -152,9 +155,9 @@ class Scratchpad(wiring.Component):
             first = Signal(bank_bits)
             with m.If(read_words.any()):
                 m.d.sync += first.eq(read_address[:bank_bits])
-            # Words behind the second one are only read together with all others, in the order of the banks.
-            turned = [_select(first, answers[n:] + answers[:n]) for n in range(2)]
-            words = Cat(turned, answers[2:])
+            # Other words than these are only read together with all, in the order of the banks.
+            turned = [_select(first, answers[n:] + answers[:n]) for n in range(self.anywhere)]
+            words = Cat(turned, answers[self.anywhere :])
         m.d.comb += [self.read.data.eq(words), self.drain.data.eq(words)]
 
         bits = (self.depth - 1).bit_length()

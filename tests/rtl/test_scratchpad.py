@@ -36,8 +36,8 @@ class Traffic:
         self.done_before = dict.fromkeys(BOUNDS, (0, 0))
 
     def access(self, name):
-        """Address and number of words of an access of a port, at random; four are aligned."""
-        count = self.random.choice([n for n in (1, 2, 4) if n <= getattr(WORDS, name)])
+        """Address and number of words of an access of a port, at random: one or all; four are aligned."""
+        count = self.random.choice((1, getattr(WORDS, name)))
         if self.random.random() < self.beyond:
             address = self.random.randrange(DEPTH, 1 << 16)
         else:
