@@ -1,7 +1,8 @@
 """The interfaces between the units of the core: memory ports, the accumulator queue, and what every unit shows.
 
-A port takes one word a cycle or two words one behind the other, wherever they begin. ``enable`` has a bit for each:
-bit n stands for word ``address + n``, and bit 1 is only set together with bit 0.
+A port takes one word a cycle or two words one behind the other, wherever they begin; a read port of four takes one or
+four, from a multiple of 4 on. ``enable`` has a bit for each: bit n stands for word ``address + n``. Bit 1 is only set
+together with bit 0, and bits of four all together.
 
 On-chip memories answer one cycle after the request: ``data`` is valid in the cycle behind the one with ``enable``.
 Addresses are 16 bits wide whatever the depth; the memory reports one beyond its end.

@@ -20,7 +20,10 @@ def fill_stream(width: int, words: int = 1) -> stream.Signature:
 
 @dataclass(frozen=True)
 class PortWords:
-    """Words a cycle that each port of a scratchpad takes, 1 or 2; ``drain`` 0 where STORE does not read it."""
+    """Most words a cycle that each port of a scratchpad takes, 1 or 2.
+
+    ``read`` may be 4, it then takes 1 or 4; ``drain`` is 0 where STORE does not read.
+    """
 
     write: int = 1
     fill: int = 1
@@ -29,11 +32,14 @@ class PortWords:
 
 
 def port_words(config: CoreConfig, memory: Memory) -> PortWords:
-    """What the units of a core ask of a memory: VECTOR a word a column, LOAD and STORE what one beat holds."""
+    """What the units of a core ask of a memory: VECTOR a word a column, LOAD and STORE what one beat holds, MATRIX the
+    words of one step."""
     columns, beat = config.columns_per_beat, config.operand_words_per_beat
+    # Packed weights come two words a cycle, and meet four activations.
+    left, top = (4, 2) if config.packed else (1, 1)
     return {
-        Memory.ACTIVATION: PortWords(write=columns, fill=beat),
-        Memory.WEIGHT: PortWords(write=columns, fill=beat),
+        Memory.ACTIVATION: PortWords(write=columns, fill=beat, read=left),
+        Memory.WEIGHT: PortWords(write=columns, fill=beat, read=top),
         Memory.VECTOR: PortWords(write=columns, read=columns, drain=beat),
         Memory.PARAMETER: PortWords(write=columns, read=columns),
     }[memory]
@@ -51,8 +57,8 @@ class Scratchpad(wiring.Component):
     drain : In(ReadPort) with ``drain_ready`` Out(1), STORE; served in cycles without ``read``. Not there for 0 words.
     bounds_* : Out(1) each, an access beyond the end in the cycle before, with ``bounds_address`` Out(16).
 
-    Where a port takes two words, even and odd words lie in banks of their own: of two words one behind the other each
-    bank has one, wherever they begin. A port that takes one word then uses the bank that has it.
+    There are as many banks as the widest port takes words, and words one behind the other lie in different banks,
+    wherever they begin: a port uses the banks that have its words. Four words are read from a multiple of 4 on.
 
     The data word is shared by both readers: a reader looks at it in the cycle behind its own request.
     Contents are undefined at the start, and so is on silicon a word read in the cycle in which it is written: units
@@ -63,6 +69,9 @@ class Scratchpad(wiring.Component):
         words = words or PortWords()
         self.width, self.granules, self.depth, self.drains = width, granules, depth, bool(words.drain)
         self.banks = max(words.write, words.fill, words.read, words.drain)
+        # Most words of a write, and of a read that begins anywhere.
+        self.written = max(words.write, words.fill)
+        self.anywhere = max(1 if words.read == 4 else words.read, words.drain)
         super().__init__(
             {
                 "write": In(WritePort(width, granules, words.write)),
@@ -84,7 +93,7 @@ class Scratchpad(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         banks = self.banks
-        write_address, write_data = Signal(ADDRESS_BITS), Signal(banks * self.width)
+        write_address, write_data = Signal(ADDRESS_BITS), Signal(self.written * self.width)
         write_words, mask = Signal(banks), Signal(self.granules)
         read_address, read_words = Signal(ADDRESS_BITS), Signal(banks)
 
@@ -111,43 +120,47 @@ class Scratchpad(wiring.Component):
             with m.If(~reads):
                 m.d.comb += [read_address.eq(self.drain.address), read_words.eq(self.drain.enable)]
 
-        # The memory, or its even and odd words. A port's first word is in bank 1 where its address is odd.
-        bank_bits = banks - 1
-        write_odd, read_odd = ((a[0] & bank_bits)[:1] for a in (write_address, read_address))
-        swapped = Cat(write_data[self.width :], write_data[: self.width])
-        bank_data = Mux(write_odd, swapped, write_data)
+        # The memory, or its banks: word n of a port is in bank (address + n) mod banks.
+        bank_bits = (banks - 1).bit_length()
+        bits = (self.depth // banks - 1).bit_length()
+        written = [write_data.word_select(n, self.width) for n in range(self.written)]
         answers = []
         for bank in range(banks):
             name = f"bank{bank}" if bank_bits else "memory"
-            depth = self.depth // banks
-            bits = (depth - 1).bit_length()
 
-            def place(address: Value, bank: int = bank, bits: int = bits) -> Value:
-                """Where this bank has the word at ``address`` or, where that is the other bank's, the one behind."""
-                return (address[bank_bits:] + (address[0] if bank < bank_bits else 0))[:bits]
+            def number(address: Value, bank: int = bank) -> Value:
+                """Which word of a port that begins at ``address`` is this bank's."""
+                return (bank - address[:bank_bits])[:bank_bits]
+
+            def place(address: Value, bank: int = bank) -> Value:
+                """Where this bank has that word: one further on if the port begins in a bank behind this one."""
+                further = address[:bank_bits] > bank if bank < banks - 1 else 0
+                return (address[bank_bits:] + further)[:bits]
 
             answer = Signal(self.width, name=f"{name}_data")
             m.submodules[name] = Instance(
                 "lockstep_ram",
                 p_WIDTH=self.width,
                 p_GRANULES=self.granules,
-                p_DEPTH=depth,
+                p_DEPTH=self.depth // banks,
                 p_ADDRESS_BITS=bits,
                 i_clk=ClockSignal(),
-                i_write_enable=Mux((write_words >> (write_odd ^ bank))[0], mask, 0),
+                i_write_enable=Mux((write_words >> number(write_address))[0], mask, 0),
                 i_write_address=place(write_address),
-                i_write_data=bank_data[bank * self.width : (bank + 1) * self.width],
-                i_read_enable=(read_words >> (read_odd ^ bank))[0],
+                i_write_data=_select(number(write_address)[: self.written - 1], written),
+                i_read_enable=(read_words >> number(read_address))[0],
                 i_read_address=place(read_address),
                 o_read_data=answer,
             )
             answers.append(answer)
         words = Cat(answers)
         if bank_bits:
-            answer_odd = Signal()
+            first = Signal(bank_bits)
             with m.If(read_words.any()):
-                m.d.sync += answer_odd.eq(read_odd)
-            words = Mux(answer_odd, Cat(reversed(answers)), words)
+                m.d.sync += first.eq(read_address[:bank_bits])
+            # Other words than these are only read together with all, in the order of the banks.
+            turned = [_select(first, answers[n:] + answers[:n]) for n in range(self.anywhere)]
+            words = Cat(turned, answers[self.anywhere :])
         m.d.comb += self.read.data.eq(words)
         if self.drains:
             m.d.comb += self.drain.data.eq(words)
@@ -167,7 +180,17 @@ class Scratchpad(wiring.Component):
         return m
 
     def _beyond(self, address: Value, words: Value) -> tuple[Value, Value]:
-        """Whether one of the enabled words is behind the end, and the address of the first one that is."""
+        """Whether one of the enabled words is behind the end, and the address of the first one that is.
+
+        Four words end where two do: none of their addresses is a multiple of 4 but the first.
+        """
         bits = (self.depth - 1).bit_length()
-        last = address + words[1] if self.banks == 2 else address
+        last = address + words[1] if self.banks > 1 else address
         return words.any() & last[bits:].any(), Mux(address[bits:].any(), address, self.depth)
+
+
+def _select(number: Value, values: list[Value]) -> Value:
+    """The one of 1, 2 or 4 values that has this number."""
+    for bit in number:
+        values = [Mux(bit, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+    return values[0]

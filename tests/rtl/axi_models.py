@@ -164,7 +164,7 @@ class Sink:
 
 
 class ReadServer:
-    """A memory behind a ReadPort of one or two words: ``words``, answered one cycle later."""
+    """A memory behind a ReadPort: ``words``, answered one cycle later; words not asked for come out as ones."""
 
     def __init__(self, dut: Any, name: str, words: Sequence[int], ready: str | None = None, gap: Gap = never) -> None:
         self.enable, self.address, self.data = (getattr(dut, f"{name}_{p}") for p in ("enable", "address", "data"))
@@ -183,7 +183,11 @@ class ReadServer:
     def sample(self) -> None:
         if self.open and (enable := int(self.enable.value)):
             address = int(self.address.value)
-            self.next = sum(self.words[address + n] << n * self.width for n in range(enable.bit_length()))
+            count = enable.bit_length()
+            assert enable == (1 << count) - 1, f"words {enable:#b} are enabled"
+            assert count <= 2 or address % count == 0, f"{count} words are read from {address} on"
+            found = sum(self.words[address + n] << n * self.width for n in range(count))
+            self.next = found | (1 << len(self.data)) - (1 << count * self.width)
             self.reads.append((self.bench.cycle, address))
 
 

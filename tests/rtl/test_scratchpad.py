@@ -14,7 +14,6 @@ WIDTH, GRANULES, DEPTH = 32, 4, 32
 BOUNDS = ("write", "fill", "read", "drain")
 #: Words that each port takes.
 WORDS = PortWords(**parameters())
-MOST = max(getattr(WORDS, name) for name in BOUNDS)
 
 
 def fill_payload(address, value, count=1):
@@ -36,31 +35,28 @@ class Traffic:
         self.expected, self.fill_waits, self.served = None, None, dict.fromkeys(BOUNDS, 0)
         self.done_before = dict.fromkeys(BOUNDS, (0, 0))
 
-    def words(self, name):
-        """How many words the next access of a port has."""
-        return self.random.randint(1, getattr(WORDS, name))
+    def access(self, name):
+        """Address and number of words of an access of a port, at random: one or all; four are aligned."""
+        count = self.random.choice((1, getattr(WORDS, name)))
+        if self.random.random() < self.beyond:
+            address = self.random.randrange(DEPTH, 1 << 16)
+        else:
+            address = self.random.randrange(DEPTH if self.beyond else DEPTH + 1 - count)
+        return address - address % 4 if count == 4 else address, count
 
     def value(self, name):
         return self.random.randrange(1 << WIDTH * getattr(WORDS, name))
 
-    def address(self):
-        return (
-            self.random.randrange(DEPTH, 1 << 16)
-            if self.random.random() < self.beyond
-            else self.random.randrange(DEPTH if self.beyond else DEPTH + 1 - MOST)
-        )
-
     def drive(self):
         dut, chance = self.dut, self.random.random
-        self.write, self.read, self.drain = chance() < 0.5, chance() < 0.5, chance() < 0.6
-        self.write, self.read, self.drain = (
-            self.words(name) if wanted else 0
-            for name, wanted in (("write", self.write), ("read", self.read), ("drain", self.drain))
-        )
+        wanted = {"write": chance() < 0.5, "read": chance() < 0.5, "drain": chance() < 0.6}
+        accesses = {name: self.access(name) for name in BOUNDS}
+        self.write_at, self.read_at, self.drain_at = (accesses[name][0] for name in wanted)
+        self.write, self.read, self.drain = (accesses[name][1] if want else 0 for name, want in wanted.items())
         self.mask, self.written = self.random.randrange(16), self.value("write")
-        self.write_at, self.read_at, self.drain_at = self.address(), self.address(), self.address()
         if self.fill_waits is None and chance() < 0.6:
-            self.fill_waits = (self.address(), self.value("fill"), self.words("fill"))
+            address, count = accesses["fill"]
+            self.fill_waits = (address, self.value("fill"), count)
         dut.write_enable.value, dut.write_address.value = (1 << self.write) - 1, self.write_at
         dut.write_data.value, dut.write_mask.value = self.written, self.mask
         dut.write_idle.value = not self.write
@@ -154,14 +150,13 @@ async def data_is_held_until_the_next_read(dut):
         {"write": 2, "fill": 2, "drain": 1},
         {"write": 2, "read": 2, "drain": 2},
         {"fill": 2, "drain": 1},
+        {"read": 2, "drain": 1},
+        {"read": 4, "drain": 1},
+        {"write": 2, "fill": 2, "read": 4, "drain": 2},
     ],
-    ids=lambda words: "_".join(f"{name}{count}" for name, count in words.items()),
+    ids=lambda words: "_".join(f"{name}{n}" for name, n in words.items()),
 )
 def test_scratchpad_serves_the_datapath_first_and_names_accesses_beyond_its_end(words):
     scratchpad = Scratchpad(WIDTH, GRANULES, DEPTH, PortWords(**words))
-    run_cocotb(
-        component_verilog(scratchpad, "top"),
-        __name__,
-        "scratchpad_" + "_".join(f"{name}{count}" for name, count in words.items()),
-        words,
-    )
+    name = "_".join(["scratchpad", *(f"{port}{n}" for port, n in words.items())])
+    run_cocotb(component_verilog(scratchpad, "top"), __name__, name, words)

@@ -12,9 +12,12 @@ from lockstep_isa.instructions import (
     HEADER,
     INSTRUCTION_BYTES,
     INSTRUCTION_TYPES,
+    MATRIX,
     STORE,
     InstructionType,
     Memory,
+    Sparsity,
+    Weights,
     selector,
 )
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
@@ -42,9 +45,9 @@ class Sequencer(wiring.Component):
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
     A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
-    enumeration does not have, a STORE of another memory than VECTOR and stray bits are refused here, before any unit
-    sees them. A descriptor is complete when all its instructions are. Fetches never ask for more than the buffer
-    holds, so that data for LOAD is never stuck behind them on the shared bus.
+    enumeration does not have, a STORE of another memory than VECTOR, packed weights on a core that takes none and stray
+    bits are refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches
+    never ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
 
     An instruction leaves two cycles behind its arrival at the head, one with n operands n + 2 cycles later. A program
     that has operands begins with the fetch of all of them, 256 bytes, that of its instructions right behind. Where a
@@ -167,6 +170,8 @@ class Sequencer(wiring.Component):
             ]
             if t is STORE:
                 wrong.append(bits(t, "memory") != Memory.VECTOR)
+            if t is MATRIX and not self.config.packed:
+                wrong += [bits(t, "weights") != Weights.INT8, bits(t, "sparsity") != Sparsity.DENSE]
             m.d.sync += kinds[kind].eq(head[:4] == t.opcode)
             m.d.comb += push.valid.eq(dispatch & kinds[kind] & ~is_malformed)
             with m.If(kinds[kind] & push.ready):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
@@ -10,36 +10,45 @@ from lockstep_isa.instructions import MATRIX
 
 from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, instruction_stream
 from .accumulators import Accumulators
-from .array import SystolicArray
+from .array import PACKED_LEFT, SystolicArray
+from .loops import TileLoops
+from .weight_decoder import PACKED_START, WeightDecoder
+from .weight_reader import WeightReader, is_packed, takes_four
 
 
 class MatrixUnit(wiring.Component):
-    """Executes MATRIX instructions: tiles over two loops, K operand words each.
+    """Executes MATRIX instructions: tiles over two loops, in K steps each where weights are not packed.
 
     Ports
     -----
     instruction : In(stream of MATRIX). done : Out(1), the last operand word has been read.
     stalled : Out(1), an instruction is under way but the accumulator queue is full.
     streaming : Out(1), operand words are read in this cycle.
-    activation_read, weight_read : Out(ReadPort of 8 R, 8 C).
+    activation_read, weight_read : Out(ReadPort of 8 R, 8 C); a packed core reads 4 and 2 words at once.
     accumulator : In(AccumulatorPort), for the vector unit.
 
-    A tile takes max(K, C) cycles, tiles and instructions follow each other without a bubble while the queue has
-    room. Where K < C the idle cycles come before the words: last words are then never closer than C cycles, whatever
-    K the tile before had, and columns of two tiles never meet in the array's ``result``. Results reach the queue by
-    themselves: ``done`` frees the operands, not the results.
+    A tile of S steps takes max(S, C) cycles, tiles and instructions follow each other without a bubble while the queue
+    has room. Where S < C the idle cycles come before the words: last words are then never closer than C cycles,
+    whatever S the tile before had, and columns of two tiles never meet in the array's ``result``. Results reach the
+    queue by themselves: ``done`` frees the operands, not the results.
+
+    A step of packed weights takes 2 k (int8 with 2:4, int4 without N:M) or 4 k, so S = K / 2 or K / 4. In front of the
+    first tile of such an instruction there are ``PACKED_START`` idle cycles more, in which its first weights come.
+    From then on a step has its weights from the decoder in the cycle in which it has its activations from the memory:
+    four of them, which begin at a multiple of 4, of which int8 with 2:4 and int4 without N:M look at in two steps.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
+        left, top = (PACKED_LEFT, 2) if config.packed else (1, 1)
         super().__init__(
             {
                 "instruction": In(instruction_stream(MATRIX)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "streaming": Out(1),
-                "activation_read": Out(ReadPort(8 * config.rows)),
-                "weight_read": Out(ReadPort(8 * config.columns)),
+                "activation_read": Out(ReadPort(8 * config.rows, left)),
+                "weight_read": Out(ReadPort(8 * config.columns, top)),
                 "accumulator": In(AccumulatorPort(config)),
             }
         )
@@ -52,17 +61,24 @@ class MatrixUnit(wiring.Component):
         wiring.connect(m, accumulators.read, wiring.flipped(self.accumulator))
 
         active, started = Signal(), Signal()
-        i = Signal.like(self.instruction.payload)
-        # What is left of this tile's words, of the inner and of the outer loop; the last one is a 1, and known as such
-        # at the start of its cycle: the end of an instruction goes on to the queue and to the tokens of all units.
-        words, inner, outer = (Signal(ADDRESS_BITS, name=f"{n}_left") for n in ("words", "inner", "outer"))
-        last_word, last_inner, last_outer = (Signal(name=f"last_{n}") for n in ("word", "inner", "outer"))
-        # Idle cycles before the words of each tile, and those that this tile still has to wait.
-        padding, idle = Signal(range(columns)), Signal(range(columns))
+        n = self.instruction.payload
+        i = Signal.like(n)
+        # What is left of this tile's steps; the last one is a 1, and known as such at the start of its cycle: the end
+        # of an instruction goes on to the queue and to the tokens of all units.
+        words, last_word = Signal(ADDRESS_BITS, name="words_left"), Signal(name="last_word")
+        loops = TileLoops("a", "w")
+        a, w = loops.words["a"], loops.words["w"]
+        # Idle cycles before the steps of each tile, and those that this tile still has to wait.
+        most = columns - 1 + (PACKED_START if self.config.packed else 0)
+        padding, idle = Signal(range(columns)), Signal(range(most + 1))
         padded, idles = Signal(), Signal()  # they are not zero
-        # Word addresses: of this k, of this tile's start, of this outer step's start.
-        a, a_tile, a_outer = (Signal(ADDRESS_BITS, name=f"a{n}") for n in ("", "_tile", "_outer"))
-        w, w_tile, w_outer = (Signal(ADDRESS_BITS, name=f"w{n}") for n in ("", "_tile", "_outer"))
+
+        # Steps of a tile and k of a step: of the instruction that runs, and of the next one.
+        steps, stride, next_steps, late = i.depth, 1, n.depth, 0
+        if self.config.packed:
+            steps, stride = Signal(ADDRESS_BITS, name="steps"), Signal(range(PACKED_LEFT + 1), name="stride")
+            late, four = is_packed(n), takes_four(n)
+            next_steps = Mux(late, Mux(four, n.depth >> 2, n.depth >> 1), n.depth)
 
         first = Signal(init=1)
         step, go, tile_end = (Signal(name=n) for n in ("step", "go", "tile_end"))
@@ -72,10 +88,6 @@ class MatrixUnit(wiring.Component):
             self.stalled.eq(active & ~started & ~accumulators.room),
             self.streaming.eq(go),
             accumulators.reserve.eq(step & ~started),
-            self.activation_read.enable.eq(go),
-            self.activation_read.address.eq(a),
-            self.weight_read.enable.eq(go),
-            self.weight_read.address.eq(w),
             tile_end.eq(go & last_word),
         ]
         with m.If(step):
@@ -83,37 +95,30 @@ class MatrixUnit(wiring.Component):
         with m.If(idles & step):
             m.d.sync += [idle.eq(idle - 1), idles.eq(idle != 1)]
         with m.If(go):
-            m.d.sync += [first.eq(0), words.eq(words - 1), last_word.eq(words == 2), a.eq(a + 1), w.eq(w + 1)]
+            m.d.sync += [first.eq(0), words.eq(words - 1), last_word.eq(words == 2), a.eq(a + stride), w.eq(w + 1)]
         with m.If(tile_end):
-            m.d.sync += [first.eq(1), words.eq(i.depth), started.eq(0), idle.eq(padding), idles.eq(padded)]
-            m.d.sync += last_word.eq(i.depth == 1)
+            m.d.sync += [first.eq(1), words.eq(steps), started.eq(0), idle.eq(padding), idles.eq(padded)]
+            m.d.sync += last_word.eq(steps == 1)
+            loops.advance(m, i)
 
-        end = Signal()
+        begin, end = Signal(), Signal()
         m.d.comb += [
-            end.eq(tile_end & last_inner & last_outer),
+            end.eq(tile_end & loops.last),
             self.done.eq(end),
             self.instruction.ready.eq(~active | end),
+            begin.eq(self.instruction.valid & self.instruction.ready),
         ]
-        with m.If(tile_end):
-            with m.If(last_inner):
-                m.d.sync += [inner.eq(i.inner), outer.eq(outer - 1)]
-                m.d.sync += [last_inner.eq(i.inner == 1), last_outer.eq(outer == 2)]
-                for word, tile, start, step in ((a, a_tile, a_outer, i.a_outer), (w, w_tile, w_outer, i.w_outer)):
-                    m.d.sync += [word.eq(start + step), tile.eq(start + step), start.eq(start + step)]
-            with m.Else():
-                m.d.sync += [inner.eq(inner - 1), last_inner.eq(inner == 2)]
-                for word, tile, step in ((a, a_tile, i.a_inner), (w, w_tile, i.w_inner)):
-                    m.d.sync += [word.eq(tile + step), tile.eq(tile + step)]
         with m.If(end):
             m.d.sync += active.eq(0)
-        with m.If(self.instruction.valid & self.instruction.ready):
-            n = self.instruction.payload
-            short = Mux(n.depth < columns, columns - n.depth, 0)
-            m.d.sync += [i.eq(n), active.eq(1), words.eq(n.depth), inner.eq(n.inner), outer.eq(n.outer)]
-            m.d.sync += [last_word.eq(n.depth == 1), last_inner.eq(n.inner == 1), last_outer.eq(n.outer == 1)]
-            m.d.sync += [padding.eq(short), padded.eq(n.depth < columns), idle.eq(short), idles.eq(n.depth < columns)]
-            m.d.sync += [word.eq(n.a) for word in (a, a_tile, a_outer)]
-            m.d.sync += [word.eq(n.w) for word in (w, w_tile, w_outer)]
+        with m.If(begin):
+            short = next_steps < columns
+            idles_first = Mux(short, columns - next_steps, 0)
+            m.d.sync += [i.eq(n), active.eq(1), words.eq(next_steps), last_word.eq(next_steps == 1)]
+            m.d.sync += [padding.eq(idles_first), padded.eq(short)]
+            m.d.sync += [idle.eq(idles_first + Mux(late, PACKED_START, 0)), idles.eq(short | late)]
+            loops.begin(m, n)
+            if self.config.packed:
+                m.d.sync += [steps.eq(next_steps), stride.eq(Mux(late, Mux(four, 4, 2), 1))]
 
         # The scratchpads answer one cycle later; control waits with them.
         valid, tile_first, tile_last, unsigned = (
@@ -122,7 +127,6 @@ class MatrixUnit(wiring.Component):
         m.d.sync += [valid.eq(go), tile_first.eq(first), tile_last.eq(last_word), unsigned.eq(i.unsigned)]
         m.d.comb += [
             array.a.eq(self.activation_read.data),
-            array.w.eq(self.weight_read.data),
             array.valid.eq(valid),
             array.first.eq(tile_first),
             array.last.eq(tile_last),
@@ -130,4 +134,52 @@ class MatrixUnit(wiring.Component):
             accumulators.result.eq(array.result),
             accumulators.strobe.eq(array.strobe),
         ]
+        if not self.config.packed:
+            m.d.comb += [
+                self.activation_read.enable.eq(go),
+                self.activation_read.address.eq(a),
+                self.weight_read.enable.eq(go),
+                self.weight_read.address.eq(w),
+                array.w.eq(self.weight_read.data),
+            ]
+            return m
+
+        # Packed weights go ahead of the steps through the decoder, which answers as the scratchpads do.
+        m.submodules.reader = reader = WeightReader()
+        m.submodules.decoder = decoder = WeightDecoder(self.config)
+        packed, packed_1 = Signal(name="packed"), Signal(name="packed_1")
+        m.d.sync += packed_1.eq(packed)
+        with m.If(begin):
+            m.d.sync += packed.eq(late)
+        m.d.comb += [
+            reader.start.eq(begin),
+            reader.next.eq(n),
+            reader.running.eq(i),
+            reader.steps.eq(steps),
+            reader.room.eq(decoder.room),
+            decoder.start.eq(begin),
+            decoder.weights.eq(i.weights),
+            decoder.sparsity.eq(i.sparsity),
+            decoder.ask.eq(reader.ask),
+            decoder.words.eq(self.weight_read.data),
+            decoder.step.eq(go & packed),
+            decoder.upper.eq(a[1]),
+            array.more.eq(packed_1),
+            array.picks.eq(decoder.picks),
+        ]
+        with m.If(packed):
+            m.d.comb += [
+                self.activation_read.enable.eq(go.replicate(PACKED_LEFT)),
+                self.activation_read.address.eq(Cat(Const(0, 2), a[2:])),
+                self.weight_read.enable.eq(reader.ask),
+                self.weight_read.address.eq(reader.address),
+            ]
+        with m.Else():
+            m.d.comb += [
+                self.activation_read.enable.eq(go),
+                self.activation_read.address.eq(a),
+                self.weight_read.enable.eq(go),
+                self.weight_read.address.eq(w),
+            ]
+        m.d.comb += array.w.eq(Mux(packed_1, decoder.w, self.weight_read.data))
         return m

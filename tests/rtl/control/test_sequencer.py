@@ -16,6 +16,8 @@ from lockstep_isa.instructions import (
     VECTOR,
     Instruction,
     Memory,
+    Sparsity,
+    Weights,
     encode,
     selector,
 )
@@ -29,8 +31,8 @@ from rtl.harness import parameters, run_cocotb, stalls
 RING, SLOTS, VALUES, PROGRAMS, SIZE = 0x400, 4, 0x800, 0x1000, 1 << 15
 
 
-def config_of(rows, bus_bytes):
-    return small(rows=rows, columns=rows, lanes=rows, bus_bytes=bus_bytes)
+def config_of(rows, bus_bytes, packed=True):
+    return small(rows=rows, columns=rows, lanes=rows, bus_bytes=bus_bytes, packed=packed)
 
 
 def instructions(count, seed=0):
@@ -381,6 +383,21 @@ async def only_the_vector_memory_is_stored(dut):
 
 
 @cocotb.test()
+async def packed_weights_are_refused_where_the_core_takes_none(dut):
+    formats = [Instruction(MATRIX, weights=w, sparsity=s) for w in Weights for s in Sparsity]
+    packed = [i for i in formats if (i.weights, i.sparsity) != (Weights.INT8, Sparsity.DENSE)]
+    if config_of(**parameters()).packed:
+        world = await World.start(dut)
+        program = [encode(i) for i in formats]
+        world.submit(program, 1)
+        await world.fence(1)
+        world.check(program)
+    else:
+        for instruction in packed:
+            await refused(dut, encode(instruction), ErrorCode.BAD_FIELD)
+
+
+@cocotb.test()
 async def fetches_outside_the_window_are_refused(dut):
     limit = PROGRAMS + 3 * max(INSTRUCTION_BYTES, parameters()["bus_bytes"])
     world = await World.start(dut, limit=limit)
@@ -425,8 +442,10 @@ async def halt_lets_the_bus_run_dry(dut):
         dut.halt.value = 0
 
 
-@pytest.mark.parametrize(("rows", "bus_bytes"), [(4, 4), (16, 16), (64, 64), (64, 128)])
-def test_sequencer_dispatches_programs_and_refuses_what_is_malformed(rows, bus_bytes):
-    given = {"rows": rows, "bus_bytes": bus_bytes}
-    verilog = component_verilog(Sequencer(config_of(rows, bus_bytes)), "top")
+@pytest.mark.parametrize(
+    ("rows", "bus_bytes", "packed"), [(4, 4, True), (16, 16, True), (64, 64, False), (64, 128, True), (8, 8, False)]
+)
+def test_sequencer_dispatches_programs_and_refuses_what_is_malformed(rows, bus_bytes, packed):
+    given = {"rows": rows, "bus_bytes": bus_bytes, "packed": packed}
+    verilog = component_verilog(Sequencer(config_of(**given)), "top")
     run_cocotb(verilog, __name__, f"sequencer_{bus_bytes}", given)

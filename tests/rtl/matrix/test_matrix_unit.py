@@ -4,13 +4,16 @@ import cocotb
 import numpy as np
 import pytest
 from lockstep_isa.executor import GoldenCore
-from lockstep_isa.instructions import MATRIX, Instruction
+from lockstep_isa.instructions import MATRIX, PATTERNS, WEIGHT_GROUPS, Instruction, Sparsity, Weights
+from lockstep_isa.weights import words_per_tile
 from lockstep_rtl.generate import component_verilog
 from lockstep_rtl.matrix.unit import MatrixUnit
+from lockstep_rtl.matrix.weight_decoder import PACKED_START
 from rtl.axi_models import Probe, ReadServer, Source, bench, lanes, never, shape, small, unlanes, word_of
 from rtl.harness import assert_equal, parameters, run_cocotb, stalls
 
-CONFIG = small(accumulator_tiles=8, **parameters())
+WORDS = 256
+CONFIG = small(accumulator_tiles=8, activation_words=WORDS, weight_words=WORDS, **parameters())
 SIZE, TILES, SIDE = CONFIG.rows, CONFIG.accumulator_tiles, CONFIG.columns_per_beat
 
 
@@ -56,8 +59,41 @@ def golden(instructions):
     return core, np.array(core.accumulators)
 
 
+#: k of one step.
+RATES = {
+    **{(Weights.INT8, s): rate for s, rate in zip(Sparsity, (1, 2, 4), strict=True)},
+    **{(w, s): rate for w in list(Weights)[1:] for s, rate in zip(Sparsity, (2, 4, 4), strict=True)},
+}
+
+
+def steps(i):
+    """Steps of a tile."""
+    return i.depth // RATES[i.weights, i.sparsity]
+
+
+def late(i):
+    """Cycles by which the first step comes later than without packed weights."""
+    return 0 if RATES[i.weights, i.sparsity] == 1 else PACKED_START
+
+
+def step_cycles(instructions, taken, pops):
+    """The cycle of every step, if instructions are taken and tiles of results are popped in these cycles."""
+    cycles, tile = [], 0
+    for i, start in zip(instructions, taken, strict=True):
+        now = start + 1
+        for n in range(i.outer * i.inner):
+            # A tile waits for room, then for the weights if it is the first one, then until its period's end is due.
+            if tile >= TILES:
+                now = max(now, pops[tile - TILES] + 1)
+            now += max(0, SIZE - steps(i)) + (late(i) if n == 0 else 0)
+            cycles += range(now, now + steps(i))
+            now += steps(i)
+            tile += 1
+    return cycles
+
+
 async def run(dut, instructions, gap=never, source_gap=never):
-    """Execute instructions and compare every tile; the probe, the reader, the source."""
+    """Execute instructions, compare every tile and the cycle of every step; the probe, the reader, the source."""
     core, expected = golden(instructions)
     world = await bench(dut)
     world.add(ReadServer(dut, "activation_read", [unlanes(w) for w in core.activation]))
@@ -69,13 +105,14 @@ async def run(dut, instructions, gap=never, source_gap=never):
     await world.step(4 * SIZE)
     assert_equal(reader.tiles, expected, "tile, row, column ")
     assert probe.count("done") == len(instructions)
-    assert probe.count("streaming") == sum(i.outer * i.inner * i.depth for i in instructions)
+    expected = step_cycles(instructions, source.taken, reader.pops)
+    assert_equal(probe.cycles("streaming"), expected, "cycle of step ")
     return probe, reader, source
 
 
-def periods(instruction):
+def periods(i):
     """Cycles of an instruction that never waits."""
-    return instruction.outer * instruction.inner * max(instruction.depth, SIZE)
+    return late(i) + i.outer * i.inner * max(steps(i), SIZE)
 
 
 LOOPS = [
@@ -96,15 +133,55 @@ NEGATIVE = [
 ]
 
 
-@cocotb.test()
-async def instructions_follow_without_a_bubble(dut):
-    probe, _, source = await run(dut, LOOPS[:-1])
+def mixed(seed, count):
+    """Instructions of all formats in any order, half of them dense where the core takes others too."""
+    rng = np.random.default_rng(seed)
+
+    def some(least, most, unit=1):
+        return int(rng.integers(least // unit, most // unit + 1)) * unit
+
+    def one():
+        weights, sparsity = list(RATES)[rng.integers(len(RATES)) if CONFIG.packed and some(0, 1) else 0]
+        rate = RATES[weights, sparsity]
+        unit = WEIGHT_GROUPS[weights] or {1: 1, 2: 8, 4: 16}[rate]
+        depth = some(unit, max(unit, 64 if some(0, 1) else 12), unit)
+        words = words_per_tile(depth, WEIGHT_GROUPS[weights], PATTERNS[sparsity])
+        outer, inner = some(1, 3), some(1, 3)
+        # A step looks at words that begin at a multiple of 4; dense int4 also at the upper half of them.
+        aligned = 1 if rate == 1 else 2 if sparsity == Sparsity.DENSE else 4
+        values = {"depth": depth, "outer": outer, "inner": inner, "unsigned": some(0, 1)}
+        for name, length, multiple in (("a", depth, aligned), ("w", words, 1)):
+            room = (WORDS - length) // 5
+            values |= {f"{name}_{loop}": some(0, room, multiple) for loop in ("outer", "inner")}
+            values[name] = some(0, WORDS - length - 4 * room, multiple)
+        return Instruction(MATRIX, weights=weights, sparsity=sparsity, **values)
+
+    return [one() for _ in range(count)]
+
+
+async def follow_without_a_bubble(dut, instructions):
+    probe, _, source = await run(dut, instructions)
     assert probe.count("stalled") == 0
-    first = probe.cycles("streaming")[0]
-    expected = first - 1 + np.cumsum([periods(i) for i in LOOPS[:-1]])
+    expected = source.taken[0] + np.cumsum([periods(i) for i in instructions])
     assert_equal(probe.cycles("done"), expected, "cycle of done of instruction ")
     # The next instruction is taken in the cycle in which the one before is done.
     assert_equal(source.taken[1:], expected[:-1], "cycle in which the next is taken after instruction ")
+
+
+@cocotb.test()
+async def instructions_follow_without_a_bubble(dut):
+    await follow_without_a_bubble(dut, LOOPS[:-1])
+
+
+@cocotb.test()
+async def formats_follow_each_other_without_a_bubble(dut):
+    await follow_without_a_bubble(dut, mixed(1, 120))
+
+
+@cocotb.test()
+async def formats_with_a_slow_reader_and_gaps(dut):
+    await run(dut, mixed(2, 60), gap=stalls(0.9, 4), source_gap=stalls(0.5, 5))
+    await run(dut, mixed(3, 60), gap=stalls(0.6, 6))
 
 
 @cocotb.test()
@@ -172,8 +249,8 @@ async def steps_may_be_negative(dut):
     assert_equal(reader.tiles, expected, "tile, row, column ")
 
 
-@pytest.mark.parametrize("lanes", [4, 8])
-def test_matrix_unit_executes_loops_like_golden(lanes):
-    given = shape(4, 4, lanes)
-    unit = MatrixUnit(small(accumulator_tiles=8, **given))
-    run_cocotb(component_verilog(unit, "top"), __name__, f"matrix_unit_{lanes}", given)
+@pytest.mark.parametrize(("lanes", "packed"), [(4, False), (8, False), (4, True)])
+def test_matrix_unit_executes_loops_like_golden(lanes, packed):
+    given = shape(4, 4, lanes) | {"packed": packed}
+    unit = MatrixUnit(small(accumulator_tiles=8, activation_words=WORDS, weight_words=WORDS, **given))
+    run_cocotb(component_verilog(unit, "top"), __name__, f"matrix_unit_{lanes}_{packed:d}", given)
