@@ -18,10 +18,12 @@ from .instructions import (
     LOAD,
     MATRIX,
     OPERANDS,
+    PATTERNS,
     STORE,
     TABLE_ENTRIES,
     TABLE_ENTRY_BYTES,
     TABLE_SLOTS,
+    WEIGHT_GROUPS,
     Destination,
     FirstAdd,
     FirstMultiply,
@@ -33,12 +35,15 @@ from .instructions import (
     SecondAdd,
     SecondMultiply,
     Source,
+    Sparsity,
     Tap,
     ThirdMultiply,
+    Weights,
     resolve,
 )
-from .program import Program, table_shift, transposes, uses_y
+from .program import Program, table_shift, transposes, uses_y, weight_words
 from .tables import TableFunction
+from .weights import stream
 
 F32 = NDArray[np.float32]
 
@@ -123,12 +128,14 @@ class GoldenCore:
 
     def _matrix(self, i: Instruction) -> None:
         activation = self.activation.view(np.uint8) if i.unsigned else self.activation
+        group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
         for outer in range(i.outer):
             for inner in range(i.inner):
                 a = i.a + outer * i.a_outer + inner * i.a_inner
                 w = i.w + outer * i.w_outer + inner * i.w_inner
                 left = activation[a : a + i.depth].astype(np.int64)
-                top = self.weight[w : w + i.depth].astype(np.int64)
+                words = self.weight[w : w + weight_words(i)].view(np.uint8)
+                top = stream(words, i.depth, group, pattern).astype(np.int64)
                 self.accumulators.append((left.T @ top).astype(np.int32))
 
     def _vector(self, i: Instruction) -> None:

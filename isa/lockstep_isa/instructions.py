@@ -128,6 +128,37 @@ class Tap(enum.IntEnum):
     AFTER = 1
 
 
+class Weights(enum.IntEnum):
+    """How the top operand of MATRIX is packed in the WEIGHT memory; lockstep_isa.weights says what it means."""
+
+    INT8 = 0
+    INT4_32 = 1  #: two values in a byte, a multiplier for each 32 along K
+    INT4_64 = 2
+    INT4_128 = 3
+
+
+class Sparsity(enum.IntEnum):
+    """Which values of the top operand of MATRIX are there."""
+
+    DENSE = 0
+    TWO_OF_FOUR = 1  #: 2 of 4 along K, with their positions
+    ONE_OF_FOUR = 2
+
+
+#: Group of int4 weights along K, and pattern of sparsity, that a MATRIX instruction names.
+WEIGHT_GROUPS: Mapping[Weights, int | None] = {
+    Weights.INT8: None,
+    Weights.INT4_32: 32,
+    Weights.INT4_64: 64,
+    Weights.INT4_128: 128,
+}
+PATTERNS: Mapping[Sparsity, tuple[int, int] | None] = {
+    Sparsity.DENSE: None,
+    Sparsity.TWO_OF_FOUR: (2, 4),
+    Sparsity.ONE_OF_FOUR: (1, 4),
+}
+
+
 class Mask(enum.IntEnum):
     """Which scores SCORE hides: they become -inf, with the least exponent."""
 
@@ -254,7 +285,8 @@ MATRIX = InstructionType(
     2,
     Unit.MATRIX,
     "For o < outer, for i < inner: append the int32 tile sum_k A[a + o*a_outer + i*a_inner + k]^T "
-    "W[w + o*w_outer + i*w_inner + k] over k < depth to the accumulator queue.",
+    "W[w + o*w_outer + i*w_inner + k] over k < depth to the accumulator queue. Packed weights are the words from "
+    "w + o*w_outer + i*w_inner on; depth counts what they stand for.",
     (
         _count("depth", "K: operand words per tile", operand=True),
         _count("outer", "outer loop count"),
@@ -266,6 +298,8 @@ MATRIX = InstructionType(
         _address("w_outer", "WEIGHT words per outer step"),
         _address("w_inner", "WEIGHT words per inner step"),
         Field("unsigned", 1, "activations are uint8 (probabilities) instead of int8"),
+        Field("weights", 2, "how the words of W are packed", Weights),
+        Field("sparsity", 2, "which values of W are there", Sparsity),
     ),
 )
 VECTOR = InstructionType(

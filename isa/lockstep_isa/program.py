@@ -16,11 +16,13 @@ from .instructions import (
     LOAD,
     MATRIX,
     OPERANDS,
+    PATTERNS,
     STORE,
     TABLE_ENTRIES,
     TABLE_ENTRY_BYTES,
     TABLE_SLOTS,
     VECTOR,
+    WEIGHT_GROUPS,
     Destination,
     FirstAdd,
     Function,
@@ -31,14 +33,17 @@ from .instructions import (
     Memory,
     SecondAdd,
     Source,
+    Sparsity,
     ThirdMultiply,
     Unit,
+    Weights,
     decode,
     disassemble,
     encode,
     resolve,
     selector,
 )
+from .weights import WeightError, words_per_tile
 
 #: First bytes of a program file.
 FILE_MAGIC = b"LKSTPROG"
@@ -184,6 +189,11 @@ def tiles_popped(config: CoreConfig, instruction: Instruction) -> int:
     return instruction.tiles * -(-instruction.columns // config.columns)
 
 
+def weight_words(i: Instruction) -> int:
+    """WEIGHT words of a tile of a resolved MATRIX instruction; ``WeightError`` for a depth that its format has not."""
+    return words_per_tile(i.depth, WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)])
+
+
 @dataclass(frozen=True)
 class Region:
     """Words of one on-chip memory that an instruction touches: ``count`` runs of ``words``, ``stride`` apart."""
@@ -206,10 +216,10 @@ def reads(config: CoreConfig, i: Instruction) -> list[Region]:
         return [Region(Memory(i.memory), i.local, i.words, i.rows, i.local_stride)]
     if i.type is MATRIX:
         return [
-            Region(memory, base + o * outer, i.depth, i.inner, inner)
-            for memory, base, outer, inner in (
-                (Memory.ACTIVATION, i.a, i.a_outer, i.a_inner),
-                (Memory.WEIGHT, i.w, i.w_outer, i.w_inner),
+            Region(memory, base + o * outer, words, i.inner, inner)
+            for memory, words, base, outer, inner in (
+                (Memory.ACTIVATION, i.depth, i.a, i.a_outer, i.a_inner),
+                (Memory.WEIGHT, weight_words(i), i.w, i.w_outer, i.w_inner),
             )
             for o in range(i.outer if outer else 1)
         ]
@@ -339,6 +349,13 @@ def _check_selectors(program: Program, n: int, i: Instruction) -> None:
 
 def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:
     """Bounds, alignment and combinations of one resolved instruction."""
+    if i.type is MATRIX:
+        try:
+            weight_words(i)
+        except WeightError as error:
+            raise ProgramError(
+                f"instruction {n} (MATRIX): a depth of {i.depth} does not suit its weights: {error}"
+            ) from None
     for region in reads(config, i) + writes(config, i):
         depth = depth_of(config, region.memory)
         if region.end > depth:

@@ -158,6 +158,38 @@ def pack(w: I8, columns: int, k: U8 | None = None, pattern: Pattern | None = Non
     return np.ascontiguousarray(body.reshape(-1, columns, words).swapaxes(1, 2))
 
 
+def stream(words: U8, length: int, group: int | None = None, pattern: Pattern | None = None) -> npt.NDArray[np.int16]:
+    """What an array makes of the packed words uint8[words, C] of a tile, whatever their bits: int16[K, C].
+
+    Of a multiplier the low 5 bits count, and of its product with an int4 value the low 8. Values with one position are
+    added up. Words that :func:`pack` made give ``w8.T``. Raises ``WeightError`` for a length that the format has not.
+    """
+    count = words_per_tile(length, group, pattern)
+    n, m = (1, 1) if pattern is None else pattern
+    groups = 1 if group is None else length // group
+    body = words[:count].reshape(groups, count // groups, -1)
+    k = None
+    if group is not None:
+        k, body = body[:, :1].astype(np.int16) & 31, body[:, 1:]
+    positions = np.zeros((1, 1), np.intp)
+    if pattern is not None:
+        fours = body.reshape(groups, -1, 5 if group is None else 3, words.shape[1])
+        shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+        positions = (fours[:, :, :1] >> shifts & np.uint8(3)).reshape(-1, words.shape[1]).astype(np.intp)
+        body = fours[:, :, 1:].reshape(groups, -1, words.shape[1])
+    values: npt.NDArray[np.int16] = body.view(np.int8).astype(np.int16)
+    if k is not None:
+        values = np.stack([body << np.uint8(4), body & np.uint8(0xF0)], axis=2).view(np.int8).astype(np.int16) >> 4
+        values = (values.reshape(groups, -1, words.shape[1]) * k).astype(np.int8).astype(np.int16)
+    values = values.reshape(-1, words.shape[1])
+    if pattern is None:
+        return values
+    top = np.zeros((length, words.shape[1]), np.int16)
+    rows = np.arange(len(values))[:, None] // n * m + positions
+    np.add.at(top, (rows, np.arange(words.shape[1])[None]), values)
+    return top
+
+
 def unpack(
     words: U8, shape: tuple[int, int], group: int | None = None, pattern: Pattern | None = None
 ) -> tuple[I8, U8 | None]:

@@ -17,6 +17,7 @@ from lockstep_isa.weights import (
     decompress,
     expand,
     pack,
+    stream,
     unpack,
     words_per_tile,
 )
@@ -169,3 +170,31 @@ def test_words_of_another_shape_are_refused() -> None:
         unpack(np.zeros((1, 16, 4), np.uint8), (4, 32), 32)
     with pytest.raises(PatternError, match="do not come out even over 36"):
         words_per_tile(36, None, (2, 4))
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4)])
+@pytest.mark.parametrize("group", [None, 32, 128])
+def test_an_array_makes_of_packed_words_what_they_mean(pattern, group) -> None:
+    random = np.random.default_rng(4)
+    channels, length = 8, 256
+    w = random.integers(-8 if group else -127, 8 if group else 128, (channels, length)).astype(np.int8)
+    if pattern is not None:
+        n, m = pattern
+        kept = np.argsort(random.random((channels, length // m, m)), axis=2) < n
+        w = (w.reshape(kept.shape) * kept).reshape(w.shape).astype(np.int8)
+    k = None if group is None else random.integers(1, 16, (channels, length // group)).astype(np.uint8)
+    (words,) = pack(w, channels, k, pattern)
+    meant = w if k is None else expand(w, k)
+    assert (stream(words, length, group, pattern) == meant.T).all()
+
+
+def test_values_with_one_position_are_added_up() -> None:
+    words = np.array([[0], [3], [5], [0], [0]], np.uint8)  # both of the first two stand for k = 0
+    top = stream(words, 8, pattern=(2, 4))
+    assert top[:, 0].tolist() == [8, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_of_products_that_leave_int8_the_low_bits_count() -> None:
+    words = np.zeros((17, 1), np.uint8)
+    words[0], words[1] = 255, 0x87  # a multiplier of 31; the values 7 and -8
+    assert stream(words, 32, group=32)[:2, 0].tolist() == [217 - 256, -248 + 256]
