@@ -237,17 +237,20 @@ def registers_page() -> str:
                 "VECTOR",
                 "PARAMETER",
                 "tiles",
+                "packed",
             ),
             (
                 (
                     *(f"`{c.name}`", f"`{c.crc:#010x}`", f"{c.rows} x {c.columns}", c.lanes, c.bus_bytes),
                     *(c.activation_words, c.weight_words, c.vector_words, c.parameter_words, c.accumulator_tiles),
+                    "yes" if c.packed else "no",
                 )
                 for c in PRESETS.values()
             ),
         ),
         "Memories are given in words: `rows` bytes in ACTIVATION and WEIGHT, `rows` fp32 values in VECTOR and "
-        "PARAMETER. Tiles are those of the accumulator queue.",
+        "PARAMETER. Tiles are those of the accumulator queue. `packed` cores take weights of fewer than 8 bits and "
+        "sparse ones; the others refuse such programs.",
         "",
     ]
     return "\n".join(lines)

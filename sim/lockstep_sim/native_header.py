@@ -43,6 +43,7 @@ def instruction_header(config: CoreConfig) -> str:
         f"constexpr std::uint32_t kParameterWords = {config.parameter_words};",
         f"constexpr std::uint32_t kAccumulatorTiles = {config.accumulator_tiles};",
         f"constexpr std::uint32_t kQueueDepth = {config.queue_depth};",
+        f"constexpr bool kPacked = {str(config.packed).lower()};",
         f"constexpr std::uint32_t kInstructionBytes = {isa.INSTRUCTION_BYTES};",
         f"constexpr std::uint32_t kOperands = {isa.OPERANDS};",
         f"constexpr std::uint32_t kTableEntries = {isa.TABLE_ENTRIES};",
