@@ -105,6 +105,9 @@ def instruction_header(config: CoreConfig) -> str:
             for f in type.fields
             if f.choices is not None and len(f.choices) < 1 << f.width
         ]
+        if type is isa.MATRIX and not config.packed:
+            legal += [f"weights == Weights::{_camel(isa.Weights.INT8.name)}"]
+            legal += [f"sparsity == Sparsity::{_camel(isa.Sparsity.DENSE.name)}"]
         if type is isa.STORE:
             legal.append(f"memory == Memory::{_camel(isa.Memory.VECTOR.name)}")
         lines.append("  // No stray bits, no count of zero, no undefined value: what the hardware checks at dispatch.")
