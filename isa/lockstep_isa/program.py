@@ -43,7 +43,7 @@ from .instructions import (
     resolve,
     selector,
 )
-from .weights import WeightError, words_per_tile
+from .weights import WeightError, inputs_per_step, words_per_tile
 
 #: First bytes of a program file.
 FILE_MAGIC = b"LKSTPROG"
@@ -204,6 +204,12 @@ def activation_group(i: Instruction) -> int:
 def weight_words(i: Instruction) -> int:
     """WEIGHT words of a tile of a resolved MATRIX instruction; ``WeightError`` for a depth that its format has not."""
     return words_per_tile(i.depth, WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)])
+
+
+def matrix_steps(i: Instruction) -> int:
+    """Steps in which a resolved MATRIX instruction multiplies: those of a tile times tiles."""
+    group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
+    return i.depth // inputs_per_step(group, pattern) * i.outer * i.inner
 
 
 @dataclass(frozen=True)
