@@ -192,7 +192,7 @@ class CausalStageCompiler(StageCompiler):
         ]
         if linears:
             first = min(linears, key=lambda linear: self._ranks[linear.value])
-            self.low.prefetch(self._image_of(first, self.graph.tensors[first.weight].shape[1]), share)
+            self.low.prefetch(self._image_of(first), share)
 
     # --- The output --------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class CausalStageCompiler(StageCompiler):
         if run.logits != "none":
             if run.logits == "last":
                 q = rows_of(q, run.tiles - 1, 1)
-            image = self.image.linear(node.weight, node.scales, node.bias, None, low.panels_per_chunk(q.features))
+            image = self._image_of(node)
             binding = self.bindings[node.value]
             for chunk in image.chunks:
                 into = Panels(low.vectors.take(q.tiles * chunk.columns), chunk.columns, q.tiles)
