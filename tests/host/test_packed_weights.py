@@ -13,6 +13,7 @@ from lockstep.compiler.packing import expanded
 from lockstep.evaluate import run_reference
 from lockstep.graph import Activation, Add, Graph, Input, LayerNorm, Linear, Quantise
 from lockstep.quantisation.formats import Format
+from lockstep.run_report import expanded_lines
 from lockstep.session import HostSession
 from lockstep_driver import Device, open_device
 from lockstep_isa import operations as golden
@@ -123,20 +124,22 @@ def test_packed_weights_are_loaded_in_their_own_words(devices: dict[str, Device]
     assert plain == {(Weights.INT8, Sparsity.DENSE)}
     assert len(used) == 1
     assert used != plain
-    assert expanded(graph, preset("laptop")) == {}
+    assert expanded(graph, preset("laptop")) == ()
 
 
 def test_a_core_that_takes_no_packed_weights_gets_int8(devices: dict[str, Device]) -> None:
     graph = block(Format(4, 32), 64, 96)
     assert counted(devices["ulx3s"], graph, (5,)) == counted(devices["ulx3s"], dense(graph), (5,))
     reason = "core 'ulx3s' takes no packed weights"
-    assert expanded(graph, preset("ulx3s")) == {"first": reason, "up": reason, "down": reason}
+    found = expanded(graph, preset("ulx3s"))
+    assert found == (("first", reason), ("up", reason), ("down", reason))
+    assert expanded_lines((*found, ("last", reason))) == [f"expanded to int8: first, up, down and 1 more ({reason})"]
 
 
 def test_a_depth_without_whole_index_words_gets_int8(devices: dict[str, Device]) -> None:
     """36 inputs are nine fours, but index words hold positions of two of them."""
     graph = block(Format(8, None, (2, 4)), 36, 40)
-    assert list(expanded(graph, preset("laptop"))) == ["first", "up"]
+    assert [name for name, _ in expanded(graph, preset("laptop"))] == ["first", "up"]
     assert counted(devices["laptop"], graph, (5,))[1] == {
         (Weights.INT8, Sparsity.DENSE),
         (Weights.INT8, Sparsity.TWO_OF_FOUR),

@@ -60,9 +60,11 @@ def packed_panels(stored: QuantisedWeight, first: int, end: int, rows: int) -> n
     return pack(stored.values[first:end], rows, k, stored.pattern)
 
 
-def expanded(graph: Graph, config: CoreConfig) -> dict[str, str]:
-    """The weights of ``graph`` that came in fewer bits but are dense int8 on a core, and why."""
+def expanded(graph: Graph, config: CoreConfig | None) -> tuple[tuple[str, str], ...]:
+    """The weights of ``graph`` that came in fewer bits but are dense int8 on a core, and why; none on the host."""
+    if config is None:
+        return ()
     reasons = {
         name: reason_to_expand(config, stored.format, stored.values.shape[1]) for name, stored in graph.stored.items()
     }
-    return {name.replace(".int8", ""): reason for name, reason in reasons.items() if reason is not None}
+    return tuple((name.replace(".int8", ""), reason) for name, reason in reasons.items() if reason is not None)
