@@ -50,7 +50,7 @@ def test_the_limit_of_decode_is_bytes_over_what_refresh_leaves_of_the_bus() -> N
     weights = 2 * (2 * 1024 + 2 * 512 + 3 * 1536) + 61 * 32
     # A token: 2 layers, keys and values, 2 heads, 8 bytes and a scale of 4.
     cache = 10 * 2 * 2 * 2 * (8 + 4)
-    assert limits.decode_bytes(graph, 9) == limits.DecodeBytes(weights, cache)
+    assert limits.decode_bytes(LAPTOP, graph, 9) == limits.DecodeBytes(weights, cache)
     timing = MemoryTiming(40, 100, 25)
     assert limits.decode_limit(LAPTOP, timing, graph, 9).cycles == pytest.approx((weights + cache) / (16 * 0.75))
     still = limits.decode_limit(LAPTOP, MemoryTiming(40, 0, 0), graph, 9)
@@ -255,4 +255,4 @@ def test_shapes_have_the_layers_that_were_asked_for(head: bool) -> None:
     assert len(graph.of(Attention)) == 3
     features, hidden = 256, 640
     expected = 3 * (4 * features**2 + 3 * features * hidden) + head * 272 * features
-    assert limits.decode_bytes(graph, 0).weights == expected
+    assert limits.decode_bytes(LAPTOP, graph, 0).weights == expected

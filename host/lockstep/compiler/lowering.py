@@ -408,8 +408,7 @@ class Lowering:
             a_outer=q.features,
             w=weights,
             w_inner=linear.packing.words,
-            weights=linear.packing.weights,
-            sparsity=linear.packing.sparsity,
+            **linear.packing.fields,
         )
         return scales, scales + chunk.panels
 

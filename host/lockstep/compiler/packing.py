@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import PATTERNS, WEIGHT_GROUPS, Sparsity, Weights
-from lockstep_isa.weights import WeightError, pack, words_per_tile
+from lockstep_isa.weights import PER_INDEX_WORD, WeightError, inputs_per_step, pack, words_per_tile
 
 from lockstep.graph import Graph
 from lockstep.quantisation.formats import Format, QuantisedWeight
@@ -28,6 +28,22 @@ class Packing:
     words: int
     weights: Weights = Weights.INT8
     sparsity: Sparsity = Sparsity.DENSE
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """The fields of MATRIX that say how its weights are packed."""
+        return {"weights": self.weights, "sparsity": self.sparsity}
+
+    @property
+    def rate(self) -> int:
+        """Inputs that the array takes in one step."""
+        return inputs_per_step(WEIGHT_GROUPS[self.weights], PATTERNS[self.sparsity])
+
+    @property
+    def unit(self) -> int:
+        """Inputs whose words are whole: where K can be cut."""
+        n, m = PATTERNS[self.sparsity] or (PER_INDEX_WORD, 1)
+        return WEIGHT_GROUPS[self.weights] or m * PER_INDEX_WORD // n
 
 
 def activation_unit(config: CoreConfig) -> int:
