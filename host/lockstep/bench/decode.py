@@ -19,8 +19,8 @@ from lockstep.session import CacheRows, HostSession
 
 from .limits import decode_bytes, decode_limit
 from .measure import Bench, BenchError, Measurement, Ran
-from .random_models import INT8, Gpt2Shape, LlamaShape, gpt2_graph, llama_graph, random_weights
-from .random_weights import format_of, names_of
+from .random_models import Gpt2Shape, LlamaShape, gpt2_graph, llama_graph, random_weights
+from .random_weights import INT8, format_of, names_of
 from .sizes import DecodeSizes
 
 #: Name -> features, features of the feed-forward layer, heads, heads of keys and values, vocabulary. GPT-2's have

@@ -26,10 +26,7 @@ from lockstep.graph import (
 )
 from lockstep.quantisation.formats import Format, QuantisedWeight
 
-from .random_weights import in_format
-
-#: Dense int8, the format of products unless another one is asked for.
-INT8 = Format()
+from .random_weights import INT8, in_format
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from lockstep_isa.weights import MAX_MULTIPLIER, Pattern
+from lockstep_isa.weights import MAX_MULTIPLIER, PER_INDEX_WORD, Pattern
 
 from lockstep.quantisation.formats import Format, QuantisedWeight
 from lockstep.quantise import quantise_weight
 
 from .measure import BenchError
 
+#: Dense int8, the format of products unless another one is asked for.
+INT8 = Format()
 #: What ``--weights`` and ``--sparsity`` may be, and what they mean.
 WEIGHTS: dict[str, tuple[int, int | None]] = {
     "int8": (8, None),
@@ -29,9 +31,16 @@ def format_of(weights: str, sparsity: str) -> Format:
     return Format(*WEIGHTS[weights], SPARSITY[sparsity])
 
 
+def depth_unit(format: Format) -> int:
+    """What K must be a multiple of for whole groups and index words of ``format``."""
+    if format.group is not None or format.pattern is None:
+        return format.group or 1
+    return format.pattern[1] * PER_INDEX_WORD // format.pattern[0]
+
+
 def names_of(format: Format) -> dict[str, str]:
     """What a measurement says of a format, as the options have it; nothing of dense int8."""
-    if format == Format():
+    if format == INT8:
         return {}
     weights = next(name for name, meaning in WEIGHTS.items() if meaning == (format.bits, format.group))
     return {"weights": weights, "sparsity": next(name for name, found in SPARSITY.items() if found == format.pattern)}

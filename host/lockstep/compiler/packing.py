@@ -42,8 +42,10 @@ class Packing:
     @property
     def unit(self) -> int:
         """Inputs whose words are whole: where K can be cut."""
-        n, m = PATTERNS[self.sparsity] or (PER_INDEX_WORD, 1)
-        return WEIGHT_GROUPS[self.weights] or m * PER_INDEX_WORD // n
+        group, pattern = WEIGHT_GROUPS[self.weights], PATTERNS[self.sparsity]
+        if group is not None or pattern is None:
+            return group or 1
+        return pattern[1] * PER_INDEX_WORD // pattern[0]
 
 
 def activation_unit(config: CoreConfig) -> int:
