@@ -9,6 +9,7 @@ import pytest
 from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.bench.random_weights import random_integers
 from lockstep.compiler.execute import DeviceExecutor
+from lockstep.compiler.lowering import Lowering
 from lockstep.compiler.packing import expanded
 from lockstep.evaluate import run_reference
 from lockstep.graph import Activation, Add, Graph, Input, LayerNorm, Linear, Quantise
@@ -125,6 +126,15 @@ def test_packed_weights_are_loaded_in_their_own_words(devices: dict[str, Device]
     assert len(used) == 1
     assert used != plain
     assert expanded(graph, preset("laptop")) == ()
+
+
+def test_left_operands_of_packed_products_are_aligned(devices: dict[str, Device]) -> None:
+    """Probabilities of an odd number of keys must not shift what comes behind them."""
+    executor = DeviceExecutor(devices["laptop"])
+    low = Lowering(preset("laptop"), executor.image(block(Format(4, 32), 64, 96)))
+    low.activations.take(3 * 21)
+    assert low.activations.take(64) == 64
+    executor.close()
 
 
 def test_a_core_that_takes_no_packed_weights_gets_int8(devices: dict[str, Device]) -> None:

@@ -36,7 +36,7 @@ from lockstep_isa.tables import FUNCTIONS
 from .allocation import Pieces, Ring
 from .image import Chunk, Image, LinearImage
 from .onchip import Ahead, Fetched, Panels, QuantisedPanels
-from .packing import activation_unit
+from .packing import Packing, activation_unit
 from .passes import ACTIVATION_SLOT, RECIPROCAL, SLOTS, rounding, scaling
 
 _KINDS = {
@@ -332,8 +332,12 @@ class Lowering:
     # --- Products ----------------------------------------------------------------------------------------------
 
     def panels_per_chunk(self, weight: str) -> int:
-        """Panels of a linear layer that one chunk may hold: at least three chunks fit the weight ring."""
-        return max(1, min(8, self.weights.start // (3 * self.image.packing(weight).words)))
+        """Panels of a linear layer that one chunk may hold: at least three chunks fit the weight ring; packed ones are
+        done sooner, and four fit.
+        """
+        form = self.image.packing(weight)
+        chunks = 3 if form == Packing(form.words) else 4
+        return max(1, min(8, self.weights.start // (chunks * form.words)))
 
     def fetch(self, linear: LinearImage, chunk: Chunk) -> Fetched:
         """Load a chunk of a linear layer. It stays until the rings have come around once."""
