@@ -17,10 +17,13 @@ from lockstep.compiler.packing import Packing
 
 #: Deepest sums that may be cut: partial sums of int8 products up to 2^24 are exact in fp32, and so is their sum.
 EXACT_DEPTH = 1024
-#: Tiles on a side of the first block, where the product has as many.
-OPENING = 3
-#: Words of depth in the pieces of the first block: less, and the vector unit adds pieces slower than they come.
-PIECE = 32
+#: The array's time for the first block over the bus's for its panels: 3 x 3 tiles of dense operands have that.
+OPENING = 1.5
+#: Most tiles on a side of the first block.
+MOST_OPENING = 6
+#: Steps in the pieces of the first block, of dense and of packed weights: fewer, and the vector unit adds pieces slower
+#: than they come.
+PIECE, PACKED_PIECE = 32, 24
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def boxes(config: CoreConfig, m: int, n: int, k: int, form: Packing | None = Non
     steps = k // form.rate
     stored = config.columns * (config.beats_per_vector_word + 2)
     # Where results leave more slowly than they are made, the first one should come soon.
-    side = OPENING if steps > stored else 1
+    side = min(MOST_OPENING, int(OPENING * (k + form.words) / steps)) if steps > stored else 1
     high, wide = min(side, m), min(side, n)
     yield from _opening(config, high, wide, k, form)
     growth: list[Box] = []
@@ -72,7 +75,7 @@ def boxes(config: CoreConfig, m: int, n: int, k: int, form: Packing | None = Non
 
 def _opening(config: CoreConfig, high: int, wide: int, k: int, form: Packing) -> Iterator[Box]:
     """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
-    least = max(PIECE, config.rows) * form.rate
+    least = max(PIECE if form.rate == 1 else PACKED_PIECE, config.rows) * form.rate
     ends = _cuts(k, k // least, form.unit) if k <= EXACT_DEPTH and k >= 2 * least else [k]
     begin = 0
     for end in ends[:-1]:
