@@ -245,30 +245,28 @@ class _Generator:
 
     def matrix(self) -> None:
         """A product, and the pass that takes its tiles."""
-        depth, outer, inner = self.number(1, 40), self.number(1, 3), self.number(1, 3)
-        weights, sparsity = Weights.INT8, Sparsity.DENSE
+        depth, weights, sparsity = self.number(1, 40), Weights.INT8, Sparsity.DENSE
         if self.config.packed and self.number(0, 1):
             weights, sparsity = _FORMATS[self.number(0, len(_FORMATS) - 1)]
             unit = WEIGHT_GROUPS[weights] or 8 * sparsity
             depth = unit * self.number(1, _PACKED_DEPTH // unit)
         format = Instruction(MATRIX, depth=depth, weights=weights, sparsity=sparsity, unsigned=self.number(0, 1))
-        words, together = weight_words(format), activation_group(format)
+        words, aligned = weight_words(format), activation_group(format)
         # Row tiles in the outer loop and columns in the inner one, or the other way round.
         down, along = ("outer", "inner") if self.number(0, 3) else ("inner", "outer")
-        counts = {"outer": outer, "inner": inner}
+        counts = {"outer": self.number(1, 3), "inner": self.number(1, 3)}
         counts[down] = min(counts[down], _USED[Memory.ACTIVATION] // depth)
-        outer, inner = counts.values()
+        outer, inner = counts["outer"], counts["inner"]
         fields = {name: value for name, value in format.values.items() if name != "opcode"} | {
             **counts,
-            "a": self.number(0, (_USED[Memory.ACTIVATION] - counts[down] * depth) // together) * together,
+            "a": self.number(0, (_USED[Memory.ACTIVATION] - counts[down] * depth) // aligned) * aligned,
             f"a_{down}": depth,
             "w": self.number(0, _USED[Memory.WEIGHT] - counts[along] * words),
             f"w_{along}": words,
         }
         size = self.config.columns
-        columns = self.number((inner - 1) * size + 1, inner * size)
         # Without any column left there must be no tile either.
-        columns = inner * size if inner == _INNER else columns
+        columns = inner * size if inner == _INNER else self.number((inner - 1) * size + 1, inner * size)
         if not is_packed(format):
             self.vary(fields, "depth", self.count, _COUNT, 1)
         self.vary(fields, "inner", self.inner, _INNER)
