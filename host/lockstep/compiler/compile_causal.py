@@ -20,6 +20,9 @@ from .stages import Stage
 
 #: Share of the WEIGHT memory for streamed weights; the rest holds tiles of the key-value cache.
 _WEIGHT_RING = 0.5
+#: Share of the ring for weights that are loaded ahead of an attention; more with a cache of at most so many keys, where
+#: the bus rests during softmaxes.
+_AHEAD, _AHEAD_SHORT, _SHORT = 0.5, 0.625, 256
 
 
 class CausalStageCompiler(StageCompiler):
@@ -173,7 +176,7 @@ class CausalStageCompiler(StageCompiler):
         if {node.k, node.v} <= self.appended:
             self.low.catch_up()
             self.attentions[node.value].preload()
-        self._prefetch(node.value, 0.5)
+        self._prefetch(node.value, _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT)
 
     def _stream_on(self, value: Value) -> None:
         """All keys and values are loaded: their words serve weights until the next attention."""
