@@ -29,6 +29,7 @@ from lockstep_isa.instructions import (
     Tap,
     ThirdMultiply,
     Unit,
+    Weights,
     encode,
 )
 from lockstep_isa.program import Program
@@ -365,14 +366,20 @@ def names_the_store_that_is_wrong(device: Device) -> None:
 
 @check
 def stops_at_malformed_instructions(device: Device) -> None:
-    """Unknown opcodes, counts of zero, undefined values and stray bits are refused at dispatch."""
+    """Unknown opcodes, counts of zero, undefined values and stray bits are refused at dispatch; so are packed weights
+    by a core that takes none.
+    """
     good = encode(Instruction(MATRIX, depth=4, outer=1, inner=1))
     unknown = bytes([0x0F]) + bytes(63)
     stray = good[:-1] + b"\x80"
     offset, field = MATRIX.layout["depth"]
     without_depth = int.from_bytes(good, "little") & ~(((1 << field.width) - 1) << offset)
     undefined = int.from_bytes(encode(Instruction(VECTOR)), "little") | 0xF << VECTOR.layout["function"][0]
+    undefined_sparsity = int.from_bytes(good, "little") | 3 << MATRIX.layout["sparsity"][0]
+    packed = [Instruction(MATRIX, depth=32, weights=Weights.INT4_32), Instruction(MATRIX, depth=32, sparsity=1)]
     for code, expected in (
+        *((encode(instruction), ErrorCode.BAD_FIELD) for instruction in packed if not device.config.packed),
+        (undefined_sparsity.to_bytes(64, "little"), ErrorCode.BAD_FIELD),
         (unknown, ErrorCode.BAD_OPCODE),
         (undefined.to_bytes(64, "little"), ErrorCode.BAD_FIELD),
         (encode(Instruction(STORE, memory=Memory.WEIGHT)), ErrorCode.BAD_FIELD),

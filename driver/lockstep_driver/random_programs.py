@@ -17,6 +17,7 @@ from lockstep_isa.instructions import (
     STORE,
     TABLE_ENTRIES,
     VECTOR,
+    WEIGHT_GROUPS,
     Destination,
     FirstAdd,
     FirstMultiply,
@@ -28,11 +29,13 @@ from lockstep_isa.instructions import (
     SecondAdd,
     SecondMultiply,
     Source,
+    Sparsity,
     Tap,
     ThirdMultiply,
+    Weights,
     selector,
 )
-from lockstep_isa.program import Program, Region, reads, writes
+from lockstep_isa.program import Program, Region, activation_group, is_packed, reads, weight_words, writes
 from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
@@ -46,6 +49,9 @@ _INTEGERS = (120, 128)
 _BYTES = (512, 640)
 #: Device memory that random STOREs write.
 _STORED_BYTES = 1 << 15
+#: Formats of packed weights, and their greatest depth.
+_FORMATS = [(w, s) for w in Weights for s in Sparsity if w or s]
+_PACKED_DEPTH = 128
 #: Greatest values of the operands; the least is 0, but for POSITION.
 _COUNT, _INNER, _LOCAL, _LEAST_POSITION, _POSITION = 6, 2, 8, -60, 120
 _TABLES = {
@@ -239,26 +245,33 @@ class _Generator:
 
     def matrix(self) -> None:
         """A product, and the pass that takes its tiles."""
-        depth, outer, inner = self.number(1, 40), self.number(1, 3), self.number(1, 3)
-        a_words, w_words = outer * depth, inner * depth
-        fields = {
-            "depth": depth,
-            "outer": outer,
-            "inner": inner,
-            "a": self.number(0, _USED[Memory.ACTIVATION] - a_words),
-            "a_outer": depth,
-            "w": self.number(0, _USED[Memory.WEIGHT] - w_words),
-            "w_inner": depth,
-            "unsigned": self.number(0, 1),
+        depth, weights, sparsity = self.number(1, 40), Weights.INT8, Sparsity.DENSE
+        if self.config.packed and self.number(0, 1):
+            weights, sparsity = _FORMATS[self.number(0, len(_FORMATS) - 1)]
+            unit = WEIGHT_GROUPS[weights] or 8 * sparsity
+            depth = unit * self.number(1, _PACKED_DEPTH // unit)
+        format = Instruction(MATRIX, depth=depth, weights=weights, sparsity=sparsity, unsigned=self.number(0, 1))
+        words, aligned = weight_words(format), activation_group(format)
+        # Row tiles in the outer loop and columns in the inner one, or the other way round.
+        down, along = ("outer", "inner") if self.number(0, 3) else ("inner", "outer")
+        counts = {"outer": self.number(1, 3), "inner": self.number(1, 3)}
+        counts[down] = min(counts[down], _USED[Memory.ACTIVATION] // depth)
+        outer, inner = counts["outer"], counts["inner"]
+        fields = {name: value for name, value in format.values.items() if name != "opcode"} | {
+            **counts,
+            "a": self.number(0, (_USED[Memory.ACTIVATION] - counts[down] * depth) // aligned) * aligned,
+            f"a_{down}": depth,
+            "w": self.number(0, _USED[Memory.WEIGHT] - counts[along] * words),
+            f"w_{along}": words,
         }
         size = self.config.columns
-        columns = self.number((inner - 1) * size + 1, inner * size)
         # Without any column left there must be no tile either.
-        columns = inner * size if inner == _INNER else columns
-        self.vary(fields, "depth", self.count, _COUNT, 1)
+        columns = inner * size if inner == _INNER else self.number((inner - 1) * size + 1, inner * size)
+        if not is_packed(format):
+            self.vary(fields, "depth", self.count, _COUNT, 1)
         self.vary(fields, "inner", self.inner, _INNER)
         self.builder.emit(MATRIX, **fields)
-        self.vector(Source.ACCUMULATOR, outer, columns, "inner_operand" in fields)
+        self.vector(Source.ACCUMULATOR, outer, columns, fields["inner_operand"] != 0)
 
     def vector(
         self, source: Source | None = None, tiles: int = 0, columns: int = 0, variable_tiles: bool = False

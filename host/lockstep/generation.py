@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lockstep.compiler.packing import expanded
 from lockstep.errors import InputError, ModelError, SequenceLengthError, TokenizerError
 from lockstep.executors import OpenExecutor
 from lockstep.graph import Add, LayerNorm, RMSNorm
@@ -200,6 +201,7 @@ class Stream:
             self._prefill,
             self._decode,
             model.report().fallbacks,
+            expanded(model.graph, executor.config),
         )
         seed = sampling.seed if sampling.draws else None
         return Generation("".join(self._text), tuple(self._tokens), self._finish, report, seed)

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lockstep.quantisation.formats import QuantisedWeight
+
 Value = int
 
 #: Keys that attention takes at a time. It is part of a result's bits, so it is a field of the graph and of every
@@ -367,6 +369,8 @@ class Graph:
     max_tokens : longest sequence for which the graph was shown to hold (positions exist, masks hide nothing).
     min_tokens : shortest sequence for which it was.
     source : where the model came from, for reports.
+    stored : weights ``int8[N, K]`` that came in fewer bits, in the form in which they came, by their names in
+        ``tensors``; a core may stream that form.
     """
 
     nodes: tuple[Node, ...]
@@ -375,6 +379,7 @@ class Graph:
     max_tokens: int
     min_tokens: int = 1
     source: str = "module"
+    stored: Mapping[str, QuantisedWeight] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         known: set[Value] = set()

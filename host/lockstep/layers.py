@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep_isa.instructions import LOAD, MATRIX, STORE
-from lockstep_isa.program import transfer_bytes
+from lockstep_isa.program import matrix_steps, transfer_bytes
 from lockstep_sim.perfetto import sections
 from lockstep_sim.timeline import Timeline
 
@@ -21,7 +21,8 @@ class Layer:
     Attributes
     ----------
     name : path of the module. cycles : from the end of the part before it to its own end.
-    macs : multiplications that the array did, padded rows and columns included.
+    macs : multiplications that the array did, padded rows and columns included; of packed weights, its elements in all
+    steps.
     bytes_moved : that its instructions load and store; a part may load for the next one.
     matrix_cycles : in which the array worked on it.
     """
@@ -56,7 +57,7 @@ def layers(timelines: Sequence[Timeline]) -> list[Layer]:
                 continue
             counts = spans[name]
             if i.type is MATRIX:
-                counts[1] += i.depth * i.outer * i.inner * run.config.macs_per_cycle
+                counts[1] += matrix_steps(i) * run.config.macs_per_cycle
                 counts[3] += each.end - each.start - sum(end - start for start, end in each.stalls)
             elif i.type in (LOAD, STORE):
                 counts[2] += i.rows * i.words * transfer_bytes(run.config, i)

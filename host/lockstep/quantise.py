@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from lockstep.errors import PrescaleError
 from lockstep.evaluate import run_float
 from lockstep.graph import Add, Dense, Expert, Experts, Graph, Linear, Node, Quantise, Value, live, tensor_names
-from lockstep.quantisation.formats import QuantisedWeight
+from lockstep.quantisation.formats import Format, QuantisedWeight
 
 #: Migration strengths that ``fit_prescales`` tries at every quantise point, besides no pre-scale at all.
 ALPHAS = tuple(step / 10 for step in range(1, 10))
@@ -93,15 +93,15 @@ def quantise(
     chosen = dict(prescales or {})
     points = quantise_points(graph)
     _check(chosen, points, graph)
-    stored = dict(weights or {})
     tensors = {name: flush(array) if array.dtype == np.float32 else array for name, array in graph.tensors.items()}
+    int8 = _Int8Weights(tensors, weights or {})
     point_of = {node.value: name for name, groups in points.items() for group in groups for node in group}
     nodes: list[Node] = []
     quantised: dict[Value, Value] = {}
     fresh = max(node.value for node in graph) + 1
     for node in graph:
         if isinstance(node, Experts):
-            node = dataclasses.replace(node, experts=tuple(_expert(expert, tensors, stored) for expert in node.experts))
+            node = dataclasses.replace(node, experts=tuple(_expert(expert, int8) for expert in node.experts))
         if not isinstance(node, Dense):
             nodes.append(node)
             continue
@@ -114,7 +114,7 @@ def quantise(
             quantised[node.x] = fresh
             nodes.append(Quantise(fresh, node.x, name))
             fresh += 1
-        nodes.append(_linear(node, quantised[node.x], prescale, point, tensors, stored))
+        nodes.append(_linear(node, quantised[node.x], prescale, point, int8))
     kept = live(nodes, graph.output)
     used = {name for node in kept for name in tensor_names(node)}
     return Graph(
@@ -124,6 +124,7 @@ def quantise(
         graph.max_tokens,
         graph.min_tokens,
         graph.source,
+        {name: weight for name, weight in int8.stored.items() if name in used},
     )
 
 
@@ -143,24 +144,42 @@ def without_prescales(graph: Graph, prescales: Prescales, weights: Mapping[str, 
     return dataclasses.replace(graph, tensors=tensors)
 
 
-def _linear(
-    node: Dense,
-    source: Value,
-    prescale: Any,
-    point: str,
-    tensors: dict[str, np.ndarray],
-    stored: Mapping[str, QuantisedWeight],
-) -> Linear:
-    weight = tensors[node.weight]
+@dataclasses.dataclass
+class _Int8Weights:
+    """The int8 forms of weights, made as they are asked for.
+
+    Attributes
+    ----------
+    tensors : of the graph; int8 forms and their scales come in.
+    given : weights that are quantised already, by their names in the float graph.
+    stored : those of the int8 forms that came in fewer bits.
+    """
+
+    tensors: dict[str, np.ndarray]
+    given: Mapping[str, QuantisedWeight]
+    stored: dict[str, QuantisedWeight] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, weight: str, rows: tuple[int, int], prescale: np.ndarray | None = None) -> None:
+        """Make the int8 form ``name``, and its scales ``name.scales``, of some rows of a weight, unless it is there."""
+        if name in self.tensors:
+            return
+        if weight in self.given:
+            part = self.given[weight].part(*rows)
+            pair = part.w8, part.scale
+            if part.format != Format():
+                self.stored[name] = part
+        else:
+            values = self.tensors[weight][slice(*rows)]
+            pair = quantise_weight(values if prescale is None else values / np.asarray(prescale, np.float32))
+        self.tensors[name], self.tensors[f"{name}.scales"] = pair
+
+
+def _linear(node: Dense, source: Value, prescale: Any, point: str, int8: _Int8Weights) -> Linear:
+    tensors = int8.tensors
     start, stop = node.rows
-    part = "" if (start, stop) == (0, len(weight)) else f"[{start}:{stop}]"
+    part = "" if (start, stop) == (0, len(tensors[node.weight])) else f"[{start}:{stop}]"
     name = f"{node.weight}{part}.int8" + ("" if prescale is None or point == node.weight else f" at {point}")
-    if name not in tensors and node.weight in stored:
-        given = stored[node.weight]
-        tensors[name], tensors[f"{name}.scales"] = given.w8[start:stop], given.scale[start:stop]
-    elif name not in tensors:
-        rows = weight[start:stop] if prescale is None else weight[start:stop] / np.asarray(prescale, np.float32)
-        tensors[name], tensors[f"{name}.scales"] = quantise_weight(rows)
+    int8.add(name, node.weight, (start, stop), prescale)
     bias = node.bias
     if bias is not None and part:
         bias = f"{node.bias}{part}"
@@ -168,20 +187,13 @@ def _linear(
     return Linear(node.value, source, name, f"{name}.scales", bias)
 
 
-def _expert(expert: Expert, tensors: dict[str, np.ndarray], stored: Mapping[str, QuantisedWeight]) -> Expert:
-    names = [_int8(weight, tensors, stored) for weight in (expert.gate, expert.up, expert.down)]
+def _expert(expert: Expert, int8: _Int8Weights) -> Expert:
+    names = []
+    for weight in (expert.gate, expert.up, expert.down):
+        names.append(f"{weight}.int8")
+        int8.add(names[-1], weight, (0, len(int8.tensors[weight])))
     gate, up, down = names
     return Expert(gate, up, down, tuple(f"{name}.scales" for name in names))
-
-
-def _int8(weight: str, tensors: dict[str, np.ndarray], stored: Mapping[str, QuantisedWeight]) -> str:
-    """The name of the int8 form of a whole weight; its scales are called the same with ``.scales``."""
-    name = f"{weight}.int8"
-    if name not in tensors:
-        given = stored.get(weight)
-        pair = quantise_weight(tensors[weight]) if given is None else (given.w8, given.scale)
-        tensors[name], tensors[f"{name}.scales"] = pair
-    return name
 
 
 def _check(prescales: Mapping[str, np.ndarray], points: Mapping[str, Any], graph: Graph) -> None:

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+#: Weights that a line names before it counts the rest.
+_NAMED = 3
+
+
+def expanded_lines(expanded: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each reason why weights of fewer bits are dense int8 on a core."""
+    names: dict[str, list[str]] = {}
+    for name, reason in expanded:
+        names.setdefault(reason, []).append(name)
+    return [
+        f"expanded to int8: {', '.join(found[:_NAMED])}"
+        + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+        + f" ({reason})"
+        for reason, found in names.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class Report:
     prefill : the prompt's tokens that had to be computed, and with them the first new token.
     decode : one pass per new token behind the first.
     fallbacks : parts of the model that PyTorch runs on the CPU, with the reasons.
+    expanded : weights of fewer bits that the core takes as dense int8, with the reasons.
     """
 
     device: str
@@ -57,6 +75,7 @@ class Report:
     prefill: Phase
     decode: Phase
     fallbacks: tuple[tuple[str, str], ...] = ()
+    expanded: tuple[tuple[str, str], ...] = ()
 
     @property
     def total(self) -> Phase:
@@ -109,6 +128,7 @@ class Report:
             "prefill": asdict(self.prefill),
             "decode": asdict(self.decode),
             "fallbacks": [{"operations": name, "reason": reason} for name, reason in self.fallbacks],
+            "expanded": [{"weight": name, "reason": reason} for name, reason in self.expanded],
         }
 
     def __str__(self) -> str:
@@ -122,4 +142,5 @@ class Report:
                 f"{self.bytes_moved:,} bytes moved"
             )
         lines.extend(f"on the CPU in PyTorch: {name} ({reason})" for name, reason in self.fallbacks)
+        lines.extend(expanded_lines(self.expanded))
         return "\n".join(lines)

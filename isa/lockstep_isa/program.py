@@ -43,7 +43,7 @@ from .instructions import (
     resolve,
     selector,
 )
-from .weights import WeightError, words_per_tile
+from .weights import WeightError, inputs_per_step, words_per_tile
 
 #: First bytes of a program file.
 FILE_MAGIC = b"LKSTPROG"
@@ -189,9 +189,27 @@ def tiles_popped(config: CoreConfig, instruction: Instruction) -> int:
     return instruction.tiles * -(-instruction.columns // config.columns)
 
 
+def is_packed(i: Instruction) -> bool:
+    """Whether a MATRIX instruction reads weights in another format than dense int8."""
+    return i.weights != Weights.INT8 or i.sparsity != Sparsity.DENSE
+
+
+def activation_group(i: Instruction) -> int:
+    """ACTIVATION words that a MATRIX instruction takes at once, and to which its tiles are aligned: 1, 2 or 4."""
+    if i.sparsity != Sparsity.DENSE:
+        return 4
+    return 1 if i.weights == Weights.INT8 else 2
+
+
 def weight_words(i: Instruction) -> int:
     """WEIGHT words of a tile of a resolved MATRIX instruction; ``WeightError`` for a depth that its format has not."""
     return words_per_tile(i.depth, WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)])
+
+
+def matrix_steps(i: Instruction) -> int:
+    """Steps in which a resolved MATRIX instruction multiplies: those of a tile times tiles."""
+    group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
+    return i.depth // inputs_per_step(group, pattern) * i.outer * i.inner
 
 
 @dataclass(frozen=True)
@@ -328,7 +346,7 @@ def validate(config: CoreConfig, program: Program) -> None:
 
 
 def _check_selectors(program: Program, n: int, i: Instruction) -> None:
-    """Operands are declared, and between their limits no field goes from its last value to its first."""
+    """Operands are declared, no field wraps between their limits, and no depth of packed weights varies."""
     for field in i.type.variable:
         number = i.values[selector(field.name)]
         if not number:
@@ -345,17 +363,14 @@ def _check_selectors(program: Program, n: int, i: Instruction) -> None:
                 f"instruction {n} ({i.type.name}): {field.name} has {field.width} bits and wraps between the limits "
                 f"{least}..{greatest} of operand '{name}'; narrow them"
             )
+    if i.type is MATRIX and i.depth_operand and is_packed(i):
+        raise ProgramError(f"instruction {n} (MATRIX): depth has an operand, but packed weights have one depth")
 
 
 def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:
     """Bounds, alignment and combinations of one resolved instruction."""
-    if i.type is MATRIX:
-        try:
-            weight_words(i)
-        except WeightError as error:
-            raise ProgramError(
-                f"instruction {n} (MATRIX): a depth of {i.depth} does not suit its weights: {error}"
-            ) from None
+    if i.type is MATRIX and is_packed(i):
+        _check_packed(config, n, i)
     for region in reads(config, i) + writes(config, i):
         depth = depth_of(config, region.memory)
         if region.end > depth:
@@ -378,6 +393,28 @@ def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:
         raise ProgramError(f"instruction {n}: the EXPONENT maximum needs the SCORE function")
     if i.type is VECTOR and i.mask != Mask.NONE and i.function != Function.SCORE:
         raise ProgramError(f"instruction {n}: a mask needs the SCORE function")
+
+
+def _check_packed(config: CoreConfig, n: int, i: Instruction) -> None:
+    """A MATRIX instruction with packed weights suits the core, its depth the format, and its tiles the word groups."""
+    if not config.packed:
+        raise ProgramError(
+            f"instruction {n} (MATRIX): the weights are {Weights(i.weights).name}, {Sparsity(i.sparsity).name}; core "
+            f"'{config.name}' takes INT8, DENSE only: expand them"
+        )
+    try:
+        weight_words(i)
+    except WeightError as error:
+        raise ProgramError(
+            f"instruction {n} (MATRIX): a depth of {i.depth} does not suit its weights: {error}"
+        ) from None
+    together = activation_group(i)
+    for name in ("a", "a_outer", "a_inner"):
+        if i.values[name] % together:
+            raise ProgramError(
+                f"instruction {n} (MATRIX): {name} = {i.values[name]} is not a multiple of the {together} ACTIVATION "
+                f"words that {Weights(i.weights).name}, {Sparsity(i.sparsity).name} takes at once"
+            )
 
 
 def _check_progress(

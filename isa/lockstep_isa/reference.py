@@ -79,6 +79,17 @@ _MEANINGS: dict[str, dict[str, str]] = {
     },
     "ThirdMultiply": {"NONE": "untouched", "COLUMN2": "* COLUMN2", "Y": "* y"},
     "Tap": {"BEFORE": "x5", "AFTER": "x6"},
+    "Weights": {
+        "INT8": "a word holds one value of each channel",
+        "INT4_32": "a word holds two values, and multipliers stand in front of each 32 along K",
+        "INT4_64": "the same, in front of each 64",
+        "INT4_128": "the same, in front of each 128",
+    },
+    "Sparsity": {
+        "DENSE": "all of them",
+        "TWO_OF_FOUR": "2 of 4 along K, positions in front of each 4 kept values",
+        "ONE_OF_FOUR": "1 of 4 along K, positions in front of each 4 kept values",
+    },
     "Mask": {
         "NONE": "all scores are seen",
         "CAUSAL": "row r of row tile t sees columns up to `first_row + t rows + r`, with a window the last `window` of "

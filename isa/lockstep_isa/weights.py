@@ -134,6 +134,12 @@ def words_per_tile(length: int, group: int | None = None, pattern: Pattern | Non
     return values + side if group is None else values // 2 + side + length // group
 
 
+def inputs_per_step(group: int | None = None, pattern: Pattern | None = None) -> int:
+    """Inputs of a channel that an array takes in one step: two values at most, of four inputs at most."""
+    n, m = (1, 1) if pattern is None else pattern
+    return min(4, m // n * (1 if group is None else 2))
+
+
 def pack(w: I8, columns: int, k: U8 | None = None, pattern: Pattern | None = None) -> U8:
     """Words uint8[tiles, words, C] of w: int8[N, K], which is w4 where there are multipliers k: uint8[N, K / G].
 

@@ -7,6 +7,7 @@ import enum
 from lockstep_isa import instructions as isa
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
+from lockstep_isa.weights import inputs_per_step
 
 
 def _camel(name: str) -> str:
@@ -16,6 +17,19 @@ def _camel(name: str) -> str:
 def _enumeration(choices: type[enum.IntEnum]) -> str:
     members = ", ".join(f"{_camel(c.name)} = {c.value}" for c in choices)
     return f"enum class {choices.__name__} : std::uint32_t {{ {members} }};"
+
+
+def _weight_formats() -> list[str]:
+    """The formats of MATRIX weights: group, values kept of each four, inputs of a step."""
+    groups = list(isa.WEIGHT_GROUPS.values())
+    patterns = list(isa.PATTERNS.values())
+    kept = [4 if pattern is None else 4 * pattern[0] // pattern[1] for pattern in patterns]
+    steps = [f"{{{', '.join(str(inputs_per_step(g, p)) for p in patterns)}}}" for g in groups]
+    return [
+        f"constexpr std::uint32_t kWeightGroup[] = {{{', '.join(str(g or 0) for g in groups)}}};",
+        f"constexpr std::uint32_t kKeptOfFour[] = {{{', '.join(map(str, kept))}}};",
+        f"constexpr std::uint32_t kInputsPerStep[][{len(patterns)}] = {{{', '.join(steps)}}};",
+    ]
 
 
 def instruction_header(config: CoreConfig) -> str:
@@ -50,6 +64,7 @@ def instruction_header(config: CoreConfig) -> str:
         f"constexpr std::uint32_t kTableSlots = {isa.TABLE_SLOTS};",
         f"constexpr std::uint32_t kTableEntryBytes = {isa.TABLE_ENTRY_BYTES};",
         *map(_enumeration, enumerations),
+        *_weight_formats(),
         "struct Word {",
         f"  std::uint64_t part[{isa.INSTRUCTION_BYTES // 8} + 1];",
         "  explicit Word(const std::uint8_t* bytes) : part{} { std::memcpy(part, bytes, kInstructionBytes); }",
@@ -105,6 +120,9 @@ def instruction_header(config: CoreConfig) -> str:
             for f in type.fields
             if f.choices is not None and len(f.choices) < 1 << f.width
         ]
+        if type is isa.MATRIX and not config.packed:
+            legal += [f"weights == Weights::{_camel(isa.Weights.INT8.name)}"]
+            legal += [f"sparsity == Sparsity::{_camel(isa.Sparsity.DENSE.name)}"]
         if type is isa.STORE:
             legal.append(f"memory == Memory::{_camel(isa.Memory.VECTOR.name)}")
         lines.append("  // No stray bits, no count of zero, no undefined value: what the hardware checks at dispatch.")

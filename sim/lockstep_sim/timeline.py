@@ -20,10 +20,12 @@ from lockstep_isa.instructions import (
     Instruction,
     Memory,
     Source,
+    Sparsity,
     Unit,
+    Weights,
     resolve,
 )
-from lockstep_isa.program import Program, transfer_bytes
+from lockstep_isa.program import Program, is_packed, transfer_bytes
 from numpy.typing import NDArray
 
 from .recording import FETCH, Kind, State
@@ -195,7 +197,8 @@ def timeline(
 def title(config: CoreConfig, i: Instruction) -> str:
     """What a resolved instruction does, in a few words."""
     if i.type is MATRIX:
-        return f"MATRIX depth={i.depth} {_count(i.outer * i.inner, 'tile')}"
+        form = f" {Weights(i.weights).name} {Sparsity(i.sparsity).name}" if is_packed(i) else ""
+        return f"MATRIX depth={i.depth}{form} {_count(i.outer * i.inner, 'tile')}"
     if i.type in (LOAD, STORE):
         words = i.rows * i.words
         kind = " as bytes" if i.type is STORE and i.bytes else ""

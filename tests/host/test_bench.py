@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,12 +16,16 @@ from lockstep.bench.gemm import random_operands, run_gemm
 from lockstep.bench.gemm_schedule import boxes
 from lockstep.bench.measure import Bench, BenchError, Ran
 from lockstep.bench.random_models import Gpt2Shape, LlamaShape, gpt2_graph, llama_graph, random_weights
+from lockstep.bench.random_weights import INT8, SPARSITY, WEIGHTS, depth_unit, format_of
 from lockstep.compiler.execute import DeviceExecutor
+from lockstep.compiler.packing import Packing
 from lockstep.graph import Attention, Graph
+from lockstep.quantisation.formats import Format
 from lockstep.session import HostSession
 from lockstep_driver import Device, open_device
 from lockstep_isa import operations
 from lockstep_isa.config import PRESETS
+from lockstep_isa.instructions import Sparsity, Weights
 from lockstep_sim.core import MemoryTiming
 from support import assert_same_bits
 
@@ -50,7 +55,7 @@ def test_the_limit_of_decode_is_bytes_over_what_refresh_leaves_of_the_bus() -> N
     weights = 2 * (2 * 1024 + 2 * 512 + 3 * 1536) + 61 * 32
     # A token: 2 layers, keys and values, 2 heads, 8 bytes and a scale of 4.
     cache = 10 * 2 * 2 * 2 * (8 + 4)
-    assert limits.decode_bytes(graph, 9) == limits.DecodeBytes(weights, cache)
+    assert limits.decode_bytes(LAPTOP, graph, 9) == limits.DecodeBytes(weights, cache)
     timing = MemoryTiming(40, 100, 25)
     assert limits.decode_limit(LAPTOP, timing, graph, 9).cycles == pytest.approx((weights + cache) / (16 * 0.75))
     still = limits.decode_limit(LAPTOP, MemoryTiming(40, 0, 0), graph, 9)
@@ -99,10 +104,10 @@ def core(request: pytest.FixtureRequest) -> Iterator[Device]:
         yield device
 
 
-def check_product(device: Device, m: int, n: int, k: int, seed: int = 0) -> Ran:
-    operands = random_operands(m, n, k, np.random.default_rng(seed))
+def check_product(device: Device, m: int, n: int, k: int, seed: int = 0, format: Format = INT8) -> Ran:
+    operands = random_operands(m, n, k, np.random.default_rng(seed), format)
     ran = run_gemm(device, operands)
-    expected = operations.linear(operands.a, operands.row_scales, operands.b, operands.column_scales)
+    expected = operations.linear(operands.a, operands.row_scales, operands.b.w8, operands.b.scale)
     assert_same_bits(expected, ran.values[0])
     return ran
 
@@ -119,16 +124,48 @@ def test_products_at_the_ends_of_the_range(shape: tuple[int, int, int]) -> None:
         check_product(device, *shape)
 
 
+FORMATS = [format_of(*names) for names in itertools.product(WEIGHTS, SPARSITY)][1:]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize(("m", "n", "units"), [(1, 1, 1), (40, 70, 2), (100, 30, 5)])
+def test_products_of_packed_weights_have_the_bits_of_golden(
+    core: Device, m: int, n: int, units: int, format: Format
+) -> None:
+    k = units * depth_unit(format)
+    ran = check_product(core, m, n, k, format=format)
+    assert ran.counters.mac_cycles < limits.mac_slots(core.config, m, n, k)
+
+
+def test_a_product_of_sparse_weights_takes_half_the_cycles() -> None:
+    with open_device("fast:laptop") as device:
+        dense, sparse = (
+            check_product(device, 64, 512, 256, format=f).counters for f in (INT8, Format(8, None, (2, 4)))
+        )
+    form = Packing(160, Weights.INT8, Sparsity.TWO_OF_FOUR)
+    assert sparse.mac_cycles * 2 == dense.mac_cycles == 4 * 32 * 256
+    assert dense.cycles > 1.9 * sparse.cycles
+    assert limits.gemm_limit(LAPTOP, 64, 512, 256, form).cycles < sparse.cycles
+
+
+def test_the_limits_of_packed_weights_are_those_of_their_bytes_and_steps() -> None:
+    form = Packing(13 * 4, Weights.INT4_32, Sparsity.TWO_OF_FOUR)  # 13 words for each 32 of 128 inputs
+    # 8 x 8 tiles of 128 / 4 steps; 128 * 128 + 128 * 52 bytes of operands, scales, and 65,536 of results.
+    assert limits.mac_slots(LAPTOP, 128, 128, 128, form.rate) == 64 * 32
+    assert limits.gemm_bytes(128, 128, 128, form.words) == (16384 + 6656 + 1024, 65536)
+    assert limits.gemm_limit(LAPTOP, 128, 128, 128, form).cycles == (16384 + 6656 + 1024 + 65536) // 16 + 30
+
+
 @pytest.mark.parametrize(("depth", "least"), [(1024, -128), (1024, 100), (4096, 100)])
 def test_sums_of_large_values_are_rounded_once(depth: int, least: int) -> None:
     rng = np.random.default_rng(0)
     operands = random_operands(48, 48, depth, rng)
     operands.a[:] = rng.integers(least, least + 28, operands.a.shape)
-    operands.b[:] = rng.integers(least, least + 28, operands.b.shape)
-    operands.a[0], operands.b[0] = -128, -128
+    operands.b.values[:] = rng.integers(least, least + 28, operands.b.values.shape)
+    operands.a[0], operands.b.values[0] = -128, -128
     with open_device("fast:laptop") as device:
         ran = run_gemm(device, operands)
-    expected = operations.linear(operands.a, operands.row_scales, operands.b, operands.column_scales)
+    expected = operations.linear(operands.a, operands.row_scales, operands.b.w8, operands.b.scale)
     assert_same_bits(expected, ran.values[0])
 
 
@@ -152,7 +189,7 @@ def test_a_product_that_does_not_fit_names_the_memory() -> None:
 
 def test_measurements_count_values_that_differ() -> None:
     operands = random_operands(20, 20, 20, np.random.default_rng(0))
-    expected = operations.linear(operands.a, operands.row_scales, operands.b, operands.column_scales)
+    expected = operations.linear(operands.a, operands.row_scales, operands.b.w8, operands.b.scale)
     expected[3, 4] += 1
     with Bench("fast:tiny") as bench:
         limit = limits.gemm_limit(bench.config, 20, 20, 20)
@@ -255,4 +292,4 @@ def test_shapes_have_the_layers_that_were_asked_for(head: bool) -> None:
     assert len(graph.of(Attention)) == 3
     features, hidden = 256, 640
     expected = 3 * (4 * features**2 + 3 * features * hidden) + head * 272 * features
-    assert limits.decode_bytes(graph, 0).weights == expected
+    assert limits.decode_bytes(LAPTOP, graph, 0).weights == expected

@@ -83,6 +83,26 @@ def test_grouped_heads_read_less_of_keys_and_values(cli: Command) -> None:
     assert unasked["cycles"] == found[4]["cycles"]
 
 
+@pytest.mark.parametrize(
+    ("case", "weights", "sparsity"),
+    [
+        (("bench", "gemm", "--m", 64, "--n", 80, "--k", 128), "int8", "2:4"),
+        (("bench", "gemm", "--m", 64, "--n", 80, "--k", 128), "int4", "none"),
+        ((*DECODE, "--context", 40), "int4", "2:4"),
+    ],
+)
+def test_packed_weights_are_compared_and_have_a_limit_of_their_own(
+    cli: Command, case: tuple[object, ...], weights: str, sparsity: str
+) -> None:
+    asked = (*case, "--device", "fast:laptop", "--json")
+    (dense,) = cli(*asked).json
+    (one,) = cli(*asked, "--weights", weights, "--sparsity", sparsity).json
+    assert one["identical"]
+    assert one["parameters"] == dense["parameters"] | {"weights": weights, "sparsity": sparsity}
+    for figure in ("limit_cycles", "cycles", "bytes", "mac_cycles"):
+        assert one[figure] < dense[figure], figure
+
+
 def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
     found = cli("bench", "minilm", "--tokens", 20, "--reference", "cpu", "--device", "fast:laptop", "--json").json
     (one,) = found
@@ -108,6 +128,9 @@ def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
         (("decode", "--shape", "llama-tiny", "--kv-heads", 0), ("--kv-heads", "one of 1, 2, 4")),
         (("decode", "--shape", "llama-tiny", "--shape", "gpt2-medium", "--kv-heads", 4), ("gpt2-medium", "llama-1b")),
         (("gemm", "--core", "tiny"), ("--device", "one of them")),
+        (("gemm", "--weights", "int3"), ("'int3'", "int8, int4")),
+        (("decode", "--sparsity", "3:4"), ("'3:4'", "none, 2:4, 1:4")),
+        (("gemm", "--m", 9, "--n", 9, "--k", 40, "--weights", "int4"), ("K = 40", "int4 g32", "a multiple of 32")),
     ],
 )
 def test_mistakes_are_named(cli: Command, arguments: tuple[object, ...], parts: tuple[str, ...]) -> None:

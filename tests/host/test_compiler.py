@@ -142,6 +142,8 @@ def test_pieces_are_reused_and_rings_wrap() -> None:
         pieces.take(20)
     pieces.give(second)
     assert pieces.largest == 50
+    fours = Pieces("ACTIVATION", 0, 16, 4)
+    assert [fours.take(5), fours.take(1), fours.take_last(3)] == [0, 8, 12]
     ring = Ring("WEIGHT", 10, 50)
     assert [ring.take(15), ring.take(15), ring.take(15)] == [10, 25, 10]
     with pytest.raises(CapacityError, match="too wide"):

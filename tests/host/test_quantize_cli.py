@@ -9,6 +9,8 @@ import pytest
 from causal_models import VOCABULARY, byte_tokenizer, save_causal_model
 from command_line import Command
 from lockstep.model import load
+from lockstep_isa.instructions import MATRIX, Sparsity, Weights
+from lockstep_isa.program import Program
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -64,6 +66,31 @@ def test_a_language_model_generates_from_int4(cli: Command, tmp_path: Path, cali
     outcome = cli("generate", out, "--prompt", "a cat", "--max-new-tokens", 3, "--json")
     assert outcome.status == 0, outcome.err
     assert (out / "generation_config.json").is_file() == (source / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        (("--weights", "int8", "--sparsity", "2:4"), (Weights.INT8, Sparsity.TWO_OF_FOUR)),
+        (("--weights", "int4"), (Weights.INT4_32, Sparsity.DENSE)),
+        (("--weights", "int4", "--sparsity", "2:4"), (Weights.INT4_32, Sparsity.TWO_OF_FOUR)),
+    ],
+)
+def test_a_core_streams_what_was_written(
+    cli: Command, small_folder: Path, tmp_path: Path, calibration: Path, given: tuple[str, ...], form: tuple[int, int]
+) -> None:
+    out = tmp_path / "out"
+    asked = ("--method", "rtn", "--calibration", calibration)
+    assert cli("quantize", small_folder, "--out", out, *given, *asked).status == 0
+    assert cli("verify", out, "--device", "cpu", "--device", "fast:laptop", "--tokens", 21).status == 0
+    program = tmp_path / "out.prog"
+    compiled = cli("compile", out, "--device", "fast:laptop", "--tokens", 21, "-o", program, "--json").json
+    assert compiled["expanded"] == []
+    forms = {(i.weights, i.sparsity) for i in Program.load(program).instructions if i.type is MATRIX}
+    assert forms == {form, (Weights.INT8, Sparsity.DENSE)}, "products with weights, and those of attention"
+    told = cli("run", out, "a cat sleeps", "--device", "fast:ulx3s")
+    assert "expanded to int8: encoder.layer.0.attention.self.query.weight" in told.out.replace("\n", " ")
+    assert "core 'ulx3s' takes no packed weights" in told.out.replace("\n", " ")
 
 
 def test_a_model_that_the_layout_cannot_hold_is_refused(cli: Command, tmp_path: Path, calibration: Path) -> None:

@@ -20,6 +20,8 @@ from lockstep_isa.instructions import (
     Mask,
     Memory,
     Source,
+    Sparsity,
+    Weights,
     decode,
     encode,
     resolve,
@@ -163,3 +165,53 @@ def test_operands_need_a_name_and_limits(arguments: tuple[str, int, int], messag
         builder.operand(f"n{n}", 0, 1)
     with pytest.raises(ProgramError, match="at most 63"):
         builder.operand("more", 0, 1)
+
+
+def packed_product(**fields: int) -> Program:
+    """A product of int4 weights, and the pass that takes its tile."""
+    builder = ProgramBuilder(TINY)
+    builder.emit(MATRIX, **{"depth": 32, "weights": Weights.INT4_32, **fields})
+    builder.emit(VECTOR, source=Source.ACCUMULATOR, columns=TINY.columns * fields.get("outer", 1))
+    return builder.finish()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 48}, r"\(MATRIX\): a depth of 48 does not suit its weights: groups of 32 do not divide"),
+        ({"a": 3}, "a = 3 is not a multiple of the 2 ACTIVATION words that INT4_32, DENSE takes at once"),
+        ({"a_outer": 33, "outer": 2}, "a_outer = 33 is not a multiple of the 2 "),
+        ({"a": 2, "sparsity": Sparsity.TWO_OF_FOUR}, "a = 2 is not a multiple of the 4 .* INT4_32, TWO_OF_FOUR"),
+        ({"a_inner": 2, "weights": Weights.INT8, "sparsity": Sparsity.ONE_OF_FOUR}, "a_inner = 2 is not a multiple"),
+        ({"depth": 24, "weights": Weights.INT8, "sparsity": Sparsity.ONE_OF_FOUR}, "index words of 1:4 hold 4 values"),
+        ({"w": TINY.weight_words - 16}, "reaches word 65536 of the WEIGHT"),
+    ],
+)
+def test_validation_refuses_packed_weights_that_the_array_cannot_take(fields: dict[str, int], message: str) -> None:
+    validate(TINY, packed_product())
+    with pytest.raises(ProgramError, match=message):
+        # As a bare list: the builder would refuse such depths itself.
+        validate(TINY, Program(TINY.crc, (Instruction(MATRIX, **{"depth": 32, "weights": 1, **fields}),)))
+
+
+def test_packed_weights_need_fewer_words_than_their_depth() -> None:
+    sparse = {"depth": 64, "sparsity": Sparsity.ONE_OF_FOUR, "a": 4, "a_outer": 64, "outer": 2}
+    validate(TINY, packed_product(**sparse, w=TINY.weight_words - 14))
+    with pytest.raises(ProgramError, match="reaches word 65536 of the WEIGHT"):
+        validate(TINY, packed_product(**sparse, w=TINY.weight_words - 13))
+
+
+@pytest.mark.parametrize("fields", [{"weights": Weights.INT4_64, "depth": 64}, {"sparsity": Sparsity.TWO_OF_FOUR}])
+def test_a_core_without_packed_weights_refuses_them(fields: dict[str, int]) -> None:
+    core = preset("ulx3s")
+    plain = Instruction(MATRIX, **{"depth": 32, **fields})
+    with pytest.raises(ProgramError, match=r"instruction 0 \(MATRIX\): .* core 'ulx3s' takes INT8, DENSE only"):
+        validate(core, Program(core.crc, (plain,)))
+
+
+def test_the_depth_of_packed_weights_has_no_operand() -> None:
+    builder = ProgramBuilder(TINY)
+    depth = builder.operand("depth", 32, 32)
+    instruction = Instruction(MATRIX, depth=0, depth_operand=depth, weights=Weights.INT4_32)
+    with pytest.raises(ProgramError, match="depth has an operand, but packed weights have one depth"):
+        validate(TINY, Program(TINY.crc, (instruction,), builder.finish().operands))

@@ -14,11 +14,13 @@ from lockstep_isa import operations
 
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.graph import Attention, Graph, Value
+from lockstep.quantisation.formats import Format
 from lockstep.session import CacheRows, HostSession
 
 from .limits import decode_bytes, decode_limit
 from .measure import Bench, BenchError, Measurement, Ran
 from .random_models import Gpt2Shape, LlamaShape, gpt2_graph, llama_graph, random_weights
+from .random_weights import INT8, format_of, names_of
 from .sizes import DecodeSizes
 
 #: Name -> features, features of the feed-forward layer, heads, heads of keys and values, vocabulary. GPT-2's have
@@ -56,8 +58,16 @@ def check_shape(name: str, kv_heads: int | None) -> None:
         )
 
 
-def model(name: str, layers: int, positions: int, head: bool, seed: int = 0, kv_heads: int | None = None) -> Graph:
-    """A model with random weights, and with ``kv_heads`` heads of keys and values if given; raises as
+def model(
+    name: str,
+    layers: int,
+    positions: int,
+    head: bool,
+    seed: int = 0,
+    kv_heads: int | None = None,
+    format: Format = INT8,
+) -> Graph:
+    """A model with random weights in ``format``, and with ``kv_heads`` heads of keys and values if given; raises as
     :func:`check_shape` does.
     """
     check_shape(name, kv_heads)
@@ -65,9 +75,9 @@ def model(name: str, layers: int, positions: int, head: bool, seed: int = 0, kv_
     vocabulary = vocabulary if head else EMBEDDINGS
     if name in GPT2:
         gpt2 = Gpt2Shape(vocabulary, features, hidden, layers, heads, positions, head=head)
-        return gpt2_graph(gpt2, random_weights(gpt2, seed))
+        return gpt2_graph(gpt2, random_weights(gpt2, seed), format)
     llama = LlamaShape(vocabulary, features, hidden, layers, heads, kv_heads or own_kv_heads, positions, head=head)
-    return llama_graph(llama, random_weights(llama, seed))
+    return llama_graph(llama, random_weights(llama, seed), format)
 
 
 def random_cache(graph: Graph, tokens: int, seed: int = 0) -> dict[Value, CacheRows]:
@@ -95,9 +105,10 @@ def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
         )
     for name in shapes:
         check_shape(name, sizes.kv_heads)
+    format = format_of(sizes.weights, sizes.sparsity)
     for name in shapes:
         bench.say(f"making {sizes.layers} layers of {name}")
-        graph = model(name, sizes.layers, max(contexts) + 1, sizes.head, sizes.seed, sizes.kv_heads)
+        graph = model(name, sizes.layers, max(contexts) + 1, sizes.head, sizes.seed, sizes.kv_heads, format)
         for context in contexts:
             bench.say(f"decode of {name} behind {context} tokens on {bench.uri}")
             yield _measure(name, graph, context, sizes, bench)
@@ -109,11 +120,12 @@ def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: B
     reference = HostSession(graph, context + 1, operations)
     reference.restore(context, caches)
     expected = reference.extend(token)
-    needed = decode_bytes(graph, context)
+    needed = decode_bytes(bench.config, graph, context)
     grouped = {} if sizes.kv_heads is None else {"kv_heads": sizes.kv_heads}
+    packed = names_of(format_of(sizes.weights, sizes.sparsity))
     return bench.measure(
         "decode",
-        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **grouped},
+        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **grouped, **packed},
         decode_limit(bench.config, bench.parsed.timing, graph, context),
         lambda device: _decode(device, graph, context, caches, token),
         [expected],

@@ -27,10 +27,13 @@ from lockstep_isa.program import Program
 from numpy.typing import NDArray
 
 from lockstep.compiler.layout import column_words, from_panels, to_panels
+from lockstep.compiler.packing import Packing, packed_panels, packing
+from lockstep.quantisation.formats import Format, QuantisedWeight
 
 from .gemm_schedule import Box, Span, boxes
 from .limits import ceil_div, gemm_limit
 from .measure import Bench, BenchError, Measurement, Ran
+from .random_weights import INT8, depth_unit, format_of, names_of, random_integers
 from .sizes import GemmSizes
 
 #: Sizes of random products.
@@ -41,17 +44,16 @@ AHEAD = 4
 
 @dataclass(frozen=True)
 class Operands:
-    """``(float(a @ b.T) * row_scales) * column_scales``; a: int8[M, K], b: int8[N, K], scales: float32[M], [N]."""
+    """``(float(a @ b.w8.T) * row_scales) * b.scale``; a: int8[M, K], row_scales: float32[M], and b [N, K]."""
 
     a: NDArray[np.int8]
-    b: NDArray[np.int8]
     row_scales: NDArray[np.float32]
-    column_scales: NDArray[np.float32]
+    b: QuantisedWeight
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """M, N, K."""
-        return len(self.a), len(self.b), self.a.shape[1]
+        return len(self.a), len(self.b.values), self.a.shape[1]
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,26 @@ class Places:
     result: int
 
 
-def random_operands(m: int, n: int, k: int, rng: np.random.Generator) -> Operands:
-    """All values of int8, and scales about 1 / 1000."""
-    return Operands(
-        rng.integers(-128, 128, (m, k), np.int8),
-        rng.integers(-128, 128, (n, k), np.int8),
-        rng.uniform(0.5e-3, 2e-3, m).astype(np.float32),
-        rng.uniform(0.5e-3, 2e-3, n).astype(np.float32),
-    )
+def random_operands(m: int, n: int, k: int, rng: np.random.Generator, format: Format = INT8) -> Operands:
+    """All values of int8 against all of ``format``, and scales about 1 / 1000."""
+    a = rng.integers(-128, 128, (m, k), np.int8)
+    return Operands(a, rng.uniform(0.5e-3, 2e-3, m).astype(np.float32), random_integers(n, k, format, rng))
 
 
-def gemm_program(config: CoreConfig, m: int, n: int, k: int, places: Places) -> Program:
-    """The program of one product; raises :class:`BenchError` where it does not fit the core's memories."""
-    return _Writer(config, m, n, k, places).program()
+def gemm_program(config: CoreConfig, m: int, n: int, k: int, places: Places, form: Packing | None = None) -> Program:
+    """The program of one product, its right side in ``form``, or dense int8; raises :class:`BenchError` where it does
+    not fit the core's memories.
+    """
+    return _Writer(config, m, n, k, places, form or Packing(k)).program()
 
 
 class _Writer:
-    def __init__(self, config: CoreConfig, m: int, n: int, k: int, places: Places) -> None:
-        self.config, self.m, self.n, self.k, self.places = config, m, n, k, places
+    def __init__(self, config: CoreConfig, m: int, n: int, k: int, places: Places, form: Packing) -> None:
+        self.config, self.m, self.n, self.k, self.places, self.form = config, m, n, k, places, form
         self.row_panels, self.column_panels = ceil_div(m, config.rows), ceil_div(n, config.columns)
         for memory, needed, there in (
             ("ACTIVATION", self.row_panels * k, config.activation_words),
-            ("WEIGHT", self.column_panels * k, config.weight_words),
+            ("WEIGHT", self.column_panels * form.words, config.weight_words),
             ("VECTOR", self.row_panels * n, config.vector_words),
             ("PARAMETER", self.row_panels + self.column_panels, config.parameter_words),
         ):
@@ -100,7 +100,7 @@ class _Writer:
         self.scaled = False
 
     def program(self) -> Program:
-        order = list(boxes(self.config, self.row_panels, self.column_panels, self.k))
+        order = list(boxes(self.config, self.row_panels, self.column_panels, self.k, self.form))
         ahead = 0
         for number, box in enumerate(order):
             while ahead < min(number + AHEAD, len(order)):
@@ -113,9 +113,9 @@ class _Writer:
 
     def fetch(self, box: Box) -> None:
         """Ask for what a box needs and nobody has asked for."""
-        for memory, panels, address in (
-            (Memory.ACTIVATION, box.rows, self.places.a),
-            (Memory.WEIGHT, box.columns, self.places.b),
+        for memory, panels, address, panel_words in (
+            (Memory.ACTIVATION, box.rows, self.places.a, self.k),
+            (Memory.WEIGHT, box.columns, self.places.b, self.form.words),
         ):
             asked = self.asked[memory]
             missing = [p for p in range(panels.start, panels.end) if asked[p] < box.depth.end]
@@ -124,17 +124,18 @@ class _Writer:
             first, begin = missing[0], asked[missing[0]]
             assert missing == list(range(first, panels.end))
             assert {asked[p] for p in missing} == {begin}
-            words, bytes_a_word = box.depth.end - begin, self.config.operand_word_bytes
-            whole = words == self.k
+            before, bytes_a_word = begin * panel_words // self.k, self.config.operand_word_bytes
+            words = box.depth.end * panel_words // self.k - before
+            whole = words == panel_words
             self.builder.emit(
                 LOAD,
                 memory=memory,
                 rows=1 if whole else len(missing),
                 words=words * len(missing) if whole else words,
-                address=address + (first * self.k + begin) * bytes_a_word,
-                stride=self.k * bytes_a_word,
-                local=first * self.k + begin,
-                local_stride=self.k,
+                address=address + (first * panel_words + before) * bytes_a_word,
+                stride=panel_words * bytes_a_word,
+                local=first * panel_words + before,
+                local_stride=panel_words,
             )
             for panel in missing:
                 asked[panel] = box.depth.end
@@ -153,7 +154,7 @@ class _Writer:
 
     def compute(self, box: Box) -> None:
         """A box's products, their way to VECTOR words, and those to device memory where the sums are complete."""
-        k, rows, columns, depth = self.k, box.rows, box.columns, box.depth
+        k, w, rows, columns, depth = self.k, self.form.words, box.rows, box.columns, box.depth
         self.builder.emit(
             MATRIX,
             depth=len(depth),
@@ -161,8 +162,9 @@ class _Writer:
             inner=len(columns),
             a=rows.start * k + depth.start,
             a_outer=k,
-            w=columns.start * k + depth.start,
-            w_inner=k,
+            w=columns.start * w + depth.start * w // k,
+            w_inner=w,
+            **self.form.fields,
         )
         to = rows.start * self.n + columns.start * self.config.columns
         words = min(self.n, columns.end * self.config.columns) - columns.start * self.config.columns
@@ -202,10 +204,12 @@ class _Writer:
 
 def run_gemm(device: Device, operands: Operands) -> Ran:
     """Place the operands, run the program, and read ``float32[M, N]``."""
-    config, (m, n, k) = device.config, operands.shape
+    config, (m, n, k), b = device.config, operands.shape, operands.b
     rows = config.rows
-    scales = np.concatenate([column_words(operands.row_scales, rows), column_words(operands.column_scales, rows)])
-    arrays = (to_panels(operands.a, rows), to_panels(operands.b, rows), scales)
+    form = packing(config, k, b)
+    panels = to_panels(b.w8, rows) if form == Packing(k) else packed_panels(b, 0, n, rows)
+    scales = np.concatenate([column_words(operands.row_scales, rows), column_words(b.scale, rows)])
+    arrays = (to_panels(operands.a, rows), panels, scales)
     buffers = [device.allocate(array.nbytes) for array in arrays]
     buffers.append(device.allocate(ceil_div(m, rows) * n * config.vector_word_bytes))
     try:
@@ -213,7 +217,8 @@ def run_gemm(device: Device, operands: Operands) -> Ran:
             buffer.write(array)
         # What an earlier product left must not be taken for this one's.
         buffers[-1].data[:] = 0xFF
-        counters = device.run(gemm_program(config, m, n, k, Places(*(b.address for b in buffers))))
+        places = Places(*(buffer.address for buffer in buffers))
+        counters = device.run(gemm_program(config, m, n, k, places, form))
         raw = buffers[-1].data.view(np.float32).reshape(-1, n, rows)
         return Ran([from_panels(raw, m)], counters)
     finally:
@@ -222,35 +227,38 @@ def run_gemm(device: Device, operands: Operands) -> Ran:
 
 
 def run(sizes: GemmSizes, bench: Bench) -> Iterator[Measurement]:
-    """One product, or ``shapes`` random ones with sizes from 16 to 512."""
+    """One product, or ``shapes`` random ones with sizes from 16 to 512; K of packed weights has whole groups."""
     rng = np.random.default_rng(sizes.seed)
-    shapes = _shapes(sizes, rng)
+    format = format_of(sizes.weights, sizes.sparsity)
+    shapes = _shapes(sizes, format, rng)
     for number, (m, n, k) in enumerate(shapes, 1):
         bench.say(f"gemm {m} x {n} x {k} on {bench.uri} ({number} of {len(shapes)})")
-        operands = random_operands(m, n, k, rng)
-        expected = operations.linear(operands.a, operands.row_scales, operands.b, operands.column_scales)
+        operands = random_operands(m, n, k, rng, format)
+        b = operands.b
         yield bench.measure(
             "gemm",
-            {"m": m, "n": n, "k": k, "output": "float32"},
-            gemm_limit(bench.config, m, n, k),
+            {"m": m, "n": n, "k": k, "output": "float32", **names_of(format)},
+            gemm_limit(bench.config, m, n, k, packing(bench.config, k, b)),
             partial(run_gemm, operands=operands),
-            [expected],
+            [operations.linear(operands.a, operands.row_scales, b.w8, b.scale)],
         )
 
 
-def _shapes(sizes: GemmSizes, rng: np.random.Generator) -> list[tuple[int, int, int]]:
+def _shapes(sizes: GemmSizes, format: Format, rng: np.random.Generator) -> list[tuple[int, int, int]]:
     """M, N and K of every product."""
-    m, n, k = sizes.m, sizes.n, sizes.k
+    m, n, k, unit = sizes.m, sizes.n, sizes.k, depth_unit(format)
     missing = " and ".join(f"--{name}" for name, size in (("m", m), ("n", n), ("k", k)) if size is None)
     if m is not None and n is not None and k is not None:
         if min(m, n, k) < 1:
             raise BenchError(f"a product of {m} x {n} x {k} has nothing in it; give sizes of at least 1")
         if k > operations.MAX_K:
             raise BenchError(f"K = {k} may overflow int32 sums; give at most {operations.MAX_K}")
+        if k % unit:
+            raise BenchError(f"K = {k} has no whole groups of {format} weights; give a multiple of {unit}")
         return [(m, n, k)]
     if (m, n, k) != (None, None, None):
         raise BenchError(f"a product has three sizes; give {missing} too, or none for random products")
     if sizes.shapes < 1:
         raise BenchError(f"{sizes.shapes} products are none; give --shapes of at least 1")
     drawn = rng.integers(LEAST, MOST + 1, (sizes.shapes, 3)).tolist()
-    return [(m, n, k) for m, n, k in drawn]
+    return [(m, n, ceil_div(k, unit) * unit) for m, n, k in drawn]

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 
 from lockstep_isa.config import CoreConfig
 
+from lockstep.compiler.packing import Packing
+
 #: Deepest sums that may be cut: partial sums of int8 products up to 2^24 are exact in fp32, and so is their sum.
 EXACT_DEPTH = 1024
-#: Tiles on a side of the first block, where the product has as many.
-OPENING = 3
-#: Words of depth in the pieces of the first block: less, and the vector unit adds pieces slower than they come.
-PIECE = 32
+#: The array's time for the first block over the bus's for its panels: 3 x 3 tiles of dense operands have that.
+OPENING = 1.5
+#: Most tiles on a side of the first block.
+MOST_OPENING = 6
+#: Steps in the pieces of the first block, of dense and of packed weights: fewer, and the vector unit adds pieces slower
+#: than they come.
+PIECE, PACKED_PIECE = 32, 24
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,19 @@ class Box:
     depth: Span
 
 
-def boxes(config: CoreConfig, m: int, n: int, k: int) -> Iterator[Box]:
+def boxes(config: CoreConfig, m: int, n: int, k: int, form: Packing | None = None) -> Iterator[Box]:
     """The boxes of a product of ``m`` row panels, ``n`` column panels and depth ``k``, in order.
 
-    Boxes of the same tiles come in the order of their depths, and each tile's boxes cover ``k`` once.
+    Boxes of the same tiles come in the order of their depths, and each tile's boxes cover ``k`` once. ``form`` is that
+    of the columns, dense int8 if not said.
     """
+    form = form or Packing(k)
+    steps = k // form.rate
     stored = config.columns * (config.beats_per_vector_word + 2)
     # Where results leave more slowly than they are made, the first one should come soon.
-    side = OPENING if k > stored else 1
+    side = min(MOST_OPENING, int(OPENING * (k + form.words) / steps)) if steps > stored else 1
     high, wide = min(side, m), min(side, n)
-    yield from _opening(config, high, wide, k)
+    yield from _opening(config, high, wide, k, form)
     growth: list[Box] = []
     while high < m or wide < n:
         if wide == n or (high <= wide and high < m):
@@ -61,13 +69,14 @@ def boxes(config: CoreConfig, m: int, n: int, k: int) -> Iterator[Box]:
             wide += 1
     yield from growth[:-1]
     if growth:
-        yield from _ending(growth[-1], starved=(m + n) > 0.9 * m * n, fine=k > stored)
+        starved = m * k + n * form.words > 0.9 * m * n * steps
+        yield from _ending(growth[-1], form, starved, fine=steps > stored)
 
 
-def _opening(config: CoreConfig, high: int, wide: int, k: int) -> Iterator[Box]:
+def _opening(config: CoreConfig, high: int, wide: int, k: int, form: Packing) -> Iterator[Box]:
     """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
-    least = max(PIECE, config.rows)
-    ends = _cuts(k, k // least) if k <= EXACT_DEPTH and k >= 2 * least else [k]
+    least = max(PIECE if form.rate == 1 else PACKED_PIECE, config.rows) * form.rate
+    ends = _cuts(k, k // least, form.unit) if k <= EXACT_DEPTH and k >= 2 * least else [k]
     begin = 0
     for end in ends[:-1]:
         yield Box(Span(0, high), Span(0, wide), Span(begin, end))
@@ -76,12 +85,14 @@ def _opening(config: CoreConfig, high: int, wide: int, k: int) -> Iterator[Box]:
         yield Box(Span(row, row + 1), Span(0, wide), Span(begin, k))
 
 
-def _cuts(total: int, count: int) -> list[int]:
-    """The ends of ``count`` pieces of about the same size."""
-    return [total * (n + 1) // count for n in range(count)]
+def _cuts(total: int, count: int, unit: int) -> list[int]:
+    """The ends of at most ``count`` pieces of about the same size, multiples of ``unit`` all of them."""
+    units = total // unit
+    count = max(1, min(count, units))
+    return [units * (n + 1) // count * unit for n in range(count)]
 
 
-def _ending(box: Box, starved: bool, fine: bool) -> Iterator[Box]:
+def _ending(box: Box, form: Packing, starved: bool, fine: bool) -> Iterator[Box]:
     """The last box, in smaller and smaller parts: behind the last product come its drain and its store.
 
     starved : the bus brings operands more slowly than the array takes them; the last ones are then taken piece by
@@ -90,7 +101,7 @@ def _ending(box: Box, starved: bool, fine: bool) -> Iterator[Box]:
     k = box.depth.end
     if starved and k <= EXACT_DEPTH:
         begin = 0
-        for end in _cuts(k, max(1, min(4, k // 96))):
+        for end in _cuts(k, min(4, k // (96 * form.rate)), form.unit):
             yield Box(box.rows, box.columns, Span(begin, end))
             begin = end
         return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lockstep_isa.config import CoreConfig
 from lockstep_sim.core import MemoryTiming
 
+from lockstep.compiler.packing import Packing, packing
 from lockstep.graph import Attention, Graph, Linear
 
 
@@ -34,26 +35,35 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def mac_slots(config: CoreConfig, m: int, n: int, k: int) -> int:
-    """Cycles in which the array is busy with an m x n x k product, whole tiles counted."""
-    return ceil_div(m, config.rows) * ceil_div(n, config.columns) * max(k, config.rows)
+def mac_slots(config: CoreConfig, m: int, n: int, k: int, rate: int = 1) -> int:
+    """Cycles in which the array is busy with an m x n x k product, whole tiles counted, ``rate`` inputs in each."""
+    return ceil_div(m, config.rows) * ceil_div(n, config.columns) * max(ceil_div(k, rate), config.rows)
 
 
-def gemm_bytes(m: int, n: int, k: int) -> tuple[int, int]:
-    """(bytes read, bytes written) of ``float32[m, n] = (int8[m, k] . int8[n, k]^T) * float32[m] * float32[n]``."""
-    return m * k + n * k + 4 * (m + n), 4 * m * n
+def gemm_bytes(m: int, n: int, k: int, channel: int | None = None) -> tuple[int, int]:
+    """(bytes read, bytes written) of ``float32[m, n] = (int8[m, k] . int8[n, k]^T) * float32[m] * float32[n]``.
+
+    channel : bytes of the weights of an output channel, if they are not k.
+    """
+    return m * k + n * (k if channel is None else channel) + 4 * (m + n), 4 * m * n
 
 
-def gemm_limit(config: CoreConfig, m: int, n: int, k: int) -> Limit:
-    """The larger of the array's and the bus's time for a product whose operands and result lie in device memory."""
-    slots, (read, written) = mac_slots(config, m, n, k), gemm_bytes(m, n, k)
+def gemm_limit(config: CoreConfig, m: int, n: int, k: int, form: Packing | None = None) -> Limit:
+    """The larger of the array's and the bus's time for a product whose operands and result lie in device memory.
+
+    form : of the right side, dense int8 if not said.
+    """
+    form = form or Packing(k)
+    slots, (read, written) = mac_slots(config, m, n, k, form.rate), gemm_bytes(m, n, k, form.words)
     beats = ceil_div(read + written, config.bus_bytes)
     skew = 2 * config.rows - 2
     rows = config.rows
+    steps = "K" if form.rate == 1 else f"K/{form.rate}"
     return Limit(
         max(slots, beats) + skew,
-        "max(ceil(M/R) ceil(N/R) max(K, R), (operand bytes + result bytes) / bus bytes) + 2 R - 2",
-        f"max({ceil_div(m, rows)} * {ceil_div(n, rows)} * {max(k, rows)}, ({read:,} + {written:,}) / "
+        f"max(ceil(M/R) ceil(N/R) max({steps}, R), (operand bytes + result bytes) / bus bytes) + 2 R - 2",
+        f"max({ceil_div(m, rows)} * {ceil_div(n, rows)} * {max(ceil_div(k, form.rate), rows)}, ({read:,} + "
+        f"{written:,}) / "
         f"{config.bus_bytes}) + {skew} = max({slots:,}, {beats:,}) + {skew}",
     )
 
@@ -67,7 +77,7 @@ def graph_slots(config: CoreConfig, graph: Graph, lengths: Sequence[int]) -> int
     for tokens in lengths:
         for linear in graph.of(Linear):
             outputs, depth = graph.tensors[linear.weight].shape
-            total += mac_slots(config, tokens, outputs, depth)
+            total += mac_slots(config, tokens, outputs, depth, _form(config, graph, linear).rate)
         for attention in graph.of(Attention):
             scores = mac_slots(config, tokens, tokens, attention.head_dim)
             mixed = mac_slots(config, tokens, attention.head_dim, tokens)
@@ -80,14 +90,26 @@ def array_limit(config: CoreConfig, graph: Graph, lengths: Sequence[int]) -> Lim
     slots = graph_slots(config, graph, lengths)
     return Limit(
         slots,
-        "sum over products of ceil(M/R) ceil(N/R) max(K, R)",
+        "sum over products of ceil(M/R) ceil(N/R) max(K, R)" + (", K / rate where packed" if graph.stored else ""),
         f"{slots:,} array slots of {config.rows} x {config.columns}",
     )
 
 
+def decode_slots(config: CoreConfig, graph: Graph, context: int) -> int:
+    """Cycles in which the array is busy with one token behind ``context`` others."""
+    total = 0
+    for linear in graph.of(Linear):
+        outputs, depth = graph.tensors[linear.weight].shape
+        total += mac_slots(config, 1, outputs, depth, _form(config, graph, linear).rate)
+    for node in graph.of(Attention):
+        scores = mac_slots(config, 1, context + 1, node.head_dim)
+        total += node.heads * (scores + mac_slots(config, 1, node.head_dim, context + 1))
+    return total
+
+
 @dataclass(frozen=True)
 class DecodeBytes:
-    """What one token behind ``context`` others must read: int8 weights, and int8 keys and values with their scales."""
+    """What one token behind ``context`` others must read: weights, and int8 keys and values with their scales."""
 
     weights: int
     cache: int
@@ -97,20 +119,34 @@ class DecodeBytes:
         return self.weights + self.cache
 
 
-def decode_bytes(graph: Graph, context: int) -> DecodeBytes:
-    """Bytes of the int8 weights, and of keys and values of ``context`` tokens and the new one."""
-    weights = sum(graph.tensors[node.weight].nbytes for node in graph.of(Linear))
+def _form(config: CoreConfig, graph: Graph, linear: Linear) -> Packing:
+    length = graph.tensors[linear.weight].shape[1]
+    return packing(config, length, graph.stored.get(linear.weight))
+
+
+def decode_bytes(config: CoreConfig, graph: Graph, context: int) -> DecodeBytes:
+    """Bytes of the weights as the core takes them, and of keys and values of ``context`` tokens and the new one."""
+    weights = sum(len(graph.tensors[node.weight]) * _form(config, graph, node).words for node in graph.of(Linear))
     per_token = sum(2 * node.kv_heads * (node.head_dim + 4) for node in graph.of(Attention))
     return DecodeBytes(weights, per_token * (context + 1))
 
 
 def decode_limit(config: CoreConfig, timing: MemoryTiming, graph: Graph, context: int) -> Limit:
-    """Every weight and every cached key and value over the bus once, at the rate that refresh leaves."""
-    needed = decode_bytes(graph, context)
+    """Every weight and every cached key and value over the bus once, at the rate that refresh leaves; or through the
+    array, where packed weights make that longer.
+    """
+    needed = decode_bytes(config, graph, context)
     interval, rest = timing.refresh_interval, timing.refresh_cycles
     share = 1 - rest / interval if interval else 1.0
+    cycles, slots = needed.total / (config.bus_bytes * share), decode_slots(config, graph, context)
+    if graph.stored and slots > cycles:
+        return Limit(
+            slots,
+            "sum over products of ceil(N/R) max(K / rate, R)",
+            f"{slots:,} array slots of {config.rows} x {config.columns}",
+        )
     return Limit(
-        needed.total / (config.bus_bytes * share),
+        cycles,
         "(weight bytes + bytes of keys, values and their scales) / (bus bytes a cycle * share that refresh leaves)",
         f"({needed.weights:,} + {needed.cache:,}) / ({config.bus_bytes} * {share:.4f})",
     )

@@ -24,7 +24,9 @@ from lockstep.graph import (
     Rotary,
     Value,
 )
-from lockstep.quantise import quantise_weight
+from lockstep.quantisation.formats import Format, QuantisedWeight
+
+from .random_weights import INT8, in_format
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,20 @@ def random_weights(shape: LlamaShape | Gpt2Shape, seed: int = 0) -> dict[str, np
     }  # fmt: skip
 
 
-def llama_graph(shape: LlamaShape, weights: Mapping[str, np.ndarray]) -> Graph:
-    """The contract graph of ``LlamaForCausalLM`` with these weights, quantised by output channel."""
-    return _Llama(shape, weights).graph()
+def llama_graph(shape: LlamaShape, weights: Mapping[str, np.ndarray], format: Format = INT8) -> Graph:
+    """The contract graph of ``LlamaForCausalLM`` with these weights, those of all products in ``format``."""
+    return _Llama(shape, weights, format).graph()
 
 
-def gpt2_graph(shape: Gpt2Shape, weights: Mapping[str, np.ndarray]) -> Graph:
-    """The contract graph of GPT-2 with these weights, quantised by output channel."""
-    return _Gpt2(shape, weights).graph()
+def gpt2_graph(shape: Gpt2Shape, weights: Mapping[str, np.ndarray], format: Format = INT8) -> Graph:
+    """The contract graph of GPT-2 with these weights, those of all products in ``format``."""
+    return _Gpt2(shape, weights, format).graph()
 
 
 class _Builder:
-    def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, np.ndarray], format: Format) -> None:
+        self.weights, self.format = weights, format
+        self.stored: dict[str, QuantisedWeight] = {}
         self.nodes: list[Node] = []
         self.tensors: dict[str, np.ndarray] = {}
 
@@ -136,8 +139,14 @@ class _Builder:
 
     def linear(self, quantised: Value, name: str, bias: str | None = None) -> Value:
         weight, scales = f"{name}.weight", f"{name}.scales"
-        self.tensors[weight], self.tensors[scales] = quantise_weight(self.weights[weight])
+        made = in_format(self.weights[weight], self.format)
+        self.tensors[weight], self.tensors[scales] = made.w8, made.scale
+        if self.format != INT8:
+            self.stored[weight] = made
         return self.add(Linear, quantised, weight, scales, None if bias is None else self.tensor(bias))
+
+    def finished(self, output: Value, max_tokens: int, source: str) -> Graph:
+        return Graph(tuple(self.nodes), output, self.tensors, max_tokens, source=source, stored=self.stored)
 
     def tensor(self, name: str) -> str:
         self.tensors[name] = self.weights[name]
@@ -149,8 +158,8 @@ class _Builder:
 
 
 class _Llama(_Builder):
-    def __init__(self, shape: LlamaShape, weights: Mapping[str, np.ndarray]) -> None:
-        super().__init__(weights)
+    def __init__(self, shape: LlamaShape, weights: Mapping[str, np.ndarray], format: Format) -> None:
+        super().__init__(weights, format)
         self.shape = shape
 
     def graph(self) -> Graph:
@@ -169,7 +178,7 @@ class _Llama(_Builder):
         output = self.norm(x, "model.norm")
         if shape.head:
             output = self.linear(self.quantise(output), "lm_head")
-        return Graph(tuple(self.nodes), output, self.tensors, shape.max_tokens, source="random-llama")
+        return self.finished(output, shape.max_tokens, "random-llama")
 
     def attention(self, x: Value, layer: str, window: int | None) -> Value:
         shape, quantised = self.shape, self.quantise(x)
@@ -197,8 +206,8 @@ class _Llama(_Builder):
 
 
 class _Gpt2(_Builder):
-    def __init__(self, shape: Gpt2Shape, weights: Mapping[str, np.ndarray]) -> None:
-        super().__init__(weights)
+    def __init__(self, shape: Gpt2Shape, weights: Mapping[str, np.ndarray], format: Format) -> None:
+        super().__init__(weights, format)
         self.shape = shape
 
     def graph(self) -> Graph:
@@ -219,7 +228,7 @@ class _Gpt2(_Builder):
         output = self.norm(x, "ln_f")
         if shape.head:
             output = self.linear(self.quantise(output), "lm_head")
-        return Graph(tuple(self.nodes), output, self.tensors, shape.max_tokens, source="random-gpt2")
+        return self.finished(output, shape.max_tokens, "random-gpt2")
 
     def dense(self, quantised: Value, name: str) -> Value:
         return self.linear(quantised, name, name + ".bias")

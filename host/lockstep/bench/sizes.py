@@ -18,6 +18,8 @@ class GemmSizes:
     n: Annotated[int | None, "Columns of the result."] = None
     k: Annotated[int | None, "Depth of the sums."] = None
     shapes: Annotated[int, "Random products, where no size is given."] = 200
+    weights: Annotated[str, "Of the right side: int8, int4 (groups of 32), int4-g64 or int4-g128."] = "int8"
+    sparsity: Annotated[str, "Of the weights: none, 2:4 or 1:4."] = "none"
     seed: Annotated[int, "Of sizes and values."] = 0
 
 
@@ -45,6 +47,8 @@ class DecodeSizes:
         int | None, "Heads of keys and values, a divisor of those of queries; unasked, the shape's."
     ] = None
     head: Annotated[bool, "Compute the logits too, over the shape's vocabulary."] = False
+    weights: Annotated[str, "Of all products: int8, int4 (groups of 32), int4-g64 or int4-g128."] = "int8"
+    sparsity: Annotated[str, "Of the weights: none, 2:4 or 1:4."] = "none"
     seed: Annotated[int, "Of weights, keys and values."] = 0
 
 

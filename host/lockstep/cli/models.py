@@ -188,6 +188,19 @@ def _verdict(differences: int | None) -> str:
     return "the same bits" if differences == 0 else f"{differences:,} values differ"
 
 
+def as_expanded(expanded: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+    """Weights that a core takes as dense int8, and why, as JSON has them."""
+    return [{"weight": name, "reason": reason} for name, reason in expanded]
+
+
+def show_expanded(expanded: tuple[tuple[str, str], ...]) -> None:
+    """A line for each reason why weights of fewer bits are dense int8."""
+    from lockstep.run_report import expanded_lines
+
+    for line in expanded_lines(expanded):
+        results().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_fallbacks(model: Model) -> None:
     """A line for each part that PyTorch runs."""
     for part in fallbacks(model):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import UsageError, guarded
-from .models import ModelArgument, fallbacks, open_model
+from .models import ModelArgument, as_expanded, fallbacks, open_model, show_expanded
 from .output import JsonOption, Steps, emit, results
 
 
@@ -43,6 +43,7 @@ def compile_model(
     with Steps() as steps:
         loaded = open_model(model, steps)
         from lockstep.compiler.execute import DeviceExecutor
+        from lockstep.compiler.packing import expanded
         from lockstep.compiler.stages import split
 
         stages = [number for number, stage in enumerate(split(loaded.graph)) if stage.device]
@@ -53,6 +54,7 @@ def compile_model(
             steps(f"compiling for {device}")
             program = DeviceExecutor(opened).program(loaded.graph, tuple(tokens), stages[part])
     program.save(output)
+    grown = expanded(loaded.graph, uri.config)
     size = output.stat().st_size
     if as_json:
         emit(
@@ -67,12 +69,14 @@ def compile_model(
                 "part": part,
                 "parts": len(stages),
                 "fallbacks": fallbacks(loaded),
+                "expanded": as_expanded(grown),
             }
         )
     else:
         which = "" if len(stages) == 1 else f", part {part} of 0 to {len(stages) - 1}"
         text = f"{len(program.instructions):,} instructions, {size:,} bytes, for core '{uri.config.name}'{which}"
         results().print(f"{output}: {text}", markup=False, highlight=False, soft_wrap=True)
+        show_expanded(grown)
 
 
 @guarded

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .failures import UsageError, guarded
-from .models import check_texts, fallbacks, open_model, show_fallbacks
+from .models import as_expanded, check_texts, fallbacks, open_model, show_expanded, show_fallbacks
 from .output import JsonOption, Steps, emit, results, table
 
 if TYPE_CHECKING:
@@ -64,15 +64,18 @@ def run(
         raise UsageError("operands are those of a program file; leave --operand out for a model")
     names: list[str] = []
     falls: list[dict[str, str]] = []
+    grown: tuple[tuple[str, str], ...] = ()
     with Steps() as steps:
         if program:
             found = _run_program(Path(target), device, operand or [], timeline is not None, steps)
         else:
+            from lockstep.compiler.packing import expanded
             from lockstep.executors import executor
 
             loaded = open_model(target, steps)
             falls = fallbacks(loaded)
             with executor(device, steps) as opened:
+                grown = expanded(loaded.graph, opened.config)
                 found = run_model(loaded, opened, texts or [], tokens, generate, timeline is not None, steps)
         if timeline is not None:
             from lockstep_sim import perfetto
@@ -90,6 +93,7 @@ def run(
                 **counted(total),
                 "timeline": None if timeline is None else str(timeline),
                 "fallbacks": falls,
+                "expanded": as_expanded(grown),
             }
         )
         return
@@ -98,6 +102,7 @@ def run(
         results().print(f"{timeline}: open it at https://ui.perfetto.dev", markup=False, highlight=False)
     if not program:
         show_fallbacks(loaded)
+        show_expanded(grown)
 
 
 def require_core(uri: str) -> None:

@@ -14,11 +14,15 @@ class Pieces:
 
     Words may be given back before the instructions that use them have run: the order of instructions is the meaning
     of a program, and the builder keeps it.
+
+    Parameters
+    ----------
+    unit : pieces are made of so many words, and begin at multiples of it; it divides ``start`` and ``end``.
     """
 
-    def __init__(self, name: str, start: int, end: int) -> None:
+    def __init__(self, name: str, start: int, end: int, unit: int = 1) -> None:
         self.name, self.start = name, start
-        self._size = end - start
+        self._size, self._unit = end - start, unit
         self._free = [(start, end)]
         self._used: dict[int, int] = {}
 
@@ -45,6 +49,7 @@ class Pieces:
 
     def take(self, words: int) -> int:
         """The first word of a piece; raises :class:`CapacityError`."""
+        words = self._whole(words)
         for n, (begin, end) in enumerate(self._free):
             if end - begin >= words:
                 self._free[n] = (begin + words, end)
@@ -54,12 +59,16 @@ class Pieces:
 
     def take_last(self, words: int) -> int:
         """The same at the other end of the memory, away from pieces that come and go."""
+        words = self._whole(words)
         for n, (begin, end) in reversed(list(enumerate(self._free))):
             if end - begin >= words:
                 self._free[n] = (begin, end - words)
                 self._used[end - words] = words
                 return end - words
         raise self._full(words)
+
+    def _whole(self, words: int) -> int:
+        return -(-words // self._unit) * self._unit
 
     def _full(self, words: int) -> CapacityError:
         return CapacityError(

@@ -262,7 +262,7 @@ class StageCompiler:
     def _linear_with(self, linear: Linear, node: Add | Multiply, other: Value) -> Panels:
         """A linear layer whose results meet ``other`` while they are drained."""
         q, operand = self.quantised[linear.quantised], self._read(other)
-        image = self._image_of(linear, q.features)
+        image = self._image_of(linear)
         into = self._reuse_or_new(other, operand.features)
         absmax = self.readers.wanted_maxima(node.value)
         if isinstance(node, Add):
@@ -351,7 +351,7 @@ class StageCompiler:
 
     def _linear(self, node: Linear, result: Node, activation: str | None) -> None:
         q = self.quantised[node.quantised]
-        image = self._image_of(node, q.features)
+        image = self._image_of(node)
         into = self._new(self.graph.tensors[node.weight].shape[0])
         blocks = row_blocks(self.tiles)
         post = self._post_norm(node, 0) if len(blocks) > 1 and result is node else None
@@ -412,8 +412,8 @@ class StageCompiler:
             self._ready = first
         lowering.postpone(first, tiles, then)
 
-    def _image_of(self, linear: Linear, depth: int) -> LinearImage:
-        most = self.low.panels_per_chunk(depth)
+    def _image_of(self, linear: Linear) -> LinearImage:
+        most = self.low.panels_per_chunk(linear.weight)
         return self.image.linear(linear.weight, linear.scales, linear.bias, None, most)
 
     def _feed_forward(self, chain: FeedForward) -> None:
@@ -421,8 +421,8 @@ class StageCompiler:
         low, first, second = self.low, chain.first, chain.second
         q = self.quantised[first.quantised]
         middle = self.graph.tensors[first.weight].shape[0]
-        image1 = self.image.linear(first.weight, first.scales, first.bias, None, low.panels_per_chunk(q.features))
-        image2 = self.image.linear(second.weight, second.scales, second.bias, None, low.panels_per_chunk(middle))
+        image1 = self._image_of(first)
+        image2 = self._image_of(second)
         into = self._new(self.graph.tensors[second.weight].shape[0])
         norm = None
         if post := self._post_norm(second, 2 * LEAST_BLOCK * middle):
@@ -469,7 +469,7 @@ class StageCompiler:
         if not isinstance(producer, Linear):
             return Projection(None, None, self._read(value))
         q = self.quantised[producer.quantised]
-        most = self.low.panels_per_chunk(q.features)
+        most = self.low.panels_per_chunk(producer.weight)
         image = self.image.linear(producer.weight, producer.scales, producer.bias, node.head_dim, most)
         return Projection(q, image, None)
 

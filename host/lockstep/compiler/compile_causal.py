@@ -20,6 +20,9 @@ from .stages import Stage
 
 #: Share of the WEIGHT memory for streamed weights; the rest holds tiles of the key-value cache.
 _WEIGHT_RING = 0.5
+#: Share of the ring for weights that are loaded ahead of an attention; more with a cache of at most so many keys, where
+#: the bus rests during softmaxes.
+_AHEAD, _AHEAD_SHORT, _SHORT = 0.5, 0.625, 256
 
 
 class CausalStageCompiler(StageCompiler):
@@ -173,7 +176,7 @@ class CausalStageCompiler(StageCompiler):
         if {node.k, node.v} <= self.appended:
             self.low.catch_up()
             self.attentions[node.value].preload()
-        self._prefetch(node.value, 0.5)
+        self._prefetch(node.value, _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT)
 
     def _stream_on(self, value: Value) -> None:
         """All keys and values are loaded: their words serve weights until the next attention."""
@@ -192,7 +195,7 @@ class CausalStageCompiler(StageCompiler):
         ]
         if linears:
             first = min(linears, key=lambda linear: self._ranks[linear.value])
-            self.low.prefetch(self._image_of(first, self.graph.tensors[first.weight].shape[1]), share)
+            self.low.prefetch(self._image_of(first), share)
 
     # --- The output --------------------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class CausalStageCompiler(StageCompiler):
         if run.logits != "none":
             if run.logits == "last":
                 q = rows_of(q, run.tiles - 1, 1)
-            image = self.image.linear(node.weight, node.scales, node.bias, None, low.panels_per_chunk(q.features))
+            image = self._image_of(node)
             binding = self.bindings[node.value]
             for chunk in image.chunks:
                 into = Panels(low.vectors.take(q.tiles * chunk.columns), chunk.columns, q.tiles)

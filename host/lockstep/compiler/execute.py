@@ -54,7 +54,7 @@ class DeviceExecutor:
     def host_value(self, graph: Graph, node: Node, given: list[Any]) -> Any:
         """The value of a node that the host computes, or has computed expert by expert."""
         if isinstance(node, Experts):
-            return self._experts.run(node, given[0], given[1], graph.tensors)
+            return self._experts.run(node, given[0], given[1], graph)
         return host_node(graph, node, given)
 
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
@@ -132,7 +132,7 @@ class DeviceExecutor:
         if self._graph is not graph:
             self.close()
             self._graph, self._stages, self._features = graph, split(graph), feature_counts(graph)
-            self._image = Image(self.device, graph.tensors)
+            self._image = Image(self.device, graph)
 
     def _run_batch(self, graph: Graph, batch: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         inputs = graph.inputs

@@ -6,7 +6,7 @@ chose it. Routing and the weighted sum are a few operations per token; they run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 from lockstep_driver import Device
@@ -19,10 +19,10 @@ from .layout import panel_count
 Run = Callable[[Graph, list[dict[str, np.ndarray]]], list[np.ndarray]]
 
 
-def expert_graph(expert: Expert, function: str, tensors: Mapping[str, np.ndarray]) -> Graph:
-    """One expert as a graph of its own on ``x: float32[tokens, features]``."""
+def expert_graph(expert: Expert, function: str, whole: Graph) -> Graph:
+    """One expert of ``whole`` as a graph of its own on ``x: float32[tokens, features]``."""
     gate, up, down = zip((expert.gate, expert.up, expert.down), expert.scales, strict=True)
-    features = tensors[expert.gate].shape[1]
+    features = whole.tensors[expert.gate].shape[1]
     nodes: tuple[Node, ...] = (
         Input(0, "x", (None, features), "float32"),
         Quantise(1, 0, None),
@@ -34,7 +34,9 @@ def expert_graph(expert: Expert, function: str, tensors: Mapping[str, np.ndarray
         Linear(7, 6, *down, None),
     )
     names = (*expert.tensors, *expert.scales)
-    return Graph(nodes, 7, {name: tensors[name] for name in names}, max_tokens=1 << 16, source="expert")
+    tensors = {name: whole.tensors[name] for name in names}
+    stored = {name: whole.stored[name] for name in expert.tensors if name in whole.stored}
+    return Graph(nodes, 7, tensors, max_tokens=1 << 16, source="expert", stored=stored)
 
 
 class DeviceExperts:
@@ -50,17 +52,19 @@ class DeviceExperts:
         self._open = open_runner
         self._runs: dict[tuple[int, Expert], tuple[Graph, Run]] = {}
 
-    def run(self, node: Experts, x: np.ndarray, choice: Choice, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """``float32[tokens, features]`` for x: ``float32[tokens, features]`` and the choice of a ``Route``."""
+    def run(self, node: Experts, x: np.ndarray, choice: Choice, graph: Graph) -> np.ndarray:
+        """``float32[tokens, features]`` of a node of ``graph`` for x: ``float32[tokens, features]`` and the choice of a
+        ``Route``.
+        """
 
         def compute(expert: Expert, at: np.ndarray) -> np.ndarray:
             key = (node.value, expert)
             if key not in self._runs:
-                self._runs[key] = (expert_graph(expert, node.function, tensors), self._open())
-            graph, run = self._runs[key]
+                self._runs[key] = (expert_graph(expert, node.function, graph), self._open())
+            own, run = self._runs[key]
             # Whole row tiles, so that a handful of programs serves every number of tokens.
             rows = np.zeros((panel_count(len(at), self._rows) * self._rows, x.shape[1]), np.float32)
             rows[: len(at)] = x[at]
-            return run(graph, [{"x": rows}])[0][: len(at)]
+            return run(own, [{"x": rows}])[0][: len(at)]
 
         return mix(node, choice, compute)

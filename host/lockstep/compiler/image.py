@@ -11,7 +11,10 @@ from lockstep_isa.config import CoreConfig
 from lockstep_isa.numerics import flush
 from numpy.typing import NDArray
 
+from lockstep.graph import Graph
+
 from .layout import column_words, table_words, to_panels
+from .packing import Packing, packed_panels, packing
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Chunk:
     ----------
     first, columns : which output columns.
     panels : panels of ``columns`` output channels each, the last one padded.
-    weights : byte address of ``panels * K`` WEIGHT words.
+    weights : byte address of the WEIGHT words of its panels.
     parameters : byte address of ``panels`` PARAMETER words of scales, then as many of biases if there are any.
     """
 
@@ -35,9 +38,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class LinearImage:
-    """A linear layer in device memory: K, its chunks, and whether it has biases."""
+    """A linear layer in device memory: K, how its panels are packed, its chunks, and whether it has biases."""
 
     depth: int
+    packing: Packing
     chunks: tuple[Chunk, ...]
     has_bias: bool
 
@@ -48,13 +52,14 @@ class Image:
     Parameters
     ----------
     device : whose memory is used; it gives up the memory when :meth:`close` is called.
-    tensors : the graph's parameters by name.
+    graph : whose parameters they are.
     """
 
-    def __init__(self, device: Device, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+    def __init__(self, device: Device, graph: Graph) -> None:
         self._device = device
         self._config: CoreConfig = device.config
-        self._tensors = tensors
+        self._tensors: Mapping[str, NDArray[np.generic]] = graph.tensors
+        self._stored = graph.stored
         self._buffers: list[Buffer] = []
         self._known: dict[object, object] = {}
 
@@ -106,6 +111,10 @@ class Image:
             self._known[key] = (self._place(table), table.shape[1], c.shape[1])
         return self._known[key]  # type: ignore[return-value]
 
+    def packing(self, weight: str) -> Packing:
+        """How the panels of a weight int8[N, K] lie in the WEIGHT memory."""
+        return packing(self._config, self._tensors[weight].shape[1], self._stored.get(weight))
+
     def linear(
         self, weight: str, scales: str, bias: str | None, group: int | None, panels_per_chunk: int
     ) -> LinearImage:
@@ -126,18 +135,22 @@ class Image:
         rows = self._config.rows
         outputs, depth = w.shape
         group = group or outputs
+        form, stored = self.packing(weight), self._stored.get(weight)
         chunks = []
         for start in range(0, outputs, group):
             for first in range(start, min(start + group, outputs), most * rows):
                 end = min(first + most * rows, start + group, outputs)
-                panels = to_panels(w[first:end], rows)
+                if stored is not None and form != Packing(depth):
+                    panels = packed_panels(stored, first, end, rows)
+                else:
+                    panels = to_panels(w[first:end], rows)
                 words = [column_words(flush(s[first:end]), rows)]
                 if b is not None:
                     words.append(column_words(flush(b[first:end]), rows))
                 chunks.append(
                     Chunk(first, end - first, len(panels), self._place(panels), self._place(np.concatenate(words)))
                 )
-        return LinearImage(depth, tuple(chunks), b is not None)
+        return LinearImage(depth, form, tuple(chunks), b is not None)
 
 
 def _word_columns(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

@@ -36,6 +36,7 @@ from lockstep_isa.tables import FUNCTIONS
 from .allocation import Pieces, Ring
 from .image import Chunk, Image, LinearImage
 from .onchip import Ahead, Fetched, Panels, QuantisedPanels
+from .packing import Packing, activation_unit
 from .passes import ACTIVATION_SLOT, RECIPROCAL, SLOTS, rounding, scaling
 
 _KINDS = {
@@ -74,7 +75,7 @@ class Lowering:
         weight_words = int(config.weight_words * weight_ring)
         parameter_words = int(config.parameter_words * parameter_ring)
         self.vectors = Pieces("VECTOR", 0, config.vector_words)
-        self.activations = Pieces("ACTIVATION", 0, config.activation_words)
+        self.activations = Pieces("ACTIVATION", 0, config.activation_words, activation_unit(config))
         self.weight_ring = Ring("WEIGHT", 0, weight_words)
         self.weights = Pieces("WEIGHT", weight_words, config.weight_words)
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
@@ -330,9 +331,13 @@ class Lowering:
 
     # --- Products ----------------------------------------------------------------------------------------------
 
-    def panels_per_chunk(self, depth: int) -> int:
-        """Panels of a linear layer that one chunk may hold: at least three chunks fit the weight ring."""
-        return max(1, min(8, self.weights.start // (3 * depth)))
+    def panels_per_chunk(self, weight: str) -> int:
+        """Panels of a linear layer that one chunk may hold: at least three chunks fit the weight ring; packed ones are
+        done sooner, and four fit.
+        """
+        form = self.image.packing(weight)
+        chunks = 3 if form == Packing(form.words) else 4
+        return max(1, min(8, self.weights.start // (chunks * form.words)))
 
     def fetch(self, linear: LinearImage, chunk: Chunk) -> Fetched:
         """Load a chunk of a linear layer. It stays until the rings have come around once."""
@@ -349,7 +354,7 @@ class Lowering:
     @staticmethod
     def _chunk_words(linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
         """WEIGHT and PARAMETER words of a chunk."""
-        return chunk.panels * linear.depth, chunk.panels * (2 if linear.has_bias else 1)
+        return chunk.panels * linear.packing.words, chunk.panels * (2 if linear.has_bias else 1)
 
     def widen_ring(self) -> None:
         """Let weights stream through all of the WEIGHT memory, as long as nothing else lies there."""
@@ -406,7 +411,8 @@ class Lowering:
             a=q.start,
             a_outer=q.features,
             w=weights,
-            w_inner=linear.depth,
+            w_inner=linear.packing.words,
+            **linear.packing.fields,
         )
         return scales, scales + chunk.panels
 

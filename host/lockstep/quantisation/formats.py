@@ -90,6 +90,14 @@ class QuantisedWeight:
             return Format(8, None, self.pattern)
         return Format(4, self.values.shape[1] // self.multipliers.shape[1], self.pattern)
 
+    def part(self, start: int, stop: int) -> QuantisedWeight:
+        """The output channels ``start`` to ``stop``."""
+        if (start, stop) == (0, len(self.values)):
+            return self
+        channels = slice(start, stop)
+        multipliers = None if self.multipliers is None else self.multipliers[channels]
+        return QuantisedWeight(self.values[channels], self.scale[channels], multipliers, self.pattern)
+
     def dequantised(self) -> np.ndarray:
         """float32[N, K]; dividing it by the scale and rounding gives w8 back."""
         return self.w8.astype(np.float32) * self.scale[:, None]

@@ -9,6 +9,7 @@
 
 #include "instructions.hpp"  // generated
 #include "lockstep/fused_pass.hpp"
+#include "packed_weights.hpp"
 #include "recording.hpp"
 
 namespace lockstep {
@@ -98,6 +99,7 @@ class FastCore {
     }
 
     Failure matrix(const isa::Matrix& i) {
+        if (const WeightFormat format(i); format.packed()) return packed_matrix(i, format);
         for (uint32_t outer = 0; outer < i.outer; outer++)
             for (uint32_t inner = 0; inner < i.inner; inner++) {
                 const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
@@ -171,8 +173,37 @@ class FastCore {
         }
     }
 
-    template <class Byte>
-    static void multiply_tile(const Byte* a, const int8_t* w, uint32_t depth, Tile& tile) {
+    // Tiles are computed in an order in which those with the same weights follow each other.
+    Failure packed_matrix(const isa::Matrix& i, const WeightFormat& format) {
+        const uint32_t words = format.words(i.depth), count = i.outer * i.inner, first = uint32_t(tiles_.size());
+        const bool columns_first = i.w_outer == 0;
+        uint32_t expanded = UINT32_MAX;
+        tiles_.resize(first + count);
+        top_.resize(size_t(i.depth + 3) * kRows);
+        for (uint32_t n = 0; n < count; n++) {
+            const uint32_t outer = columns_first ? n % i.outer : n / i.inner;
+            const uint32_t inner = columns_first ? n / i.outer : n % i.inner;
+            const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
+            const uint32_t w = uint16_t(i.w + outer * i.w_outer + inner * i.w_inner);
+            if (a + i.depth > isa::kActivationWords || w + words > isa::kWeightWords)
+                return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
+            if (w != expanded) {
+                const int8_t* from = &weight_[size_t(w) * kRows];
+                format.expand<kRows>(reinterpret_cast<const uint8_t*>(from), i.depth, top_.data());
+                expanded = w;
+            }
+            const int8_t* left = &activation_[size_t(a) * kRows];
+            Tile& tile = tiles_[first + outer * i.inner + inner];
+            if (i.unsigned_)
+                multiply_tile(reinterpret_cast<const uint8_t*>(left), top_.data(), i.depth, tile);
+            else
+                multiply_tile(left, top_.data(), i.depth, tile);
+        }
+        return {};
+    }
+
+    template <class Byte, class Weight>
+    static void multiply_tile(const Byte* a, const Weight* w, uint32_t depth, Tile& tile) {
         Row sum[kRows] = {};
         for (uint32_t k = 0; k < depth; k++) {
             Row top;
@@ -363,6 +394,7 @@ class FastCore {
     std::vector<Table> tables_;
     std::deque<Tile> tiles_;
     std::vector<float> x_, before_;
+    std::vector<int16_t> top_;  // a tile of packed weights, expanded
     std::vector<uint8_t> rounded_;
     float sums_[kRows];
 };

@@ -25,6 +25,7 @@ struct Latencies {
     static constexpr Time kSkipLatency = 2;     // an instruction that does nothing, from its tokens to those it gives
     static constexpr Time kSettle = 2;          // last done to the fence
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
+    static constexpr Time kPackedStart = 3;     // what the first step of packed weights comes later than of others
     static constexpr Time kLoadLatency = 2;     // last beat to done
     static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;
     static constexpr size_t kStoresInFlight = 8, kWaitingStores = 4, kOutstandingStores = 16;

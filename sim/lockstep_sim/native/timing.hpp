@@ -13,6 +13,7 @@
 
 #include "instructions.hpp"  // generated
 #include "latencies.hpp"
+#include "packed_weights.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
@@ -70,8 +71,10 @@ class TimingModel : Latencies {
     }
     void add_matrix(const isa::Matrix& i) {
         Item& item = add(i);
-        item.depth = i.depth, item.tiles = i.outer * i.inner;
-        result_.mac_cycles += uint64_t(item.depth) * item.tiles;
+        const WeightFormat format(i);
+        item.steps = format.steps(i.depth), item.tiles = i.outer * i.inner;
+        item.prologue = format.packed() ? kPackedStart : 0;
+        result_.mac_cycles += uint64_t(item.steps) * item.tiles;
     }
     void add_vector(const isa::Vector& i, const VectorShape& shape) {
         Item& item = add(i);
@@ -159,7 +162,8 @@ class TimingModel : Latencies {
         int unit;
         uint32_t wait, signal, selectors;
         bool idle = false;
-        uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, depth = 0, tiles = 0, columns = 0;
+        uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, steps = 0, tiles = 0, columns = 0;
+        Time prologue = 0;  // of MATRIX, in front of its first tile
         uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
         VectorShape shape{};
         Time dispatched = 0, accepted = -1, start = -1, end = -1;
@@ -357,7 +361,7 @@ class TimingModel : Latencies {
     }
 
     bool matrix(Item& item, Lane& lane, UnitCycles& cycles) {
-        const Time period = std::max<Time>(item.depth, isa::kRows);
+        const Time period = std::max<Time>(item.steps, isa::kRows);
         for (; item.tile < item.tiles; item.tile++) {
             const size_t number = available_.size();
             if (number >= isa::kAccumulatorTiles) {
@@ -369,8 +373,8 @@ class TimingModel : Latencies {
                     item.now = popped_[before];
                 }
             }
-            available_.push_back(item.now + period + kArrayLatency + 2 * isa::kRows - 2);
-            work_on(item, cycles, period);
+            work_on(item, cycles, (item.tile ? 0 : item.prologue) + period);
+            available_.push_back(item.now + kArrayLatency + 2 * isa::kRows - 2);
         }
         item.end = item.now;  // done pulses in the last cycle of the last tile
         lane.free = item.now;
