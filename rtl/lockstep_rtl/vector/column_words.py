@@ -9,6 +9,8 @@ from amaranth.lib.wiring import In, Out
 class ColumnWords(wiring.Component):
     """The words of two groups of columns, one PARAMETER word each, written a beat's columns a cycle.
 
+    Beats of a group are a power of two.
+
     The first columns of a word are there in the cycle behind ``loads``, the next ones a cycle later, and so on:
     beats, one a cycle at most, find theirs.
 
@@ -37,12 +39,12 @@ class ColumnWords(wiring.Component):
         m = Module()
         m.submodules.storage = storage = Memory(shape=self.width, depth=2 * self.beats, init=[])
         write, read = storage.write_port(), storage.read_port(domain="comb")
-        left, wait = Signal(range(self.beats)), Signal(range(self.beats))
-        place, parity = Signal(range(self.beats)), Signal()
+        # The columns that are written next, 0 behind the last: those of beat 0 come with the word itself.
+        wait, place, parity = Signal(range(self.beats)), Signal(range(self.beats)), Signal()
         rest = Signal((self.beats - 1) * self.width)
         m.d.comb += [
             self.fills.eq(wait.any()),
-            write.en.eq(self.loads | left.any()),
+            write.en.eq(self.loads | place.any()),
             write.data.eq(Mux(self.loads, self.word[: self.width], rest[: self.width])),
             write.addr.eq(Mux(self.loads, Cat(C(0, len(place)), self.parity), Cat(place, parity))),
             *(read.addr.eq(self.address), self.data.eq(read.data)),
@@ -53,9 +55,8 @@ class ColumnWords(wiring.Component):
             m.d.sync += wait.eq(wait - 1)
         with m.If(self.loads):
             m.d.sync += [
-                *(rest.eq(self.word[self.width :]), parity.eq(self.parity)),
-                *(place.eq(1), left.eq(self.beats - 1)),
+                *(rest.eq(self.word[self.width :]), parity.eq(self.parity), place.eq(1)),
             ]
-        with m.Elif(left.any()):
-            m.d.sync += [rest.eq(rest[self.width :]), place.eq(place + 1), left.eq(left - 1)]
+        with m.Elif(place.any()):
+            m.d.sync += [rest.eq(rest[self.width :]), place.eq(place + 1)]
         return m
