@@ -54,9 +54,7 @@ class ColumnWords(wiring.Component):
         with m.Elif(self.fills):
             m.d.sync += wait.eq(wait - 1)
         with m.If(self.loads):
-            m.d.sync += [
-                *(rest.eq(self.word[self.width :]), parity.eq(self.parity), place.eq(1)),
-            ]
+            m.d.sync += [rest.eq(self.word[self.width :]), parity.eq(self.parity), place.eq(1)]
         with m.Elif(place.any()):
             m.d.sync += [rest.eq(rest[self.width :]), place.eq(place + 1)]
         return m
