@@ -111,9 +111,14 @@ class CoreConfig:
 
     @property
     def crc(self) -> int:
-        """CRC-32 over everything that a program can depend on; programs carry it, the core checks it."""
-        values = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"]
-        return zlib.crc32(struct.pack(f"<{len(values) + 1}I", ISA_VERSION, *values))
+        """CRC-32 over everything that a program can depend on; programs carry it, the core checks it.
+
+        Features count where they are there: a core without a feature is the core that it was before there was one.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
+        numbers = [value for value in values.values() if not isinstance(value, bool)]
+        features = "".join(f"{name} " for name, value in values.items() if value is True)
+        return zlib.crc32(struct.pack(f"<{len(numbers) + 1}I", ISA_VERSION, *numbers) + features.encode())
 
     def replace(self, **changes: object) -> CoreConfig:
         """A copy with some fields changed, checked like a new one."""

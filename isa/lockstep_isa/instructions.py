@@ -7,10 +7,15 @@ Every instruction is one 512-bit word, little endian, header first.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import CoreConfig
 
 #: Bytes of one encoded instruction.
 INSTRUCTION_BYTES = 64
@@ -181,7 +186,8 @@ class Field:
     ``minimum`` is the least legal value (counts of zero are malformed). Where ``operand`` is true, a selector field
     ``NAME_operand`` behind the others names a run-time operand that is added, modulo 2^width; 0 names none. An
     instruction whose count becomes zero by that does nothing but take and give its tokens. A ``signed`` field is in
-    two's complement.
+    two's complement. A field with a ``feature`` is there on cores whose configuration has that flag; on others it must
+    be 0.
     """
 
     name: str
@@ -191,6 +197,7 @@ class Field:
     minimum: int = 0
     operand: bool = False
     signed: bool = False
+    feature: str | None = None
 
 
 def selector(name: str) -> str:
@@ -213,14 +220,20 @@ class InstructionType:
         """The fields that may have a run-time operand."""
         return tuple(f for f in self.fields if f.operand)
 
+    def of(self, config: CoreConfig) -> InstructionType:
+        """The same with the fields only that the core has; where their bits are, the whole type says."""
+        fields = tuple(f for f in self.fields if f.feature is None or getattr(config, f.feature))
+        return dataclasses.replace(self, fields=fields)
+
     @cached_property
     def encoded(self) -> tuple[Field, ...]:
-        """All fields in the order of their bits: header, fields, operand selectors."""
+        """All fields in the order of their bits: header, fields, operand selectors, and the fields of features."""
         bits = (OPERANDS - 1).bit_length()
         selectors = (
             Field(selector(f.name), bits, f"operand that is added to {f.name}, 0: none") for f in self.variable
         )
-        return (*HEADER, *self.fields, *selectors)
+        always, features = ([f for f in self.fields if (f.feature is None) == there] for there in (True, False))
+        return (*HEADER, *always, *selectors, *features)
 
     @cached_property
     def layout(self) -> dict[str, tuple[int, Field]]:
@@ -298,8 +311,8 @@ MATRIX = InstructionType(
         _address("w_outer", "WEIGHT words per outer step"),
         _address("w_inner", "WEIGHT words per inner step"),
         Field("unsigned", 1, "activations are uint8 (probabilities) instead of int8"),
-        Field("weights", 2, "how the words of W are packed", Weights),
-        Field("sparsity", 2, "which values of W are there", Sparsity),
+        Field("weights", 2, "how the words of W are packed", Weights, feature="packed"),
+        Field("sparsity", 2, "which values of W are there", Sparsity, feature="packed"),
     ),
 )
 VECTOR = InstructionType(

@@ -125,7 +125,7 @@ def _field_rows(type: InstructionType) -> list[tuple[object, ...]]:
 def _legal(field: Field) -> str:
     if field.choices is not None:
         name = field.choices.__name__
-        return f"[{name}](#{name.lower()})"
+        return f"[{name}](#{name.lower()})" + (f"; 0 without `{field.feature}`" if field.feature else "")
     if field.minimum and field.operand:
         return f"from {field.minimum}; any with an operand"
     return f"from {field.minimum}" if field.minimum else "any"
@@ -223,7 +223,7 @@ def registers_page() -> str:
         ),
         "## Configurations",
         "",
-        "CONFIG_CRC is over the instruction set's version and every field but the name.",
+        "CONFIG_CRC is over the instruction set's version and every field but the name. A feature that a core lacks does not count.",
         "",
         *_table(
             (

@@ -30,6 +30,8 @@ from .gating import gate
 TOP = "lockstep_core"
 #: Library modules that are written in Verilog.
 WRITTEN = ("lockstep_ram", "lockstep_array")
+#: Amaranth's name of a net that crosses modules.
+_CROSSING = re.compile(r"\\port\$(\d+)\$")
 
 
 def _ports(component: wiring.Component) -> list[tuple[str, wiring.Member, Value]]:
@@ -69,9 +71,17 @@ def _library_module(name: str) -> str:
 
 
 def _convert(component: wiring.Component, name: str) -> str:
+    """Verilog of ``component``.
+
+    Amaranth names a net that crosses modules by how many there are in front of it in the whole design. Here they are
+    numbered in the same order, but without gaps, so that nothing hangs on parts that a core does not have.
+    """
     directions = {wiring.In: PortDirection.Input, wiring.Out: PortDirection.Output}
     ports = {port: (value, directions[member.flow]) for port, member, value in _ports(component)}
-    return verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
+    text = verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
+    numbers = sorted({int(number) for number in _CROSSING.findall(text)})
+    order = {str(number): f"\\port${n}$" for n, number in enumerate(numbers)}
+    return _CROSSING.sub(lambda found: order[found[1]], text)
 
 
 def library_verilog(text: str) -> str:

@@ -19,14 +19,15 @@ from lockstep_isa.instructions import HEADER, InstructionType
 ADDRESS_BITS = 16
 
 
-def instruction_layout(type: InstructionType) -> data.StructLayout:
-    """The bits of one instruction with its operands added: header and fields, in the order of the instruction table."""
-    return data.StructLayout({field.name: field.width for field in (*HEADER, *type.fields)})
+def instruction_layout(type: InstructionType, config: CoreConfig) -> data.StructLayout:
+    """The bits of one instruction with its operands added: header and fields that the core has, in the order of the
+    instruction table."""
+    return data.StructLayout({field.name: field.width for field in (*HEADER, *type.of(config).fields)})
 
 
-def instruction_stream(type: InstructionType) -> stream.Signature:
+def instruction_stream(type: InstructionType, config: CoreConfig) -> stream.Signature:
     """Instructions whose tokens have been taken; the unit accepts one when it can start it."""
-    return stream.Signature(instruction_layout(type))
+    return stream.Signature(instruction_layout(type, config))
 
 
 class ReadPort(wiring.Signature):

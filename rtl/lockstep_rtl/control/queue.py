@@ -20,9 +20,9 @@ IN_FLIGHT = 8
 _RUNNING = data.StructLayout({"signal": 4, "skip": 1, "index": INDEX_BITS})
 
 
-def queue_entry(type: InstructionType) -> data.StructLayout:
+def queue_entry(type: InstructionType, config: CoreConfig) -> data.StructLayout:
     """What the dispatcher pushes: an instruction, its index, and whether its unit is to ``skip`` it."""
-    return data.StructLayout({"index": INDEX_BITS, "skip": 1, "instruction": instruction_layout(type)})
+    return data.StructLayout({"index": INDEX_BITS, "skip": 1, "instruction": instruction_layout(type, config)})
 
 
 class UnitQueue(wiring.Component):
@@ -43,11 +43,11 @@ class UnitQueue(wiring.Component):
 
     def __init__(self, config: CoreConfig, type: InstructionType) -> None:
         self.config, self.type = config, type
-        self.entry = queue_entry(type)
+        self.entry = queue_entry(type, config)
         super().__init__(
             {
                 "push": In(stream.Signature(self.entry)),
-                "instruction": Out(instruction_stream(type)),
+                "instruction": Out(instruction_stream(type, config)),
                 "done": In(1),
                 "want": Out(4),
                 "granted": In(1),

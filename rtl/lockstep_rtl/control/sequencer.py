@@ -12,12 +12,9 @@ from lockstep_isa.instructions import (
     HEADER,
     INSTRUCTION_BYTES,
     INSTRUCTION_TYPES,
-    MATRIX,
     STORE,
     InstructionType,
     Memory,
-    Sparsity,
-    Weights,
     selector,
 )
 from lockstep_isa.registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS
@@ -45,7 +42,7 @@ class Sequencer(wiring.Component):
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
     A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
-    enumeration does not have, a STORE of another memory than VECTOR, packed weights on a core that takes none and stray
+    enumeration does not have, a STORE of another memory than VECTOR, fields of a feature that the core lacks and stray
     bits are refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches
     never ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
 
@@ -56,7 +53,7 @@ class Sequencer(wiring.Component):
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        members = {f"push_{t.name.lower()}": Out(stream.Signature(queue_entry(t))) for t in INSTRUCTION_TYPES}
+        members = {f"push_{t.name.lower()}": Out(stream.Signature(queue_entry(t, config))) for t in INSTRUCTION_TYPES}
         super().__init__(
             members
             | {
@@ -156,22 +153,22 @@ class Sequencer(wiring.Component):
             push = getattr(self, f"push_{t.name.lower()}")
             resolved = {f.name: operands.sums[n][: f.width] for n, f in enumerate(t.variable)}
             m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(operands.skip)]
-            for f in (*HEADER, *t.fields):
+            there = t.of(self.config)
+            known_bits = sum((1 << f.width) - 1 << t.layout[f.name][0] for f in there.encoded)
+            for f in (*HEADER, *there.fields):
                 m.d.comb += getattr(push.payload.instruction, f.name).eq(resolved.get(f.name, bits(t, f.name)))
             wrong = [
                 (bits(t, f.name) == 0) & (bits(t, selector(f.name)) == 0 if f.operand else 1)
-                for f in t.fields
+                for f in there.fields
                 if f.minimum
             ]
             wrong += [
                 ~bits(t, f.name).matches(*map(int, f.choices))
-                for f in t.fields
+                for f in there.fields
                 if f.choices is not None and len(f.choices) < 1 << f.width
             ]
             if t is STORE:
                 wrong.append(bits(t, "memory") != Memory.VECTOR)
-            if t is MATRIX and not self.config.packed:
-                wrong += [bits(t, "weights") != Weights.INT8, bits(t, "sparsity") != Sparsity.DENSE]
             m.d.sync += kinds[kind].eq(head[:4] == t.opcode)
             m.d.comb += push.valid.eq(dispatch & kinds[kind] & ~is_malformed)
             with m.If(kinds[kind] & push.ready):
@@ -179,7 +176,7 @@ class Sequencer(wiring.Component):
             with m.If(head[:4] == t.opcode):
                 m.d.comb += [
                     known.eq(1),
-                    malformed.eq(Cat(head[t.width :].any(), *wrong).any()),
+                    malformed.eq(Cat((head & ~known_bits).any(), *wrong).any()),
                     operands.counts.eq(Cat(f.minimum for f in t.variable)),
                 ]
                 for n, f in enumerate(t.variable):

@@ -43,7 +43,7 @@ class MatrixUnit(wiring.Component):
         left, top = (PACKED_LEFT, 2) if config.packed else (1, 1)
         super().__init__(
             {
-                "instruction": In(instruction_stream(MATRIX)),
+                "instruction": In(instruction_stream(MATRIX, config)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "streaming": Out(1),
@@ -145,7 +145,7 @@ class MatrixUnit(wiring.Component):
             return m
 
         # Packed weights go ahead of the steps through the decoder, which answers as the scratchpads do.
-        m.submodules.reader = reader = WeightReader()
+        m.submodules.reader = reader = WeightReader(self.config)
         m.submodules.decoder = decoder = WeightDecoder(self.config)
         packed, packed_1 = Signal(name="packed"), Signal(name="packed_1")
         m.d.sync += packed_1.eq(packed)

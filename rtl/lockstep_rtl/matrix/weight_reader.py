@@ -5,6 +5,7 @@ from __future__ import annotations
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
+from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import MATRIX, Sparsity, Weights
 
 from ..interfaces import ADDRESS_BITS, instruction_layout
@@ -35,8 +36,8 @@ class WeightReader(wiring.Component):
     it has at least 5, so the first two are never its last. A tile with an odd number of words ends with one word.
     """
 
-    def __init__(self) -> None:
-        layout = instruction_layout(MATRIX)
+    def __init__(self, config: CoreConfig) -> None:
+        layout = instruction_layout(MATRIX, config)
         super().__init__(
             {
                 "start": In(1),

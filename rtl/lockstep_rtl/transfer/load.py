@@ -72,7 +72,7 @@ class LoadUnit(wiring.Component):
         operand, vector = 8 * config.rows, 32 * config.rows
         super().__init__(
             {
-                "instruction": In(instruction_stream(LOAD)),
+                "instruction": In(instruction_stream(LOAD, config)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "fill_activation": Out(fill_stream(operand, config.operand_words_per_beat)),

@@ -53,7 +53,7 @@ class StoreUnit(wiring.Component):
         self.config = config
         super().__init__(
             {
-                "instruction": In(instruction_stream(STORE)),
+                "instruction": In(instruction_stream(STORE, config)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "read": Out(ReadPort(32 * config.rows, config.operand_words_per_beat)),

@@ -60,11 +60,11 @@ class Issue(wiring.Component):
         taken = 32 * config.lanes
         super().__init__(
             {
-                "instruction": In(instruction_stream(VECTOR)),
+                "instruction": In(instruction_stream(VECTOR, config)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "drained": In(1),
-                "fields": Out(instruction_layout(VECTOR)),
+                "fields": Out(instruction_layout(VECTOR, config)),
                 "begin": Out(1),
                 "accumulator": Out(AccumulatorPort(config)),
                 "vector_read": Out(ReadPort(word, side)),

@@ -33,7 +33,7 @@ class ResultWriter(wiring.Component):
         side = config.columns_per_beat
         super().__init__(
             {
-                "fields": In(instruction_layout(VECTOR)),
+                "fields": In(instruction_layout(VECTOR, config)),
                 "begin": In(1),
                 "result_valid": In(side),
                 "result_last": In(1),

@@ -55,7 +55,7 @@ class VectorUnit(wiring.Component):
         rows, side = config.rows, config.columns_per_beat
         super().__init__(
             {
-                "instruction": In(instruction_stream(VECTOR)),
+                "instruction": In(instruction_stream(VECTOR, config)),
                 "done": Out(1),
                 "stalled": Out(1),
                 "accumulator": Out(AccumulatorPort(config)),

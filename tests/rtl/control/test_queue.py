@@ -19,7 +19,7 @@ def instruction(n, rand):
 
 def entry(index, instruction, skip=False):
     """An instruction as the dispatcher pushes it."""
-    offset = queue_entry(LOAD)["instruction"].offset
+    offset = queue_entry(LOAD, CONFIG)["instruction"].offset
     return index | skip << INDEX_BITS | word_of(instruction) << offset
 
 

@@ -83,19 +83,23 @@ def entry(index, word, operands):
     """What a queue ought to get of an instruction: its fields with operands added, and whether it is skipped."""
     number, result, skip = int.from_bytes(word, "little"), 0, False
     type = next(t for t in INSTRUCTION_TYPES if t.opcode == number & 15)
-    layout = queue_entry(type)
+    layout = queue_entry(type, config_of(**parameters()))
+    instruction = layout["instruction"]
     for name, (offset, field) in type.layout.items():
         value = number >> offset & (1 << field.width) - 1
         if name.endswith("_operand"):
             assert value < OPERANDS
+            continue
+        if name not in instruction.shape.members:
+            assert not value
             continue
         if field.operand:
             start, chosen = type.layout[selector(name)]
             choice = number >> start & (1 << chosen.width) - 1
             value = (value + int(operands[choice] if choice else 0)) % (1 << field.width)
             skip |= value < field.minimum
-        result |= value << offset
-    return index | skip << INDEX_BITS | result << layout["instruction"].offset
+        result |= value << instruction.shape[name].offset
+    return index | skip << INDEX_BITS | result << instruction.offset
 
 
 class World:
