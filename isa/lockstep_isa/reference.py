@@ -223,7 +223,8 @@ def registers_page() -> str:
         ),
         "## Configurations",
         "",
-        "CONFIG_CRC is over the instruction set's version and every field but the name. A feature that a core lacks does not count.",
+        "CONFIG_CRC is over the instruction set's version and every field but the name. A feature that a core lacks "
+        "does not count.",
         "",
         *_table(
             (
