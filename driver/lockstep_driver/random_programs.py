@@ -217,6 +217,8 @@ class _Generator:
             "lane": (0, self.config.rows - 1, self.number(0, self.config.rows - 1))[self.number(0, 2)],
         }
         self.vary_transfer(fields)
+        if self.config.selection:
+            fields["lane_only"] = self.number(0, 1)
         self.vary(fields, "lane", self.lane, self.config.rows - 1)
         self.builder.emit(STORE, **fields)
 

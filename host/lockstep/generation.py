@@ -18,6 +18,7 @@ import numpy as np
 
 from lockstep.compiler.packing import expanded
 from lockstep.errors import InputError, ModelError, SequenceLengthError, TokenizerError
+from lockstep.eviction import EvictionPolicy
 from lockstep.executors import OpenExecutor
 from lockstep.graph import Add, LayerNorm, RMSNorm
 from lockstep.run_report import Phase, Report
@@ -46,7 +47,8 @@ class Options:
     max_new_tokens : most new tokens.
     sampling : how they are chosen.
     stop : strings that end the text; it stops in front of them.
-    context : tokens that the cache holds, prompt and new ones; none for as many as are needed.
+    context : most tokens, prompt and new ones; none for as many as are needed.
+    eviction : how they fit a cache of fewer tokens; none for a cache that holds all of them.
     end_tokens : tokens that end the text.
     """
 
@@ -54,6 +56,7 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     context: int | None = None
+    eviction: EvictionPolicy | None = None
     end_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ class Generator:
         self.model = model
         self.executor = executor
         self._session: Session | None = None
+        self._eviction: EvictionPolicy | None = None
         self._ids = np.zeros(0, np.int64)
 
     def stream(self, prompt: Prompt, options: Options) -> Stream:
@@ -130,7 +134,7 @@ class Generator:
         """
         ids = prompt_ids(self.model, prompt)
         context, most = room(self.model, len(ids), options)
-        self._prepare(ids, context)
+        self._prepare(ids, context, options.eviction)
         return Stream(self, ids, replace(options, max_new_tokens=most))
 
     def close(self) -> None:
@@ -146,16 +150,19 @@ class Generator:
         self._ids = np.concatenate([self._ids[: self._session.length - len(ids)], ids])
         return logits
 
-    def _prepare(self, ids: np.ndarray, context: int) -> None:
+    def _prepare(self, ids: np.ndarray, context: int, eviction: EvictionPolicy | None) -> None:
         """A session for ``context`` tokens, which has kept what it can use of ``ids`` and nothing else."""
-        if self._session is not None and self._session.capacity < context:
+        if self._session is not None and (self._session.capacity < context or self._eviction != eviction):
             self.close()
         if self._session is None:
-            self._session = self.executor.open_session(self.model.graph, context)
+            self._session = self.executor.open_session(self.model.graph, context, eviction)
+            self._eviction = eviction
         # The last token is always computed, since its logits are wanted.
         had = self._ids[: min(self._session.length, len(ids) - 1)]
         differ = np.flatnonzero(had != ids[: len(had)])
         kept = int(differ[0]) if len(differ) else len(had)
+        if kept != self._session.length and not self._session.slots.can_truncate(self._session.length):
+            kept = 0
         self._session.truncate(kept)
         self._ids = self._ids[:kept]
 

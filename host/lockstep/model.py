@@ -17,6 +17,7 @@ from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
 from lockstep.checkpoint import find_folder, load_checkpoint
 from lockstep.errors import CaptureError, FallbackError, InputError, ModelError, PrescaleError, TokenizerError
 from lockstep.evaluate import run_reference
+from lockstep.eviction import EvictionPolicy, asked_eviction
 from lockstep.executors import OpenExecutor, check_uri
 from lockstep.generation import (
     NEW_TOKENS,
@@ -59,8 +60,10 @@ class Executor(Protocol):
 class GeneratingExecutor(Executor, Protocol):
     """An executor that also keeps key-value caches."""
 
-    def open_session(self, graph: Graph, capacity: int) -> Session:
-        """A session of a causal language model with room for ``capacity`` tokens."""
+    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
+        """A session of a causal language model with room for ``capacity`` tokens, in a smaller cache if ``eviction``
+        says so.
+        """
         ...
 
 
@@ -76,8 +79,8 @@ class HostExecutor:
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         return [run_reference(graph, inputs, self.operations) for inputs in sequences]
 
-    def open_session(self, graph: Graph, capacity: int) -> Session:
-        return HostSession(graph, capacity, self.operations)
+    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
+        return HostSession(graph, capacity, self.operations, eviction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +179,8 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         context: int | None = None,
+        evict: str | None = None,
+        keep: int | None = None,
     ) -> Options:
         """What :meth:`generate` takes, with the model's defaults in place of what is not given; raises
         ``InputError`` for values that make no sense.
@@ -188,7 +193,7 @@ class Model:
         if stops:
             _ = self.tokenizer  # without one, a stop string would be overlooked
         sampling = defaults.chosen(temperature, top_k, top_p, seed)
-        return Options(max_new_tokens, sampling, stops, context, ends)
+        return Options(max_new_tokens, sampling, stops, context, asked_eviction(evict, keep), ends)
 
     @overload
     def generate(self, prompt: str | Sequence[int] | np.ndarray | Sequence[Message], **options: Any) -> Generation: ...
@@ -207,7 +212,8 @@ class Model:
         temperature, top_k, top_p, seed : see :class:`lockstep.sampling.Sampling`; what is not given is as in the
             model's ``generation_config.json``. Without a temperature, or with 0, the best token is taken each time.
         stop : a string or several, in front of which the text ends.
-        context : tokens that the cache holds; as many as are needed if not given.
+        context : most tokens, prompt and new ones; as many as are needed if not given.
+        keep : tokens that the cache keeps, and evict : by which policy; see :func:`lockstep.eviction.eviction`.
 
         Raises
         ------

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from lockstep_hls import kernels
 
-from lockstep.errors import SequenceLengthError
 from lockstep.evaluate import check_inputs, run_reference
+from lockstep.eviction import EvictionPolicy, Slots
 from lockstep.graph import Constant, Graph, Input, Value
 from lockstep.graph_plan import GraphPlan, can_plan, is_integer, new_caches, row_indices
 from lockstep.session import CacheRows, HostSession, Logits, Session, check_graph, checked_ids
@@ -36,9 +36,11 @@ class NativeExecutor:
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         return [_run(graph, inputs) for inputs in sequences]
 
-    def open_session(self, graph: Graph, capacity: int) -> Session:
-        check_graph(graph, capacity)
-        return NativeSession(graph, capacity) if can_plan(graph) else HostSession(graph, capacity, kernels)
+    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
+        check_graph(graph, capacity, eviction)
+        if eviction is None and can_plan(graph):
+            return NativeSession(graph, capacity)
+        return HostSession(graph, capacity, kernels, eviction)
 
 
 def _run(graph: Graph, inputs: Mapping[str, Any]) -> np.ndarray:
@@ -84,6 +86,7 @@ class NativeSession:
     def __init__(self, graph: Graph, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
+        self.slots = Slots(capacity)
         self._graph = graph
         (self._input,) = graph.of(Input)
         self._ids = np.zeros(capacity, np.int64)
@@ -101,8 +104,7 @@ class NativeSession:
         return result
 
     def truncate(self, length: int) -> None:
-        if not 0 <= length <= self.length:
-            raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
+        self.slots.check_truncation(self.length, length)
         self.length = length
 
     def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from lockstep_isa.attention import key_importance, visible
+from lockstep_isa.numerics import add
 
 from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.evaluate import Operations, attend, quantise_heads, run_node
+from lockstep.eviction import EvictionPolicy, Piece, Slots, check_eviction
 from lockstep.graph import (
     Attention,
     Constant,
@@ -40,9 +43,11 @@ class Session(Protocol):
     Attributes
     ----------
     length : tokens in the cache.
-    capacity : the most tokens that it can hold.
+    capacity : the most tokens that it can take.
+    slots : which of them are in the cache.
     """
 
+    slots: Slots
     length: int
     capacity: int
 
@@ -56,7 +61,7 @@ class Session(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens but the first ``length``."""
+        """Forget all tokens but the first ``length``; all or none where a token has been given up."""
         ...
 
     def close(self) -> None:
@@ -106,18 +111,22 @@ class HostSession:
     Parameters
     ----------
     graph : the contract stage of a causal language model.
-    capacity : the most tokens that the cache can hold; 2 * kv_heads * (head_dim + 4) bytes a token and attention node.
+    capacity : the most tokens of the sequence. eviction : how it fits a smaller cache; one with a slot for each
+        unless given. A slot has 2 * kv_heads * (head_dim + 4) bytes an attention node.
 
     Raises
     ------
     ModelError
-        if the graph cannot be run piece by piece.
+        if the graph cannot be run piece by piece, or its cache can give up no tokens.
     SequenceLengthError
         if the model has no positions for ``capacity`` tokens.
     """
 
-    def __init__(self, graph: Graph, capacity: int, operations: Operations | Any) -> None:
-        check_graph(graph, capacity)
+    def __init__(
+        self, graph: Graph, capacity: int, operations: Operations | Any, eviction: EvictionPolicy | None = None
+    ) -> None:
+        check_graph(graph, capacity, eviction)
+        self.slots = Slots(capacity, eviction)
         self.length = 0
         self.capacity = capacity
         self._graph = graph
@@ -125,24 +134,37 @@ class HostSession:
         (self._input,) = graph.of(Input)
         self._plans = {"last": plan(graph, "last"), "all": plan(graph, "all")}
         self._ids = np.zeros(capacity, self._input.dtype)
-        self._caches = {node.value: (_Cache(node, capacity), _Cache(node, capacity)) for node in graph.of(Attention)}
+        held = self.slots.held
+        self._caches = {node.value: (_Cache(node, held), _Cache(node, held)) for node in graph.of(Attention)}
+        self._importance = np.zeros((0, 0), np.float32)
 
     def extend(self, token_ids: np.ndarray, logits: Logits = "last") -> np.ndarray:
         ids = checked_ids(self, self._graph, token_ids)
         total = self.length + len(ids)
         self._ids[self.length : total] = ids  # nothing behind self.length counts, so a failure leaves no trace
+        results = []
+        while self.length < total:
+            piece = self.slots.place(self.length, total - self.length)
+            # What is weighed is the attention of every token.
+            found = self._extend(piece, "all" if self.slots.weighs else logits)
+            results.append(found if logits == "all" else found[-1:])
+            self.length += piece.count
+        return np.concatenate(results) if logits == "all" else results[-1]
+
+    def _extend(self, piece: Piece, logits: Logits) -> np.ndarray:
+        """The logits of new tokens that share a turn."""
+        self._importance = np.zeros((piece.count, piece.seen), np.float32)
         values: dict[Value, Any] = {}
         for step in self._plans[logits]:
-            values[step.node.value] = self._run(step, values, len(ids), total)
+            values[step.node.value] = self._run(step, values, piece)
             for value in step.drop:
                 del values[value]
-        result = values[self._graph.output]
-        self.length = total
-        return result
+        if self.slots.weighs:
+            self.slots.credit(self._importance)
+        return values[self._graph.output]
 
     def truncate(self, length: int) -> None:
-        if not 0 <= length <= self.length:
-            raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
+        self.slots.check_truncation(self.length, length)
         self.length = length
 
     def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
@@ -157,9 +179,9 @@ class HostSession:
         self._caches.clear()
         self.length = self.capacity = 0
 
-    def _run(self, step: Step, values: dict[Value, Any], new: int, total: int) -> Any:
-        node = step.node
-        rows = 1 if step.last else new
+    def _run(self, step: Step, values: dict[Value, Any], piece: Piece) -> Any:
+        node, total = step.node, piece.first + piece.count
+        rows = 1 if step.last else piece.count
         if isinstance(node, Input):
             return _Integers(self._ids[:total])
         if isinstance(node, Indices | PositionBias):
@@ -168,18 +190,22 @@ class HostSession:
         if isinstance(node, Constant):
             return self._graph.tensors[node.tensor]
         if isinstance(node, Attention):
-            return self._attend(node, values, rows, new, total)
+            return self._attend(node, values, rows, piece)
         given = [_last_rows(values[value], rows) for value in node.inputs]
         return run_node(self._graph, node, given, self._operations, total - rows)
 
-    def _attend(self, node: Attention, values: dict[Value, Any], rows: int, new: int, total: int) -> np.ndarray:
-        caches = self._caches[node.value]
+    def _attend(self, node: Attention, values: dict[Value, Any], rows: int, piece: Piece) -> np.ndarray:
+        caches, seen = self._caches[node.value], piece.seen
         for cache, value in zip(caches, node.inputs[1:3], strict=True):
-            cache.append(total - new, *quantise_heads(values[value], node, self._operations))
-        bias = None if node.bias is None else np.ascontiguousarray(values[node.bias][:, total - rows :])
-        keys, held = (cache.first(total) for cache in caches)
-        positions = np.arange(total - rows, total)
-        return attend(node, _last_rows(values[node.q], rows), positions, keys, held, bias, self._operations)
+            cache.append(piece.slot, *quantise_heads(values[value], node, self._operations))
+        bias = None if node.bias is None else np.ascontiguousarray(values[node.bias][:, seen - rows :])
+        keys, held = (cache.first(seen) for cache in caches)
+        q, positions = _last_rows(values[node.q], rows), np.arange(seen - rows, seen)
+        if self.slots.weighs:
+            shown = visible(positions, seen, causal=True)
+            weights = key_importance(q, shown, *keys, held[1], scale=node.scale)
+            self._importance = add(self._importance, weights)
+        return attend(node, q, positions, keys, held, bias, self._operations)
 
 
 class _Cache:
@@ -213,9 +239,9 @@ def _last_rows(value: Any, rows: int) -> Any:
     return value if len(value) <= rows else value[-rows:]
 
 
-def check_graph(graph: Graph, capacity: int) -> None:
-    """Raise ``ModelError`` unless ``graph`` can be run piece by piece, and ``SequenceLengthError`` unless it has
-    positions for ``capacity`` tokens.
+def check_graph(graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> None:
+    """Raise ``ModelError`` unless ``graph`` can be run piece by piece, and its cache give up tokens where it must, and
+    ``SequenceLengthError`` unless it has positions for ``capacity`` tokens.
     """
     if not graph.causal:
         raise ModelError(
@@ -236,6 +262,8 @@ def check_graph(graph: Graph, capacity: int) -> None:
         raise SequenceLengthError(
             f"a session of {capacity} tokens is not possible: the model has positions for 1 to {graph.max_tokens}"
         )
+    if eviction is not None:
+        check_eviction(graph, eviction)
 
 
 def checked_ids(session: Session, graph: Graph, token_ids: np.ndarray) -> np.ndarray:

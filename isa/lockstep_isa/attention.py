@@ -99,6 +99,43 @@ def attention_cached(
     return out.reshape(rows, heads * d)
 
 
+def key_importance(
+    q: npt.ArrayLike,
+    seen: Visible,
+    k8: I8,
+    sk: npt.ArrayLike,
+    sv: npt.ArrayLike,
+    *,
+    scale: float | None = None,
+) -> F32:
+    """How much attention each key gets from each query: probabilities times the scales of values, over all heads.
+
+    Parameters
+    ----------
+    q : float32[M, heads * d].  seen : bool[M, n], which keys each query sees.
+    k8, sk, sv : as for :func:`attention_cached`; all keys are in one tile.
+    scale : 1 / sqrt(d) unless given.
+
+    Returns float32[M, n]; heads are added in their order, and a key that is not seen gets +0. A value's scale is its
+    greatest magnitude over 127, so a key counts by what it can change (Guo et al., 2024, arXiv:2406.12335).
+    """
+    q, (sk, sv) = np.asarray(q, np.float32), (np.asarray(s, np.float32).reshape(len(k8), -1) for s in (sk, sv))
+    kv_heads = sk.shape[1]
+    d = k8.shape[1] // kv_heads
+    heads = q.shape[1] // d
+    result = np.zeros(seen.shape, np.float32)
+    for head in range(heads):
+        of = head // (heads // kv_heads)
+        q8, sq = quantise_rows(q[:, head * d : (head + 1) * d])
+        c = mul(sq, score_factor(scale, d))
+        z = mul(mul(int_to_float(matmul_int(q8, k8[:, of * d : (of + 1) * d].T)), sk[:, of]), c[:, None])
+        m, n = exp2_parts(clamp_score(z))
+        peak = np.where(seen, n, np.int32(MASKED_EXPONENT)).max(axis=1, initial=MASKED_EXPONENT)
+        e = np.where(seen, scale2(m, n - peak[:, None]), np.float32(0))
+        result = add(result, mul(mul(e, sv[:, of]), recip(rowsum(e))[:, None]))
+    return result
+
+
 def attention(
     q: npt.ArrayLike,
     k: npt.ArrayLike,

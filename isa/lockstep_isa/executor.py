@@ -124,7 +124,8 @@ class GoldenCore:
             raw = self.vector[local : local + i.words].view(np.uint8).reshape(i.words, rows, 4)[:, :, :lane_bytes]
             target = self.memory[start : start + raw.size].reshape(raw.shape)
             first = i.lane if row == 0 else 0
-            target[:, first:] = raw[:, first:]
+            end = first + 1 if row == 0 and i.lane_only else rows
+            target[:, first:end] = raw[:, first:end]
 
     def _matrix(self, i: Instruction) -> None:
         activation = self.activation.view(np.uint8) if i.unsigned else self.activation

@@ -171,6 +171,7 @@ STORE = InstructionType(
             "first lane that is written of the words of the first row; other rows are written whole",
             operand=True,
         ),
+        Field("lane_only", 1, "of the words of the first row, no lane behind that one either", feature="selection"),
     ),
 )
 MATRIX = InstructionType(

@@ -27,7 +27,12 @@ TopKOption = Annotated[int | None, typer.Option(help="Draw from so many of the b
 TopPOption = Annotated[float | None, typer.Option(help="Draw from the best tokens that have this probability.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the draws; another one each time by default.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="A text in front of which to stop; may be given again.")]
-ContextOption = Annotated[int | None, typer.Option(help="Tokens that the cache holds, prompt and new ones.")]
+ContextOption = Annotated[int | None, typer.Option(help="Most tokens, prompt and new ones.")]
+KeepOption = Annotated[int | None, typer.Option(help="Tokens that the cache keeps; as many as there are by default.")]
+EvictOption = Annotated[
+    str | None,
+    typer.Option(help="Which token leaves a full cache: streaming (or streaming:SINKS), h2o (or h2o:RECENT), spatten."),
+]
 ClockOption = Annotated[float, typer.Option(help="Clock of the core in MHz, for tokens per second.")]
 
 
@@ -48,6 +53,8 @@ def generate(
     seed: SeedOption = None,
     stop: StopOption = None,
     context: ContextOption = None,
+    keep: KeepOption = None,
+    evict: EvictOption = None,
     clock: ClockOption = 50.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +65,14 @@ def generate(
     if not prompt:
         raise UsageError("the prompt is empty; give at least one word")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    asked = {"max_new_tokens": max_new_tokens, "stop": stop or (), "context": context, **sampling}
+    asked = {
+        "max_new_tokens": max_new_tokens,
+        "stop": stop or (),
+        "context": context,
+        "keep": keep,
+        "evict": evict,
+        **sampling,
+    }
     with _opened(model, device, clock, asked) as (generator, options):
         found = show(generator.stream(prompt, options), quiet=as_json)
         generator.close()
@@ -80,6 +94,8 @@ def chat(
     top_p: TopPOption = None,
     seed: SeedOption = None,
     context: ContextOption = None,
+    keep: KeepOption = None,
+    evict: EvictOption = None,
     clock: ClockOption = 50.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,7 +106,7 @@ def chat(
     """
     turns: list[dict[str, Any]] = []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    asked = {"max_new_tokens": max_new_tokens, "context": context, **sampling}
+    asked = {"max_new_tokens": max_new_tokens, "context": context, "keep": keep, "evict": evict, **sampling}
     with _opened(model, device, clock, asked, whole_context=True) as (generator, options):
         conversation = Conversation(generator)
         if not conversation.templated:

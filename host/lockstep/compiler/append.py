@@ -41,7 +41,7 @@ class CacheAppend:
                 address_operand=context.aligned(d),
                 local=values + head * head_words,
                 local_stride=d,
-                lane_operand=context.lane,
+                **self._lanes,
             )
         self.low.give_later(values)
 
@@ -56,15 +56,22 @@ class CacheAppend:
             memory=Memory.VECTOR,
             bytes=1,
             rows=node.kv_heads * groups,
-            **varying("words", tiles * rows, context.new_words),
+            **({"words": 1} if context.single else varying("words", tiles * rows, context.new_words)),
             stride=capacity * rows,
             address=self.cache.values,
-            address_operand=context.first(rows),
+            address_operand=context.slot(rows),
             local=values,
             local_operand=context.lane,
             local_stride=tiles * rows,
         )
         self.low.give_later(values)
+
+    @property
+    def _lanes(self) -> dict[str, int]:
+        """Lanes that are written of the first row tile's words: behind the first new token stands nothing yet, unless
+        it takes the place of another one.
+        """
+        return {"lane_operand": self.context.lane, "lane_only": int(self.context.replaces)}
 
     def _bytes(self, x: Panels, destination: Destination, head_words: int, scales: int) -> tuple[int, int]:
         """VECTOR words with the 8-bit values of every head, ``head_words`` a head; stores the scales."""
@@ -86,7 +93,7 @@ class CacheAppend:
                 address_operand=self.context.aligned(4),
                 local=words + head * tiles,
                 local_stride=1,
-                lane_operand=self.context.lane,
+                **self._lanes,
             )
         low.give_later(words)
         low.parameters.give(scale)

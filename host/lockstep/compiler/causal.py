@@ -17,6 +17,7 @@ from lockstep_isa.attention import score_factor
 from lockstep_isa.instructions import (
     LOAD,
     MATRIX,
+    STORE,
     Destination,
     FirstAdd,
     FirstMultiply,
@@ -109,9 +110,13 @@ class CausalAttentionLowering:
     Parameters
     ----------
     low : the program. context : its operands. node : heads, window and tile. cache : where its keys and values lie.
+    importance : where the attention that keys get is left in device memory; none if nobody asks. Only with one tile of
+    keys: with several, a key's share is not known before the last one.
     """
 
-    def __init__(self, low: Lowering, context: Context, node: Attention, cache: LayerCache) -> None:
+    def __init__(
+        self, low: Lowering, context: Context, node: Attention, cache: LayerCache, importance: int | None = None
+    ) -> None:
         self.low, self.context, self.node, self.cache = low, context, node, cache
         self.rows = low.config.rows
         self.tiles = context.tiles
@@ -121,6 +126,9 @@ class CausalAttentionLowering:
         self.most_keys = min(node.tile, context.capacity)
         self.append = CacheAppend(low, context, node, cache)
         self._preloaded: list[_Tile] = []
+        self.importance = importance
+        # VECTOR words of what keys have got so far, ``most_keys`` a row tile.
+        self._credit: int | None = None
 
     def preload(self) -> None:
         """Load the first tile of keys of as many heads as fit, while the queries are still being made ready."""
@@ -172,6 +180,7 @@ class CausalAttentionLowering:
         at_last()
         self._drain(before, state)
         self._finish(state, into)
+        self._store_credit()
         low.activations.give(queries.start)
         low.parameters.give(queries.scales)
         low.parameters.give(factors)
@@ -315,12 +324,45 @@ class CausalAttentionLowering:
         low.scale_and_inverse(largest, tiles, 255, scale, inverse, section.tiles)
         probabilities = low.activations.take(tiles * most)
         low.emit_pass(**softmax.probabilities(inverse, probabilities))
+        if self.importance is not None:
+            self._credit_keys(softmax, total)
         low.vectors.give(weights)
         low.parameters.give(largest)
         low.parameters.give(inverse)
         if not first and self._closes(turn):
             self._close(turn, state)
         return _Met(turn, probabilities, scale)
+
+    def _credit_keys(self, softmax: Softmax, total: int) -> None:
+        """Add one head's probabilities, times the scales of values, to what its keys have got from the heads before."""
+        low = self.low
+        inverse = low.parameters.take(self.tiles)
+        low.scalars(total, inverse, self.tiles, **RECIPROCAL)
+        join: dict[str, int] = {}
+        if self._credit is None:
+            self._credit = low.vectors.take(self.tiles * self.most_keys)
+        else:
+            join = {"add2": SecondAdd.Y, "y": self._credit, "y_stride": self.most_keys}
+        low.emit_pass(**softmax.over(inverse), to=self._credit, **join)
+        low.parameters.give(inverse)
+
+    def _store_credit(self) -> None:
+        """What keys have got, to device memory."""
+        if self.importance is None or self._credit is None:
+            return
+        low, most, word = self.low, self.most_keys, self.low.config.vector_word_bytes
+        low.later(
+            STORE,
+            memory=Memory.VECTOR,
+            rows=self.tiles,
+            **varying("words", 0, self.window.sections[0].keys),
+            stride=most * word,
+            address=self.importance,
+            local=self._credit,
+            local_stride=most,
+        )
+        low.give_later(self._credit)
+        self._credit = None
 
     def _keep_peaks(self, turn: _Turn, state: _State) -> None:
         """Copy the peaks that a tile of keys will raise."""

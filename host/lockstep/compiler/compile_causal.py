@@ -48,7 +48,7 @@ class CausalStageCompiler(StageCompiler):
     ) -> None:
         super().__init__(config, graph, stage, image, (run.tiles * config.rows,), bindings, _WEIGHT_RING)
         self.run = run
-        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single)
+        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single, run.positions)
         self.attentions: dict[Value, CausalAttentionLowering] = {}
         self.appended: set[Value] = set()
         self.low.widen_ring()
@@ -130,7 +130,7 @@ class CausalStageCompiler(StageCompiler):
         address, words, pairs = self.image.angle_columns(cos, sin)
         start, rows = self.low.parameters.take(words), self.config.rows
         block = words * self.config.vector_word_bytes
-        operand = self.context.first(block)
+        operand = self.context.position(block)
         self.low.builder.emit(
             LOAD, memory=Memory.PARAMETER, words=words, address=address, address_operand=operand, local=start
         )
@@ -153,7 +153,9 @@ class CausalStageCompiler(StageCompiler):
     def _cached(self, node: Attention) -> CausalAttentionLowering:
         if node.value not in self.attentions:
             cache = self.run.caches[node.value]
-            self.attentions[node.value] = CausalAttentionLowering(self.low, self.context, node, cache)
+            self.attentions[node.value] = CausalAttentionLowering(
+                self.low, self.context, node, cache, self.run.importance.get(node.value)
+            )
         return self.attentions[node.value]
 
     def _attention(self, node: Attention) -> None:

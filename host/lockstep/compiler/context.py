@@ -1,8 +1,9 @@
 """The key-value cache in device memory, and the run-time operands through which one program serves every context.
 
-A program for M row tiles runs at any aligned position: its first row tile holds the positions ``row .. row + R``, of
-which those before the first new token are idle. So a token always stands in lane ``position mod R``, keys and values
-are appended without moving lanes, and rotary tables are read in whole words.
+A program for M row tiles runs at any aligned slot of the cache: its first row tile holds the slots ``row .. row + R``,
+of which those before the first new token are idle. So a token always stands in lane ``slot mod R``, keys and values
+are appended without moving lanes, and rotary tables are read in whole words. A token's slot is its position, until a
+cache of fewer slots gives up tokens: then one token at a time takes the slot of another, at the position that it has.
 
 Keys of a head lie in panels, one word per feature; values one word per token and group of R features; scales one fp32
 per token. All are appended where they belong, so the cache is never moved:
@@ -14,7 +15,7 @@ per token. All are appended where they belong, so the cache is never moved:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from lockstep_driver import Buffer, Device
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.config import CoreConfig
 
+from lockstep.eviction import Piece
 from lockstep.graph import Attention, Graph
 from lockstep.session import CacheRows
 
@@ -104,20 +106,26 @@ class Cache:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: its first new token, and the aligned position of lane 0."""
+    """Where a run stands: slot and position of its first new token, and the slots that this token sees."""
 
-    first: int
+    slot: int
     rows: int
+    first: int
+    seen: int
 
     @property
     def aligned(self) -> int:
-        """Position of lane 0 of the first row tile."""
-        return self.first - self.lane
+        """Slot of lane 0 of the first row tile."""
+        return self.slot - self.lane
 
     @property
     def lane(self) -> int:
         """Lane of the first new token."""
-        return self.first % self.rows
+        return self.slot % self.rows
+
+    def end(self, tokens: int) -> int:
+        """The slot behind the last one that ``tokens`` lanes see, rounded up to whole lanes."""
+        return max(self.aligned + tokens, -(-self.seen // self.rows) * self.rows)
 
 
 @dataclass(frozen=True)
@@ -154,14 +162,23 @@ class Context:
 
     Parameters
     ----------
-    builder : of the program. config : the core. capacity : tokens that the cache holds, a multiple of R.
-    tiles : row tiles of the program. single : there is one new token only.
+    builder : of the program. config : the core. capacity : slots of the cache, a multiple of R. positions : tokens of
+    the sequence. tiles : row tiles of the program. single : there is one new token only.
     """
 
     def __init__(
-        self, builder: ProgramBuilder, config: CoreConfig, capacity: int, tiles: int, single: bool = False
+        self,
+        builder: ProgramBuilder,
+        config: CoreConfig,
+        capacity: int,
+        tiles: int,
+        single: bool = False,
+        positions: int | None = None,
     ) -> None:
         self.builder, self.config, self.capacity, self.tiles, self.single = builder, config, capacity, tiles, single
+        self.positions = max(capacity, positions or 0)
+        # Whether the one token may take the slot of another.
+        self.replaces = single and positions is not None and positions > capacity
         self._numbers: dict[str, int] = {}
         self._formulas: dict[str, Callable[[Position], int]] = {}
         self._windows: dict[tuple[int | None, int, int], Window] = {}
@@ -169,9 +186,9 @@ class Context:
         if self._last < 0:
             raise CapacityError(f"{tiles} row tiles of {config.rows} tokens do not fit a cache of {capacity} tokens")
 
-    def values(self, first: int) -> dict[str, int]:
-        """The value of every operand for a run whose first new token is at position ``first``."""
-        at = Position(first, self.config.rows)
+    def values(self, piece: Piece) -> dict[str, int]:
+        """The value of every operand for a run of some new tokens."""
+        at = Position(piece.slot, self.config.rows, piece.first, piece.seen - piece.count + 1)
         return {name: formula(at) for name, formula in self._formulas.items()}
 
     def operand(self, name: str, least: int, greatest: int, formula: Callable[[Position], int]) -> int:
@@ -187,12 +204,21 @@ class Context:
         return self.operand("lane", 0, self.config.rows - 1, lambda at: at.lane)
 
     def aligned(self, factor: int) -> int:
-        """The aligned position times a factor: an offset into an array with ``factor`` bytes a token."""
+        """The aligned slot times a factor: an offset into an array with ``factor`` bytes a token."""
         return self.operand(f"row_x{factor}", 0, self._last * factor, lambda at: at.aligned * factor)
 
-    def first(self, factor: int) -> int:
-        """The first new token's position times a factor: its offset into an array with ``factor`` bytes a token."""
-        return self.operand(f"first_x{factor}", 0, (self.capacity - 1) * factor, lambda at: at.first * factor)
+    def slot(self, factor: int) -> int:
+        """The first new token's slot times a factor: its offset into an array with ``factor`` bytes a slot."""
+        return self.operand(f"slot_x{factor}", 0, (self.capacity - 1) * factor, lambda at: at.slot * factor)
+
+    def position(self, factor: int) -> int:
+        """The first new token's position times a factor: its offset into an array with ``factor`` bytes a position."""
+        return self.operand(f"position_x{factor}", 0, (self.positions - 1) * factor, lambda at: at.first * factor)
+
+    @property
+    def last_seen(self) -> int:
+        """The last slot that the first new token sees, less its lane: that of the row in lane 0."""
+        return self.operand("last_seen", 0, self.capacity - 1, lambda at: at.seen - 1 - at.lane)
 
     @property
     def new_words(self) -> int:
@@ -224,7 +250,7 @@ class Context:
 
             def formula(at: Position) -> int:
                 begin = (start(at) + index) * tile
-                return max(0, min(at.aligned + most, begin + tile, end) - begin)
+                return max(0, min(at.end(most), begin + tile, end) - begin)
 
             return formula
 
@@ -257,7 +283,7 @@ class Context:
                 )
             )
         if size is None:
-            return Window(tuple(sections), self.aligned(1), 0, 0, 0)
+            return Window(tuple(sections), self.last_seen, 0, 0, 0)
         furthest = (all_tiles - count) * tile
 
         def offset(factor: int) -> int:
@@ -273,10 +299,13 @@ class CausalRun:
 
     Attributes
     ----------
-    capacity : tokens that the cache holds. tiles : row tiles of new tokens, idle lanes in front included.
+    capacity : slots of the cache. tiles : row tiles of new tokens, idle lanes in front included.
     single : there is one new token, as in decode.
     caches : where the cache of every attention lies, by its value.
     logits : whether the output is computed for the last row tile, for all of them, or not at all.
+    positions : tokens of the sequence.
+    importance : where the attention that slots get is left, float32[tiles, capacity, R], by the attention's value;
+        empty where nobody asks.
     """
 
     capacity: int
@@ -284,6 +313,8 @@ class CausalRun:
     single: bool
     caches: Mapping[int, LayerCache]
     logits: Literal["last", "all", "none"]
+    positions: int = 0
+    importance: Mapping[int, int] = field(default_factory=dict)
 
 
 def rounded_capacity(config: CoreConfig, tokens: int, least_tile: int) -> int:

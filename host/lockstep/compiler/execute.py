@@ -13,6 +13,7 @@ from lockstep_isa.program import Program
 
 from lockstep.errors import ModelError
 from lockstep.evaluate import check_inputs, host_node
+from lockstep.eviction import EvictionPolicy
 from lockstep.graph import Attention, Experts, Graph, Node, PositionBias, Value
 
 from .allocation import CapacityError
@@ -93,9 +94,9 @@ class DeviceExecutor:
         finally:
             session.close()
 
-    def open_session(self, graph: Graph, capacity: int) -> DeviceSession:
+    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> DeviceSession:
         """A sequence of ``graph`` with a key-value cache for ``capacity`` tokens; see :class:`DeviceSession`."""
-        return DeviceSession(self, graph, capacity)
+        return DeviceSession(self, graph, capacity, eviction)
 
     def image(self, graph: Graph) -> Image:
         """The parameters of ``graph`` in device memory."""

@@ -116,6 +116,19 @@ class Softmax:
         """The products as uint8 to ACTIVATION words ``to + t * stride`` on; ``inverse``: 255 over their maxima."""
         return rounding(inverse, Destination.ACTIVATION) | self._read | self._written | {"to": to}
 
+    def over(self, inverse: int) -> Fields:
+        """The products times a PARAMETER word a row tile, from ``inverse`` on, to VECTOR words that lie as they do."""
+        written = self._written
+        del written["to"]
+        return {
+            "source": Source.VECTOR,
+            "destination": Destination.VECTOR,
+            "mul2": SecondMultiply.LANE0,
+            "lane0": inverse,
+            **self._read,
+            **written,
+        }
+
     @property
     def _read(self) -> Fields:
         return {"x": self.at, "x_stride": self.stride}

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from lockstep_driver import Buffer
+from lockstep_isa.numerics import add
 
-from lockstep.errors import ModelError, SequenceLengthError
+from lockstep.errors import ModelError
+from lockstep.eviction import EvictionPolicy, Piece, Slots
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
 from lockstep.session import CacheRows, check_graph, checked_ids
 
@@ -34,14 +37,16 @@ class DeviceSession:
     Parameters
     ----------
     executor : holds the device and the parameters in its memory. graph : a causal language model, contract stage.
-    capacity : most tokens.
+    capacity : most tokens. eviction : how they fit a smaller cache; one with a slot for each unless given.
 
     Raises :class:`ModelError` for a graph that cannot be run piece by piece, :class:`OutOfDeviceMemory` and
     :class:`CapacityError` for what does not fit.
     """
 
-    def __init__(self, executor: DeviceExecutor, graph: Graph, capacity: int) -> None:
-        check_graph(graph, capacity)
+    def __init__(
+        self, executor: DeviceExecutor, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None
+    ) -> None:
+        check_graph(graph, capacity, eviction)
         if biases := graph.of(PositionBias):
             raise ModelError(
                 f"{graph.source} adds a bias on positions to its scores ({biases[0].heads} heads), which cores "
@@ -49,19 +54,30 @@ class DeviceSession:
             )
         self._executor, self._graph = executor, graph
         device = executor.device
+        if eviction is not None and not device.config.selection:
+            raise ModelError(
+                f"core '{device.config.name}' cannot replace a token in its cache: it lacks 'selection'; generate without "
+                "an eviction policy, or on another core"
+            )
         self._rows = device.config.rows
         self.capacity = capacity
-        self._held = rounded_capacity(device.config, capacity, min(node.tile for node in graph.of(Attention)))
+        self.slots = Slots(capacity, eviction)
+        self._held = rounded_capacity(device.config, self.slots.held, min(node.tile for node in graph.of(Attention)))
         self._stages = split(graph)
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
         self._cache = Cache(device, graph, self._held)
+        self._importance: dict[Value, Buffer] = {}
         self._programs: dict[tuple[int, int, bool, Logits], tuple[Placed, Context]] = {}
         self._most = min(MOST_TILES, self._held // self._rows)
         self._ids = np.zeros(capacity, np.int64)
         self.length = 0
         self._closed = False
         try:
+            if self.slots.weighs:
+                size = self._most * self._held * device.config.vector_word_bytes
+                for node in graph.of(Attention):
+                    self._importance[node.value] = device.allocate(size)
             self._program(0, 1, True, "last")
         except Exception:
             self.close()
@@ -70,15 +86,31 @@ class DeviceSession:
     def extend(self, token_ids: Any, logits: Literal["last", "all"] = "last") -> np.ndarray:
         """Append tokens; ``float32[1, vocabulary]`` behind the last one, or ``float32[tokens, vocabulary]``."""
         ids = checked_ids(self, self._graph, token_ids)
-        start, end = self.length, self.length + len(ids)
-        self._ids[start:end] = ids
-        results, first = [], start
+        end = self.length + len(ids)
+        self._ids[self.length : end] = ids
+        results, first = [], self.length
         while first < end:
-            tiles = min(self._most, -(-(first % self._rows + end - first) // self._rows))
-            count = min(end - first, tiles * self._rows - first % self._rows)
-            wanted: Logits = "all" if logits == "all" else "last" if first + count == end else "none"
+            piece = self.slots.place(first, end - first)
+            results += self._extend(piece, logits, piece.first + piece.count == end)
+            first += piece.count
+            if first > self.slots.held or self.slots.weighs:
+                # A token has been given up, or given its attention: what ran cannot be undone.
+                self.length = first
+        # Not before everything ran: an error leaves the sequence as it was.
+        self.length = end
+        return np.concatenate(results)
+
+    def _extend(self, piece: Piece, logits: Literal["last", "all"], is_last: bool) -> list[np.ndarray]:
+        """The logits of new tokens that share a turn, as far as they are wanted."""
+        results, done = [], 0
+        while done < piece.count:
+            rest, lane = piece.count - done, (piece.slot + done) % self._rows
+            tiles = min(self._most, -(-(lane + rest) // self._rows))
+            count = min(rest, tiles * self._rows - lane)
+            part = Piece(piece.first + done, count, piece.slot + done, piece.seen - rest + count)
+            wanted: Logits = "all" if logits == "all" else "last" if is_last and count == rest else "none"
             try:
-                found = self._run(first, count, tiles, wanted)
+                found = self._run(part, tiles, wanted)
             except CapacityError:
                 if tiles == 1:
                     raise
@@ -86,15 +118,12 @@ class DeviceSession:
                 continue
             if found is not None:
                 results.append(found)
-            first += count
-        # Not before everything ran: an error leaves the sequence as it was.
-        self.length = end
-        return np.concatenate(results)
+            done += count
+        return results
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position ``length`` on."""
-        if not 0 <= length <= self.length:
-            raise SequenceLengthError(f"cannot keep {length} tokens of a session that has {self.length}")
+        """Forget the tokens from position ``length`` on; all or none where a token has been given up."""
+        self.slots.check_truncation(self.length, length)
         self.length = length
 
     def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
@@ -111,11 +140,15 @@ class DeviceSession:
         for placed, _ in self._programs.values():
             placed.close()
         self._programs.clear()
+        for buffer in self._importance.values():
+            self._executor.device.free(buffer)
+        self._importance.clear()
         self._cache.close()
 
     # --- One run of one program ----------------------------------------------------------------------------------
 
-    def _run(self, first: int, count: int, tiles: int, wanted: Logits) -> np.ndarray | None:
+    def _run(self, piece: Piece, tiles: int, wanted: Logits) -> np.ndarray | None:
+        first, count, lane = piece.first, piece.count, piece.slot % self._rows
         values: dict[Value, Any] = {}
         result = None
         for number, stage in enumerate(self._stages):
@@ -131,14 +164,26 @@ class DeviceSession:
             if not stage.device:
                 continue
             placed, context = self._program(number, tiles, count == 1, wanted)
-            self._write(stage, placed, values, first % self._rows, count, tiles)
-            self._executor.launch(placed.loaded, context.values(first))
+            self._write(stage, placed, values, lane, count, tiles)
+            self._executor.launch(placed.loaded, context.values(piece))
             for value in stage.outputs:
-                found = self._read(placed, value, first, count, tiles, wanted)
+                found = self._read(placed, value, lane, count, tiles, wanted)
                 values[value] = found
                 if value == self._graph.output:
                     result = found
+        if self.slots.weighs:
+            self.slots.credit(self._credit(piece, tiles))
         return None if wanted == "none" else result
+
+    def _credit(self, piece: Piece, tiles: int) -> np.ndarray:
+        """float32[count, seen]: the attention that the new tokens gave, over all layers in their order."""
+        lane, total = piece.slot % self._rows, np.zeros((piece.count, piece.seen), np.float32)
+        for node in self._graph.of(Attention):
+            words = self._importance[node.value].data.view(np.float32)
+            most = min(node.tile, self._held)
+            panels = words[: tiles * most * self._rows].reshape(tiles, most, self._rows)
+            total = add(total, from_panels(panels, tiles * self._rows)[lane : lane + piece.count, : piece.seen])
+        return total
 
     def _write(self, stage: Stage, placed: Placed, values: dict[Value, Any], lane: int, count: int, tiles: int) -> None:
         for value in stage.inputs:
@@ -146,8 +191,8 @@ class DeviceSession:
             rows[lane : lane + count] = values[value]
             placed.write(value, to_panels(rows, self._rows))
 
-    def _read(self, placed: Placed, value: Value, first: int, count: int, tiles: int, wanted: Logits) -> np.ndarray:
-        raw, lane = placed.read(value), first % self._rows
+    def _read(self, placed: Placed, value: Value, lane: int, count: int, tiles: int, wanted: Logits) -> np.ndarray:
+        raw = placed.read(value)
         if value == self._graph.output and wanted == "last":
             return raw[-1, :, (lane + count - 1) % self._rows][None].copy()
         return from_panels(raw, tiles * self._rows)[lane : lane + count]
@@ -166,7 +211,8 @@ class DeviceSession:
             value: (1 if last and value == graph.output else tiles, self._features[value])
             for value in (*stage.inputs, *stage.outputs)
         }
-        run = CausalRun(self._held, tiles, single, self._cache.layers, wanted)
+        importance = {value: buffer.address for value, buffer in self._importance.items()}
+        run = CausalRun(self._held, tiles, single, self._cache.layers, wanted, self.capacity, importance)
         placed, compiler = place(
             device,
             shapes,

@@ -10,9 +10,20 @@ from lockstep_isa.instructions import STORE
 
 #: Bits of a lane's number, as a STORE has it.
 LANE_BITS = next(field.width for field in STORE.fields if field.name == "lane")
-#: What is known of a word when it is requested. ``bytes``: it is packed. ``pair``: it is two words of bytes, which
-#: share a beat. ``first_row``: lanes below ``lane`` are not written. ``last``: of its STORE.
-WORD = data.StructLayout({"bytes": 1, "pair": 1, "first_row": 1, "lane": LANE_BITS, "last": 1})
+
+
+def lanes_layout(config: CoreConfig) -> dict[str, int]:
+    """Fields of a STORE that say which lanes of the words of its first row are written."""
+    return {"lane": LANE_BITS, **({"lane_only": 1} if config.selection else {})}
+
+
+def word_layout(config: CoreConfig) -> data.StructLayout:
+    """What is known of a word when it is requested.
+
+    ``bytes``: it is packed. ``pair``: it is two words of bytes, which share a beat. ``first_row``: lanes below ``lane``
+    are not written and, with ``lane_only``, none above it. ``last``: of its STORE.
+    """
+    return data.StructLayout({"bytes": 1, "pair": 1, "first_row": 1, **lanes_layout(config), "last": 1})
 
 
 def beat_layout(config: CoreConfig) -> data.StructLayout:
@@ -25,7 +36,7 @@ class BeatBuffer(wiring.Component):
 
     Ports
     -----
-    word : In(stream of WORD). A word that is taken has its place, and ``data`` In(32 R words of a beat) is what the
+    word : In(stream of :func:`word_layout`). A word that is taken has its place, and ``data`` In(32 R words of a beat) is what the
         scratchpad answers in the cycle behind.
     beat : Out(stream of :func:`beat_layout`), from the cycle behind that answer on.
 
@@ -38,7 +49,7 @@ class BeatBuffer(wiring.Component):
         self.config = config
         super().__init__(
             {
-                "word": In(stream.Signature(WORD)),
+                "word": In(stream.Signature(word_layout(config))),
                 "data": In(32 * config.rows * config.operand_words_per_beat),
                 "beat": Out(stream.Signature(beat_layout(config))),
             }
@@ -73,7 +84,7 @@ class BeatBuffer(wiring.Component):
             # The next STORE may be one of whole words: it begins with a half.
             half_ends.eq(~self.word.payload.bytes | self.word.payload.last | (group == groups - 1)),
         ]
-        answered, word = Signal(), Signal(WORD)
+        answered, word = Signal(), Signal(word_layout(config))
         to_half, to_group, to_ends = Signal(), Signal(range(groups)), Signal()
         m.d.sync += answered.eq(taken)
         with m.If(taken):
@@ -84,7 +95,10 @@ class BeatBuffer(wiring.Component):
             ]
 
         # The answer is cut into beats.
-        lanes = Cat(~word.first_row | (word.lane <= lane) for lane in range(rows))
+        written = [word.lane <= lane for lane in range(rows)]
+        if config.selection:
+            written = [Mux(word.lane_only, word.lane == lane, above) for lane, above in enumerate(written)]
+        lanes = Cat(~word.first_row | lane for lane in written)
         packed = Cat(self.data[32 * r : 32 * r + 8] for r in range(rows * config.operand_words_per_beat))
         packed_lanes = Cat(lanes, lanes & word.pair.replicate(rows))
         for n in range(beats):

@@ -13,17 +13,13 @@ from lockstep_isa.instructions import STORE
 from ..axi import ADDRESS_BITS as BUS_ADDRESS_BITS
 from ..axi import WriteMaster
 from ..interfaces import ADDRESS_BITS, ReadPort, instruction_stream
-from .beats import LANE_BITS, BeatBuffer
+from .beats import BeatBuffer, lanes_layout
 from .bursts import BurstSplitter, UnitError, Window
 
 #: Bursts announced whose data is not sent, and bursts announced and not answered.
 WAITING_BURSTS = 4
 OUTSTANDING_BURSTS = 16
 
-#: Where the words of an instruction are, and which of their bytes are written.
-_SOURCE = data.StructLayout(
-    {"local": 16, "local_stride": 16, "words": 16, "rows": 16, "bytes": 1, "lane": LANE_BITS},
-)
 #: What is kept of a burst until it is answered: its address, and whether it is the last one of its instruction.
 _ANSWER = data.StructLayout({"address": BUS_ADDRESS_BITS, "last": 1})
 
@@ -81,7 +77,10 @@ class StoreUnit(wiring.Component):
 
         # An instruction enters both the splitter and the place in front of the reader.
         n = self.instruction.payload
-        next_source, next_valid = Signal(_SOURCE), Signal()
+        # Where the words of an instruction are, and which of their bytes are written.
+        places = {"local": 16, "local_stride": 16, "words": 16, "rows": 16, "bytes": 1}
+        source_layout = data.StructLayout(places | lanes_layout(config))
+        next_source, next_valid = Signal(source_layout), Signal()
         accept = Signal()
         m.d.comb += [
             self.instruction.ready.eq(~next_valid & splitter.block.ready & ~self.halt),
@@ -100,7 +99,7 @@ class StoreUnit(wiring.Component):
         ]
 
         # Words are requested as long as there is room for them.
-        source, reading, first_row = Signal(_SOURCE), Signal(), Signal()
+        source, reading, first_row = Signal(source_layout), Signal(), Signal()
         local, words, rows = Signal(ADDRESS_BITS), Signal(16), Signal(16)
         pair, row_end, end = Signal(), Signal(), Signal()
         requested = Signal()
@@ -115,7 +114,8 @@ class StoreUnit(wiring.Component):
             requested.eq(buffer.word.ready & buffer.word.valid),
             buffer.word.valid.eq(reading & self.read_ready),
             *(buffer.word.payload.bytes.eq(source.bytes), buffer.word.payload.pair.eq(pair)),
-            *(buffer.word.payload.first_row.eq(first_row), buffer.word.payload.lane.eq(source.lane)),
+            buffer.word.payload.first_row.eq(first_row),
+            *(buffer.word.payload[name].eq(source[name]) for name in lanes_layout(config)),
             buffer.word.payload.last.eq(end),
             buffer.data.eq(self.read.data),
             following.eq(next_valid & (~reading | (requested & end))),
@@ -136,7 +136,7 @@ class StoreUnit(wiring.Component):
                 *(local.eq(next_source.local), words.eq(next_source.words), rows.eq(next_source.rows)),
             ]
         with m.If(accept):
-            m.d.sync += [next_valid.eq(1), *(next_source[field].eq(n[field]) for field, _ in _SOURCE)]
+            m.d.sync += [next_valid.eq(1), *(next_source[field].eq(n[field]) for field, _ in source_layout)]
 
         # Addresses: each burst's length goes to the data side, its end to the answers.
         shown, burst_ok = Signal(), Signal()  # an address once shown stays until taken, halt or not

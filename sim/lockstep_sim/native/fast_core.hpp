@@ -86,14 +86,15 @@ class FastCore {
             const uint32_t local = uint16_t(i.local + row * i.local_stride);
             if (local + i.words > isa::kVectorWords) return {ErrorCode::kLocalBounds, isa::kVectorWords, isa::Unit::kStore};
             const uint32_t first = row ? 0 : std::min<uint32_t>(i.lane, kRows);
+            const uint32_t end = row || !i.lane_only ? uint32_t(kRows) : std::min<uint32_t>(first + 1, kRows);
             const float* from = &vector_[size_t(local) * kRows];
             uint8_t* to = memory.data() + at;
-            if (!i.bytes && !first) {
+            if (!i.bytes && end - first == uint32_t(kRows)) {
                 std::memcpy(to, from, bytes);
                 continue;
             }
             for (uint32_t n = 0; n < i.words; n++, from += kRows, to += word)
-                for (uint32_t r = first; r < uint32_t(kRows); r++) std::memcpy(to + r * lane_bytes, from + r, lane_bytes);
+                for (uint32_t r = first; r < end; r++) std::memcpy(to + r * lane_bytes, from + r, lane_bytes);
         }
         return {};
     }
