@@ -7,8 +7,9 @@ from cocotb.triggers import FallingEdge, RisingEdge
 from lockstep_isa import numerics
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.executor import GoldenCore
-from lockstep_isa.instructions import TABLE_ENTRIES, encode
+from lockstep_isa.instructions import TABLE_ENTRIES
 from lockstep_isa.tables import FUNCTIONS
+from rtl.axi_models import word_of
 from rtl.harness import assert_equal
 from rtl.vector.floats import nasty_words
 
@@ -117,7 +118,7 @@ class Machine:
     async def execute(self, instruction, limit=20000):
         """Run one instruction on both sides, compare all memories, return the cycles from acceptance to done."""
         dut = self.dut
-        dut.instruction__payload.value = int.from_bytes(encode(instruction), "little")
+        dut.instruction__payload.value = word_of(instruction)
         dut.instruction__valid.value = 1
         self.done_at, self.flags, self.stalled = None, 0, 0
         start = self.cycle
