@@ -56,8 +56,8 @@ class DeviceSession:
         device = executor.device
         if eviction is not None and not device.config.selection:
             raise ModelError(
-                f"core '{device.config.name}' cannot replace a token in its cache: it lacks 'selection'; generate without "
-                "an eviction policy, or on another core"
+                f"core '{device.config.name}' cannot replace a token in its cache: it lacks 'selection'; generate "
+                "without an eviction policy, or on another core"
             )
         self._rows = device.config.rows
         self.capacity = capacity

@@ -36,8 +36,8 @@ class BeatBuffer(wiring.Component):
 
     Ports
     -----
-    word : In(stream of :func:`word_layout`). A word that is taken has its place, and ``data`` In(32 R words of a beat) is what the
-        scratchpad answers in the cycle behind.
+    word : In(stream of :func:`word_layout`). A word that is taken has its place, and ``data`` In(32 R words of a beat)
+        is what the scratchpad answers in the cycle behind.
     beat : Out(stream of :func:`beat_layout`), from the cycle behind that answer on.
 
     Places are looked at out of registers, so nothing in front of ``word`` depends on ``beat.ready``. A place that is

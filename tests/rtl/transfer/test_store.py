@@ -80,6 +80,9 @@ PARTIAL = [
     store(bytes=1, rows=1, words=3, lane=ROWS - 1, address=at(0x6000), local=9),
     store(bytes=1, rows=2, words=3, lane=9, address=at(0x7000), stride=at(0x20), local=9),
     store(rows=2, words=1, lane=63, address=at(0x7100), stride=at(0x100), local=9),
+    store(rows=2, words=3, lane=1, lane_only=1, address=at(0x7400), stride=at(0x100), local=9),
+    store(bytes=1, rows=2, words=3, lane=2, lane_only=1, address=at(0x7600), stride=at(0x20), local=11),
+    store(bytes=1, words=2, lane=ROWS - 1, lane_only=1, address=at(0x7700), local=13),
 ]
 
 STORES = [
