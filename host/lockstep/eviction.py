@@ -210,6 +210,13 @@ class Slots:
         self._positions[slot], self._importance[slot] = first, 0
         return Piece(first, 1, slot, self.held)
 
+    def restore(self, length: int, rows: int) -> None:
+        """As if behind ``length`` tokens, of which the last ``rows`` are there, the oldest one in the first slot."""
+        if rows != min(length, self.held):
+            raise SequenceLengthError(f"{length} tokens leave {min(length, self.held)} in the cache, not {rows}")
+        self._positions[:rows] = np.arange(length - rows, length)
+        self._importance[:rows] = 0
+
     def credit(self, importance: np.ndarray) -> None:
         """Add what tokens gave to keys: float32[tokens, slots seen], in the order of the tokens."""
         seen = importance.shape[1]

@@ -168,7 +168,11 @@ class HostSession:
         self.length = length
 
     def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
-        """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node."""
+        """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node: of the
+        last ones, as many as the cache holds.
+        """
+        for given, *_ in caches.values():
+            self.slots.restore(length, len(given))
         for value, (keys, key_scales, values, value_scales) in caches.items():
             own_keys, own_values = self._caches[value]
             own_keys.append(0, keys, key_scales)

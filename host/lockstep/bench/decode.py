@@ -6,6 +6,7 @@ depend on neither.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,6 +14,7 @@ from lockstep_driver import Counters, Device
 from lockstep_isa import operations
 
 from lockstep.compiler.execute import DeviceExecutor
+from lockstep.eviction import EvictionPolicy, asked_eviction
 from lockstep.graph import Attention, Graph, Value
 from lockstep.quantisation.formats import Format
 from lockstep.session import CacheRows, HostSession
@@ -115,30 +117,67 @@ def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
 
 
 def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: Bench) -> Measurement:
-    caches = random_cache(graph, context, sizes.seed)
+    policy = asked_eviction(sizes.evict, sizes.keep)
+    if policy is None or policy.budget >= context:
+        return _token(name, graph, context, None, sizes, bench)
+    bare, full = (_token(name, graph, tokens, None, sizes, bench) for tokens in (0, context))
+    kept = _token(name, graph, context, policy, sizes, bench)
+    for other in (bare, full):
+        if not other.identical:
+            raise BenchError(f"{other.differences:,} values of a whole cache are not golden's on {bench.uri}")
+    before, after = (run.cycles - bare.cycles for run in (full, kept))
+    bytes_before, bytes_after = (run.bytes - bare.bytes for run in (full, kept))
+    figures = {
+        "full_cycles": full.cycles,
+        "full_attention_cycles": before,
+        "attention_cycles": after,
+        "attention_speedup": before / after,
+        "full_cache_bytes": bytes_before,
+        "cache_bytes": bytes_after,
+        "cache_bytes_ratio": bytes_before / bytes_after,
+    }
+    return dataclasses.replace(kept, figures=figures)
+
+
+def _token(
+    name: str, graph: Graph, context: int, policy: EvictionPolicy | None, sizes: DecodeSizes, bench: Bench
+) -> Measurement:
+    """One token behind ``context`` others, of which the cache keeps as many as the policy says."""
+    held = context if policy is None else policy.budget
+    caches = random_cache(graph, held, sizes.seed)
     token = np.array([sizes.seed % EMBEDDINGS])
-    reference = HostSession(graph, context + 1, operations)
+    reference = HostSession(graph, context + 1, operations, policy)
     reference.restore(context, caches)
     expected = reference.extend(token)
-    needed = decode_bytes(bench.config, graph, context)
-    grouped = {} if sizes.kv_heads is None else {"kv_heads": sizes.kv_heads}
+    # What makes room is there no more when the new token is.
+    seen = held if policy is None else held - 1
+    needed = decode_bytes(bench.config, graph, seen)
+    optional = {"kv_heads": sizes.kv_heads, "keep": None if policy is None else held, "evict": policy and sizes.evict}
+    given = {field: value for field, value in optional.items() if value is not None}
     packed = names_of(format_of(sizes.weights, sizes.sparsity))
     return bench.measure(
         "decode",
-        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **grouped, **packed},
-        decode_limit(bench.config, bench.parsed.timing, graph, context),
-        lambda device: _decode(device, graph, context, caches, token),
+        {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **given, **packed},
+        decode_limit(bench.config, bench.parsed.timing, graph, seen),
+        lambda device: _decode(device, graph, context, caches, token, policy),
         [expected],
         # Programs, tables and buffers are small beside weights and the rounded cache.
         memory_bytes=needed.weights + 2 * needed.cache + (8 << 20) + needed.weights // 8,
     )
 
 
-def _decode(device: Device, graph: Graph, context: int, caches: Mapping[Value, CacheRows], token: np.ndarray) -> Ran:
+def _decode(
+    device: Device,
+    graph: Graph,
+    context: int,
+    caches: Mapping[Value, CacheRows],
+    token: np.ndarray,
+    policy: EvictionPolicy | None,
+) -> Ran:
     counted: list[Counters] = []
     executor = DeviceExecutor(device, counted.append)
     try:
-        session = executor.open_session(graph, context + 1)
+        session = executor.open_session(graph, context + 1, policy)
         session.restore(context, caches)
         values = session.extend(token)
         session.close()

@@ -127,7 +127,11 @@ class DeviceSession:
         self.length = length
 
     def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
-        """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node."""
+        """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node: of the
+        last ones, as many as the cache holds.
+        """
+        for given, *_ in caches.values():
+            self.slots.restore(length, len(given))
         for value, rows in caches.items():
             self._cache.write(value, rows)
         self.length = length
