@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from lockstep_isa.attention import key_importance, visible
 from lockstep_isa.numerics import add
+from lockstep_isa.selection import Selector, attention_selected
 
 from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.evaluate import Operations, attend, quantise_heads, run_node
@@ -113,19 +114,28 @@ class HostSession:
     graph : the contract stage of a causal language model.
     capacity : the most tokens of the sequence. eviction : how it fits a smaller cache; one with a slot for each
         unless given. A slot has 2 * kv_heads * (head_dim + 4) bytes an attention node.
+    selector : chooses the keys that each query attends to; all that are there unless given.
 
     Raises
     ------
     ModelError
-        if the graph cannot be run piece by piece, or its cache can give up no tokens.
+        if the graph cannot be run piece by piece, its cache can give up no tokens, or its keys cannot be chosen.
     SequenceLengthError
         if the model has no positions for ``capacity`` tokens.
     """
 
     def __init__(
-        self, graph: Graph, capacity: int, operations: Operations | Any, eviction: EvictionPolicy | None = None
+        self,
+        graph: Graph,
+        capacity: int,
+        operations: Operations | Any,
+        eviction: EvictionPolicy | None = None,
+        selector: Selector | None = None,
     ) -> None:
         check_graph(graph, capacity, eviction)
+        if selector is not None and graph.of(PositionBias):
+            raise ModelError(f"{graph.source} adds a bias on positions to its scores; its keys cannot be chosen")
+        self._selector = selector
         self.slots = Slots(capacity, eviction)
         self.length = 0
         self.capacity = capacity
@@ -209,6 +219,15 @@ class HostSession:
             shown = visible(positions, seen, causal=True)
             weights = key_importance(q, shown, *keys, held[1], scale=node.scale)
             self._importance = add(self._importance, weights)
+        if self._selector is not None:
+            shown = visible(positions, seen, node.causal, node.window)
+            found, _ = attention_selected(
+                *(q, shown, *keys, *held, self._selector),
+                tile=node.tile,
+                scale=node.scale,
+                attend=self._operations.attention_cached,
+            )
+            return found
         return attend(node, q, positions, keys, held, bias, self._operations)
 
 
