@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <vector>
 
 #include "instructions.hpp"  // generated
 #include "lockstep/fused_pass.hpp"
 #include "packed_weights.hpp"
+#include "products.hpp"
 #include "recording.hpp"
 
 namespace lockstep {
@@ -99,19 +99,15 @@ class FastCore {
     }
 
     Failure matrix(const isa::Matrix& i) {
-        if (const WeightFormat format(i); format.packed()) return packed_matrix(i, format);
+        const uint32_t words = WeightFormat(i).words(i.depth);
+        products_.begin(i, activation_.data(), weight_.data());
         for (uint32_t outer = 0; outer < i.outer; outer++)
             for (uint32_t inner = 0; inner < i.inner; inner++) {
                 const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
                 const uint32_t w = uint16_t(i.w + outer * i.w_outer + inner * i.w_inner);
-                if (a + i.depth > isa::kActivationWords || w + i.depth > isa::kWeightWords)
+                if (a + i.depth > isa::kActivationWords || w + words > isa::kWeightWords)
                     return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
-                tiles_.emplace_back();
-                const int8_t* left = &activation_[size_t(a) * kRows];
-                if (i.unsigned_)
-                    multiply_tile(reinterpret_cast<const uint8_t*>(left), &weight_[size_t(w) * kRows], i.depth, tiles_.back());
-                else
-                    multiply_tile(left, &weight_[size_t(w) * kRows], i.depth, tiles_.back());
+                products_.tile(a, w, inner, tiles_.append());
             }
         return {};
     }
@@ -132,10 +128,6 @@ class FastCore {
 
   private:
     using Pass = FusedPass<kRows>;
-    struct Tile {
-        alignas(64) int32_t value[kRows][kRows];
-    };
-    typedef int32_t Row __attribute__((vector_size(4 * kRows), aligned(4)));
 
     static uint32_t depth_of(Memory memory) {
         switch (memory) {
@@ -171,47 +163,6 @@ class FastCore {
             table.c1[entry % kMaxEntries] = float_of(c[1] & ~0xFFu);
             table.c2[entry % kMaxEntries] = float_of(c[2] & ~0xFFFFu);
         }
-    }
-
-    // Tiles are computed in an order in which those with the same weights follow each other.
-    Failure packed_matrix(const isa::Matrix& i, const WeightFormat& format) {
-        const uint32_t words = format.words(i.depth), count = i.outer * i.inner, first = uint32_t(tiles_.size());
-        const bool columns_first = i.w_outer == 0;
-        uint32_t expanded = UINT32_MAX;
-        tiles_.resize(first + count);
-        top_.resize(size_t(i.depth + 3) * kRows);
-        for (uint32_t n = 0; n < count; n++) {
-            const uint32_t outer = columns_first ? n % i.outer : n / i.inner;
-            const uint32_t inner = columns_first ? n / i.outer : n % i.inner;
-            const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
-            const uint32_t w = uint16_t(i.w + outer * i.w_outer + inner * i.w_inner);
-            if (a + i.depth > isa::kActivationWords || w + words > isa::kWeightWords)
-                return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
-            if (w != expanded) {
-                const int8_t* from = &weight_[size_t(w) * kRows];
-                format.expand<kRows>(reinterpret_cast<const uint8_t*>(from), i.depth, top_.data());
-                expanded = w;
-            }
-            const int8_t* left = &activation_[size_t(a) * kRows];
-            Tile& tile = tiles_[first + outer * i.inner + inner];
-            if (i.unsigned_)
-                multiply_tile(reinterpret_cast<const uint8_t*>(left), top_.data(), i.depth, tile);
-            else
-                multiply_tile(left, top_.data(), i.depth, tile);
-        }
-        return {};
-    }
-
-    template <class Byte, class Weight>
-    static void multiply_tile(const Byte* a, const Weight* w, uint32_t depth, Tile& tile) {
-        Row sum[kRows] = {};
-        for (uint32_t k = 0; k < depth; k++) {
-            Row top;
-            for (int c = 0; c < kRows; c++) top[c] = w[k * kRows + c];
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; r++) sum[r] += top * int32_t(a[k * kRows + r]);
-        }
-        std::memcpy(tile.value, sum, sizeof sum);
     }
 
     static bool lane0_used(const isa::Vector& i) {
@@ -281,8 +232,8 @@ class FastCore {
         const size_t columns = i.columns;
         float* x = x_.data();
         if (i.source == Source::kAccumulator) {
-            for (size_t j = 0; j < columns; j += kRows, tiles_.pop_front())
-                Pass::convert(&tiles_.front().value[0][0], kRows, columns - j < kRows ? columns - j : kRows, x + j * kRows);
+            for (size_t j = 0; j < columns; j += kRows)
+                Pass::convert(&tiles_.take().sum[0][0], std::min<size_t>(columns - j, kRows), x + j * kRows);
         } else {
             const auto& from = i.source == Source::kVector ? vector_ : parameter_;
             const float* words = &from[size_t(uint16_t(i.x + tile * i.x_stride)) * kRows];
@@ -392,9 +343,9 @@ class FastCore {
     std::vector<int8_t> activation_, weight_;
     std::vector<float> vector_, parameter_;
     std::vector<Table> tables_;
-    std::deque<Tile> tiles_;
+    TileQueue tiles_;
+    Products products_;
     std::vector<float> x_, before_;
-    std::vector<int16_t> top_;  // a tile of packed weights, expanded
     std::vector<uint8_t> rounded_;
     float sums_[kRows];
 };

@@ -8,11 +8,9 @@ namespace lockstep {
 
 template <int Rows>
 struct FusedPass {
-  // x = float(tile) for `columns` columns of an int32 result tile stored [row][tile_columns].
-  static void convert(const std::int32_t* __restrict tile, std::size_t tile_columns, std::size_t columns,
-                      float* __restrict x) {
-    for (std::size_t j = 0; j < columns; ++j)
-      for (int r = 0; r < Rows; ++r) x[j * Rows + r] = static_cast<float>(tile[r * tile_columns + j]);
+  // x = float(sum) for int32 sums of products, stored as x is.
+  static void convert(const std::int32_t* __restrict sum, std::size_t columns, float* __restrict x) {
+    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] = static_cast<float>(sum[i]);
   }
 
   // x = float(word) for words that hold int32 patterns.
