@@ -14,6 +14,7 @@ struct Latencies {
     using Time = int64_t;
 
     static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
+    static constexpr Time kFetchTurn = 2;       // of these, room in the buffer to the address
     static constexpr Time kQueueLatency = 3;    // dispatcher to the head of a unit's queue
     static constexpr Time kTokenLatency = 3;    // done to the accepted instruction that waited for it
     // A fetch: its beats, and the instructions that it brings.
