@@ -16,6 +16,7 @@
 #include "instructions.hpp"  // generated
 #include "latencies.hpp"
 #include "packed_weights.hpp"
+#include "requests.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
@@ -138,24 +139,6 @@ class TimingModel : Latencies {
         Time ended = 0;             // when all of its items so far have ended
         std::vector<Time> given[4]; // times of tokens given to each unit
         size_t taken[4] = {};       // tokens taken from each unit
-    };
-
-    // A LOAD's or STORE's block as bursts of whole beats that cross no border.
-    struct Cutter {
-        uint32_t address = 0, stride = 0, rows = 0, beats = 0;
-        uint32_t left = 0, beat = 0;
-
-        Cutter() = default;
-        explicit Cutter(const Item& i) : address(i.address), stride(i.stride), rows(i.rows), beats(i.beats) { row(); }
-        bool done() const { return !rows; }
-        // The beats of the next burst.
-        uint32_t cut() {
-            const uint32_t length = std::min(left, kBurstBeats - beat % kBurstBeats);
-            beat += length, left -= length;
-            if (!left) rows--, address += stride, row();
-            return length;
-        }
-        void row() { beat = address / isa::kBusBytes, left = beats; }
     };
 
     template <class Type>
@@ -281,73 +264,61 @@ class TimingModel : Latencies {
 
     // --- Transfers ---
 
-    // Let LOAD accept instructions and ask for bursts as long as their times are known.
+    // Let LOAD accept instructions and ask for bursts as long as their times are known; whether it accepted any.
     bool ask_for_loads() {
-        Lane& lane = lanes_[int(Unit::kLoad)];
-        bool progress = false;
-        while (loading_.size() < kOutstandingBursts) {
-            if (load_cutter_.done()) {
-                const size_t begun = lane.begun;
-                if (begun == lane.queue.size() || begun >= lane.next + kLoadsInFlight) break;
-                Item& item = items_[lane.queue[begun]];
-                if ((item.idle && begun > lane.next) || !accept(Unit::kLoad)) break;
-                progress = true;
-                if (item.idle) {
-                    finish_idle(item);
-                    continue;
-                }
-                if (begun >= kLoadsInFlight)
-                    item.start = std::max(item.start, items_[lane.queue[begun - kLoadsInFlight]].end + 1);
-                load_cutter_ = Cutter(item);
-                load_asked_ = item.start;
-            }
-            Time asked = load_asked_ + 1;
-            const size_t n = loads_asked_++;
-            if (n >= kOutstandingBursts) asked = std::max(asked, load_ends_[n % kOutstandingBursts] + 1);
-            const uint32_t length = load_cutter_.cut();
-            loading_.push_back({asked, asked + latency_, length, load_cutter_.done()});
-            load_asked_ = asked, lane.free = asked + 1;
-        }
-        return progress;
+        const size_t before = lane(Unit::kLoad).begun;
+        do {
+            for (loads_.cut_on(); loads_.any() && loads_.waiting.size() < kOutstandingBursts; loads_.cut_on())
+                loads_.ask(load_ends_[loads_.asked() % kOutstandingBursts], latency_);
+        } while (loads_.all_cut() && accept_load());
+        return lane(Unit::kLoad).begun > before;
     }
 
-    // Let STORE accept instructions and announce bursts as long as their times are known: kWaitingStores ahead of the
-    // data, and kOutstandingStores ahead of the answers.
+    bool accept_load() {
+        Lane& lane = lanes_[int(Unit::kLoad)];
+        const size_t begun = lane.begun;
+        if (begun == lane.queue.size() || begun >= lane.next + kLoadsInFlight) return false;
+        if (begun && !item(Unit::kLoad, begun - 1).idle) lane.free = loads_.cut() + 2;
+        Item& item = items_[lane.queue[begun]];
+        if ((item.idle && begun > lane.next) || !accept(Unit::kLoad)) return false;
+        if (item.idle) return finish_idle(item), true;
+        if (begun >= kLoadsInFlight)
+            item.start = std::max(item.start, items_[lane.queue[begun - kLoadsInFlight]].end);
+        loads_.begin(item.start, item.address, item.stride, item.rows, item.beats);
+        return true;
+    }
+
+    // The same of STORE: announced kWaitingStores ahead of the data, and kOutstandingStores ahead of the answers.
     bool announce_stores() {
-        Lane& lane = lanes_[int(Unit::kStore)];
-        bool progress = false;
-        while (storing_.size() < kWaitingStores) {
-            if (store_cutter_.done()) {
-                // The next one is accepted when the words of the one before are being read, and its bursts are all cut.
-                const size_t begun = lane.begun;
-                if (begun == lane.queue.size() || begun > lane.next + 1) break;
-                if (begun && !item(Unit::kStore, begun - 1).idle)
-                    lane.free = std::max(reads_begin(begun - 1), store_cut_) + 2;
-                Item& item = items_[lane.queue[begun]];
-                if ((item.idle && begun > lane.next) || !accept(Unit::kStore)) break;
-                progress = true;
-                if (item.idle) {
-                    item.words_read = begun ? this->item(Unit::kStore, begun - 1).words_read : 0;
-                    finish_idle(item);
-                    continue;
-                }
-                if (begun >= kStoresInFlight)
-                    item.accepted = item.start =
-                        std::max(item.start, items_[lane.queue[begun - kStoresInFlight]].end + 1);
-                store_cutter_ = Cutter(item);
-                store_cut_ = item.start - 1;
+        const size_t before = lane(Unit::kStore).begun;
+        do {
+            for (stores_.cut_on(); stores_.any() && stores_.waiting.size() < kWaitingStores; stores_.cut_on()) {
+                const size_t n = stores_.asked();
+                Time earliest = n < kWaitingStores ? 0 : store_ends_[(n - kWaitingStores) % kOutstandingStores];
+                if (n >= kOutstandingStores) earliest = std::max(earliest, store_ends_[n % kOutstandingStores] + latency_);
+                stores_.ask(earliest, 1);
             }
-            const size_t n = stores_asked_++;
-            store_cut_ = std::max(store_cut_ + 1, n > 1 ? store_asked_[n % 2] : 0);
-            Time asked = store_cut_ + 2;
-            if (n) asked = std::max(asked, store_asked_[(n - 1) % 2] + 1);
-            if (n >= kWaitingStores) asked = std::max(asked, store_ends_[(n - kWaitingStores) % kOutstandingStores]);
-            if (n >= kOutstandingStores) asked = std::max(asked, store_ends_[n % kOutstandingStores] + latency_);
-            store_asked_[n % 2] = asked;
-            const uint32_t length = store_cutter_.cut();
-            storing_.push_back({asked, asked + 1, length, store_cutter_.done()});
+        } while (stores_.all_cut() && accept_store());
+        return lane(Unit::kStore).begun > before;
+    }
+
+    // The next one is accepted when the words of the one before are being read, and its bursts are all cut.
+    bool accept_store() {
+        Lane& lane = lanes_[int(Unit::kStore)];
+        const size_t begun = lane.begun;
+        if (begun == lane.queue.size() || begun > lane.next + 1) return false;
+        if (begun && !item(Unit::kStore, begun - 1).idle)
+            lane.free = std::max(reads_begin(begun - 1), stores_.cut()) + 2;
+        Item& item = items_[lane.queue[begun]];
+        if ((item.idle && begun > lane.next) || !accept(Unit::kStore)) return false;
+        if (item.idle) {
+            item.words_read = begun ? this->item(Unit::kStore, begun - 1).words_read : 0;
+            return finish_idle(item), true;
         }
-        return progress;
+        if (begun >= kStoresInFlight)
+            item.accepted = item.start = std::max(item.start, items_[lane.queue[begun - kStoresInFlight]].end + 1);
+        stores_.begin(item.start, item.address, item.stride, item.rows, item.beats);
+        return true;
     }
 
     // When the words of a STORE begin to be read: behind those of the one before.
@@ -360,12 +331,12 @@ class TimingModel : Latencies {
     bool transfer() {
         while (true) {
             // Reads are answered in the order of their addresses.
-            auto* reads = fetching_.empty() || (!loading_.empty() && loading_.front().asked < fetching_.front().asked)
-                              ? &loading_
+            auto* reads = fetching_.empty() || (!loads_.waiting.empty() && loads_.waiting.front().asked < fetching_.front().asked)
+                              ? &loads_.waiting
                               : &fetching_;
             if (reading_) reads = reading_;
             Bus::Burst* const read = reads->empty() ? nullptr : &reads->front();
-            Bus::Burst* const write = storing_.empty() ? nullptr : &storing_.front();
+            Bus::Burst* const write = stores_.waiting.empty() ? nullptr : &stores_.waiting.front();
             if (!read && !write) return false;
             if (bus_.carry(read, write) == Bus::kWrite) {
                 reading_ = read && read->left < read->beats ? reads : nullptr;
@@ -394,8 +365,8 @@ class TimingModel : Latencies {
     void loaded() {
         Lane& lane = lanes_[int(Unit::kLoad)];
         Item& item = items_[lane.queue[lane.next]];
-        const Bus::Burst burst = loading_.front();
-        loading_.pop_front();
+        const Bus::Burst burst = loads_.waiting.front();
+        loads_.waiting.pop_front();
         if (item.row++ == 0) {
             become_oldest(item);
             item.now = std::max(item.start, lane.ended);
@@ -417,8 +388,8 @@ class TimingModel : Latencies {
     void stored() {
         Lane& lane = lanes_[int(Unit::kStore)];
         Item& item = items_[lane.queue[lane.next]];
-        const Bus::Burst burst = storing_.front();
-        storing_.pop_front();
+        const Bus::Burst burst = stores_.waiting.front();
+        stores_.waiting.pop_front();
         const Time sent = bus_.end(Bus::kWrite);
         if (record_.on()) {
             const std::vector<Cycles> told = bus_.take_told(Bus::kWrite);
@@ -554,14 +525,13 @@ class TimingModel : Latencies {
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     // Bursts that are asked for or announced and not sent, and the side whose oldest one is being read.
-    std::deque<Bus::Burst> fetching_, loading_, storing_;
+    std::deque<Bus::Burst> fetching_;
+    Requests loads_, stores_;
     std::deque<Bus::Burst>* reading_ = nullptr;
     std::vector<Time> arrived_;  // fetches, at the buffer's output
-    size_t fetches_asked_ = 0, loads_asked_ = 0, loads_sent_ = 0, stores_asked_ = 0, stores_sent_ = 0;
-    Time fetch_asked_ = 0, load_asked_ = 0, store_cut_ = 0;
-    // Of the last bursts, by their numbers: behind the last beats, and announced.
-    Time load_ends_[kOutstandingBursts] = {}, store_ends_[kOutstandingStores] = {}, store_asked_[2] = {};
-    Cutter load_cutter_, store_cutter_;
+    size_t fetches_asked_ = 0, loads_sent_ = 0, stores_sent_ = 0;
+    Time fetch_asked_ = 0;
+    Time load_ends_[kOutstandingBursts] = {}, store_ends_[kOutstandingStores] = {};  // of the last bursts, by number
     Time told_ = 0;                                 // for a recording: until when LOAD's states are
     std::vector<Cycles> store_beats_, store_runs_;  // STORE's beats, and where it has an instruction
     Prediction result_;
