@@ -16,24 +16,11 @@
 #include "instructions.hpp"  // generated
 #include "latencies.hpp"
 #include "packed_weights.hpp"
+#include "prediction.hpp"
 #include "requests.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
-
-// Cycles of a VECTOR instruction's row tiles and tail, as the RTL's own formula gives them.
-struct VectorShape {
-    int32_t first_row, other_row, tail, column;
-};
-
-struct UnitCycles {
-    uint64_t busy = 0, wait_token = 0, wait_data = 0, idle = 0;
-};
-
-struct Prediction {
-    uint64_t cycles = 0, instructions = 0, read_beats = 0, write_beats = 0, mac_cycles = 0;
-    UnitCycles units[4];
-};
 
 class TimingModel : Latencies {
   public:
@@ -96,7 +83,7 @@ class TimingModel : Latencies {
         for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
         result_.instructions = items_.size();
         result_.read_beats += (fetches() + 1) * uint64_t(kFetchBeats);
-        if (record_.on()) record_rest();
+        record_.finish(available_, popped_);
         for (UnitCycles& u : result_.units) u.idle = result_.cycles - u.busy - u.wait_token - u.wait_data;
         return true;
     }
@@ -283,7 +270,7 @@ class TimingModel : Latencies {
         if ((item.idle && begun > lane.next) || !accept(Unit::kLoad)) return false;
         if (item.idle) return finish_idle(item), true;
         if (begun >= kLoadsInFlight)
-            item.start = std::max(item.start, items_[lane.queue[begun - kLoadsInFlight]].end);
+            item.accepted = item.start = std::max(item.start, items_[lane.queue[begun - kLoadsInFlight]].end);
         loads_.begin(item.start, item.address, item.stride, item.rows, item.beats);
         return true;
     }
@@ -357,7 +344,7 @@ class TimingModel : Latencies {
     void fetched() {
         const Bus::Burst& burst = fetching_.front();
         const Time end = bus_.end(Bus::kRead);
-        if (record_.on()) record_.burst(kFetch, burst.asked, bus_.take_told(Bus::kRead).front().begin, end, burst.beats);
+        record_.burst(kFetch, burst.asked, bus_.take_told(Bus::kRead));
         arrived_.push_back(end + kFetchPipeline - kFetchTurn);
         fetching_.pop_front();
     }
@@ -370,14 +357,14 @@ class TimingModel : Latencies {
         if (item.row++ == 0) {
             become_oldest(item);
             item.now = std::max(item.start, lane.ended);
-            told_ = item.now;
+            record_.begin_load(item.now);
         }
-        if (record_.on()) record_load(item, burst);
+        record_.load(burst.asked, bus_.take_told(Bus::kRead));
         load_ends_[loads_sent_++ % kOutstandingBursts] = bus_.end(Bus::kRead);
         if (!burst.last) return;
         bus_.delay(Bus::kRead, Time(item.rows) * item.writes);
         item.end = bus_.end(Bus::kRead) + kLoadLatency;
-        record_.span(item.unit, kWaitData, told_, item.end);
+        record_.end_load(item.end);
         const uint64_t useful = uint64_t(item.rows) * item.beats;
         const uint64_t span = item.end > item.now ? uint64_t(item.end - item.now) : 0;
         cycles(item).busy += std::min(useful, span);
@@ -391,18 +378,14 @@ class TimingModel : Latencies {
         const Bus::Burst burst = stores_.waiting.front();
         stores_.waiting.pop_front();
         const Time sent = bus_.end(Bus::kWrite);
-        if (record_.on()) {
-            const std::vector<Cycles> told = bus_.take_told(Bus::kWrite);
-            record_.burst(item.unit, burst.asked, told.front().begin, sent, burst.beats);
-            store_beats_.insert(store_beats_.end(), told.begin(), told.end());
-        }
+        record_.store(burst.asked, bus_.take_told(Bus::kWrite));
         store_ends_[stores_sent_++ % kOutstandingStores] = sent;
         if (!burst.last) return;
         become_oldest(item);
         const Time begin = std::max(item.start, lane.ended);
         item.words_read = std::max(reads_begin(lane.next) + Time(item.rows * item.words), sent - kBufferedBeats);
         item.end = sent + latency_;
-        if (record_.on()) store_runs_.push_back({begin, item.end});
+        record_.store_ran({begin, item.end});
         const uint64_t useful = uint64_t(item.rows) * item.beats + 1;  // and the cycle in which it is done
         // Beats may have been sent while the one before was not yet answered, so this difference may be negative.
         cycles(item).busy += useful, cycles(item).wait_data += uint64_t(item.end - begin) - useful;
@@ -473,46 +456,10 @@ class TimingModel : Latencies {
         item.now += length, cycles.busy += uint64_t(length);
     }
 
-    // --- What a recording is told ---
-
-    // Busy in the cycles of beats, waiting for data in the others; nothing before `told_`.
-    void record_load(const Item& item, const Bus::Burst& burst) {
-        const std::vector<Cycles> beats = bus_.take_told(Bus::kRead);
-        record_.burst(item.unit, burst.asked, beats.front().begin, beats.back().end, burst.beats);
-        for (const auto [begin, end] : beats) {
-            record_.span(item.unit, kWaitData, told_, begin);
-            record_.span(item.unit, kBusy, std::max(told_, begin), end);
-            told_ = std::max(told_, end);
-        }
-    }
-
     void record_start(Time fetch) {
-        record_.burst(kFetch, 1, 1 + latency_, 1 + latency_ + fetch, uint64_t(fetch));
-        const Time beats = kOperandWords * fetch, begin = now_ - beats;
-        if (operands_) record_.burst(kFetch, begin - latency_, begin, now_, uint64_t(beats));
-    }
-
-    // Busy in the cycles of STORE's beats, waiting for data in the others in which it has an instruction.
-    void record_store() {
-        const int unit = int(isa::Unit::kStore);
-        size_t n = 0;
-        for (const Cycles& run : store_runs_) {
-            Time told = run.begin;
-            for (; n < store_beats_.size() && store_beats_[n].begin < run.end; n++) {
-                const Cycles& sent = store_beats_[n];
-                record_.span(unit, kWaitData, told, sent.begin);
-                record_.span(unit, kBusy, std::max(told, sent.begin), std::min(sent.end, run.end));
-                told = std::max(told, sent.end);
-                if (sent.end > run.end) break;
-            }
-            record_.span(unit, kWaitData, told, run.end - 1);
-            record_.span(unit, kBusy, std::max(told, run.end - 1), run.end);
-        }
-    }
-
-    void record_rest() {
-        record_store();
-        record_.finish(int(isa::Unit::kMatrix), available_, popped_);
+        record_.burst(kFetch, 1, {{1 + latency_, 1 + latency_ + fetch}});
+        const Time begin = now_ - kOperandWords * fetch;
+        if (operands_) record_.burst(kFetch, begin - latency_, {{begin, now_}});
     }
 
     Time latency_;
@@ -524,16 +471,13 @@ class TimingModel : Latencies {
     Time now_ = 0;  // of the last dispatch
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
-    // Bursts that are asked for or announced and not sent, and the side whose oldest one is being read.
-    std::deque<Bus::Burst> fetching_;
+    std::deque<Bus::Burst> fetching_;  // asked for and not there
     Requests loads_, stores_;
-    std::deque<Bus::Burst>* reading_ = nullptr;
+    std::deque<Bus::Burst>* reading_ = nullptr;  // whose oldest burst is read in part
     std::vector<Time> arrived_;  // fetches, at the buffer's output
     size_t fetches_asked_ = 0, loads_sent_ = 0, stores_sent_ = 0;
     Time fetch_asked_ = 0;
     Time load_ends_[kOutstandingBursts] = {}, store_ends_[kOutstandingStores] = {};  // of the last bursts, by number
-    Time told_ = 0;                                 // for a recording: until when LOAD's states are
-    std::vector<Cycles> store_beats_, store_runs_;  // STORE's beats, and where it has an instruction
     Prediction result_;
 };
 
