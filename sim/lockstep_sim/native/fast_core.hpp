@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "arithmetic.hpp"
 #include "instructions.hpp"  // generated
 #include "lockstep/fused_pass.hpp"
 #include "packed_weights.hpp"
@@ -45,8 +46,8 @@ class FastCore {
         : memory(bytes),
           activation_(size_t(isa::kActivationWords) * kRows),
           weight_(size_t(isa::kWeightWords) * kRows),
-          vector_(size_t(isa::kVectorWords) * kRows),
-          parameter_(size_t(isa::kParameterWords) * kRows),
+          vector_(size_t(isa::kVectorWords) * kRows + Arithmetic::kVector),
+          parameter_(size_t(isa::kParameterWords) * kRows + Arithmetic::kVector),
           tables_(isa::kTableSlots) {}
 
     std::vector<uint8_t> memory;
@@ -114,7 +115,7 @@ class FastCore {
 
     Failure vector(const isa::Vector& i) {
         const uint32_t columns = i.columns, words = (columns + kRows - 1) / kRows;
-        x_.resize(size_t(columns) * kRows);
+        x_.resize(size_t(columns) * kRows + Arithmetic::kVector);
         before_.resize(x_.size());
         rounded_.resize(x_.size());
         for (uint32_t tile = 0; tile < i.tiles; tile++) {
@@ -231,37 +232,20 @@ class FastCore {
     void pass(const isa::Vector& i, uint32_t tile) {
         const size_t columns = i.columns;
         float* x = x_.data();
+        const auto parameter = [this](uint32_t word) { return &parameter_[size_t(word) % isa::kParameterWords * kRows]; };
+        const float* lane0 = parameter(uint16_t(i.lane0 + tile));
+        const float* column2 = parameter(i.column2);
+        const float* y = &vector_[size_t(uint16_t(i.y + tile * i.y_stride)) % isa::kVectorWords * kRows];
+        const Arithmetic steps{i, lane0, parameter(uint16_t(i.lane1 + tile)), parameter(i.column0), parameter(i.column1), y};
         if (i.source == Source::kAccumulator) {
             for (size_t j = 0; j < columns; j += kRows)
-                Pass::convert(&tiles_.take().sum[0][0], std::min<size_t>(columns - j, kRows), x + j * kRows);
+                steps.run(j, std::min<size_t>(columns - j, kRows), &tiles_.take().sum[0][0], x + j * kRows);
         } else {
             const auto& from = i.source == Source::kVector ? vector_ : parameter_;
             const float* words = &from[size_t(uint16_t(i.x + tile * i.x_stride)) * kRows];
-            if (i.source == Source::kInteger) Pass::convert_words(words, columns, x);
-            else std::memcpy(x, words, columns * kRows * sizeof(float));
+            if (i.source == Source::kInteger) Pass::convert_words(words, columns, before_.data());
+            steps.run(0, columns, i.source == Source::kInteger ? before_.data() : words, x);
         }
-        const float* y = &vector_[size_t(uint16_t(i.y + tile * i.y_stride)) % isa::kVectorWords * kRows];
-        float lane0[kRows], lane1[kRows];
-        std::memcpy(lane0, &parameter_[size_t(uint16_t(i.lane0 + tile)) % isa::kParameterWords * kRows], sizeof lane0);
-        std::memcpy(lane1, &parameter_[size_t(uint16_t(i.lane1 + tile)) % isa::kParameterWords * kRows], sizeof lane1);
-        const float* column0 = &parameter_[size_t(i.column0) % isa::kParameterWords * kRows];
-        const float* column1 = &parameter_[size_t(i.column1) % isa::kParameterWords * kRows];
-        const float* column2 = &parameter_[size_t(i.column2) % isa::kParameterWords * kRows];
-
-        if (i.add1 == FirstAdd::kLane0) Pass::add_lanes(columns, lane0, x);
-        if (i.add1 == FirstAdd::kY) Pass::add_elements(columns, y, x);
-
-        if (i.mul1 == FirstMultiply::kLane1) Pass::multiply_lanes(columns, lane1, x);
-        if (i.mul1 == FirstMultiply::kColumn0) Pass::multiply_columns(columns, column0, x);
-        if (i.mul1 == FirstMultiply::kSelf) Pass::square(columns, x);
-        if (i.mul1 == FirstMultiply::kImmediate0) Pass::multiply_scalar(columns, float_of(i.immediate0), x);
-
-        if (i.mul2 == SecondMultiply::kLane0) Pass::multiply_lanes(columns, lane0, x);
-        if (i.mul2 == SecondMultiply::kColumn0) Pass::multiply_columns(columns, column0, x);
-
-        if (i.add2 == SecondAdd::kColumn1) Pass::add_columns(columns, column1, x);
-        if (i.add2 == SecondAdd::kImmediate1) Pass::add_scalar(columns, float_of(i.immediate1), x);
-        if (i.add2 == SecondAdd::kY) Pass::add_elements(columns, y, x);
 
         int32_t peak[kRows], limit[kRows];
         std::memcpy(limit, &parameter_[size_t(uint16_t(i.max_to + tile)) % isa::kParameterWords * kRows], sizeof limit);

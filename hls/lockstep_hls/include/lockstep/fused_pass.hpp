@@ -8,11 +8,6 @@ namespace lockstep {
 
 template <int Rows>
 struct FusedPass {
-  // x = float(sum) for int32 sums of products, stored as x is.
-  static void convert(const std::int32_t* __restrict sum, std::size_t columns, float* __restrict x) {
-    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] = static_cast<float>(sum[i]);
-  }
-
   // x = float(word) for words that hold int32 patterns.
   static void convert_words(const float* __restrict words, std::size_t columns, float* __restrict x) {
     for (std::size_t i = 0; i < columns * Rows; ++i)
