@@ -42,7 +42,8 @@ class Bus {
     Side carry(Burst* read, Burst* write) {
         Burst* const bursts[] = {read, write};
         for (const Side side : {kRead, kWrite})
-            if (bursts[side]) next_[side] = std::max(next_[side], slot(bursts[side]->ready));
+            if (bursts[side] && bursts[side]->ready > ends_[side])
+                next_[side] = std::max(next_[side], slot(bursts[side]->ready));
         if (read && write) {
             const Slot gap = next_[kWrite] - next_[kRead];
             const Side first = gap ? gap > 0 ? kRead : kWrite : wrote_last_ ? kRead : kWrite;
@@ -59,10 +60,12 @@ class Bus {
     }
 
     // The cycle behind the last beat of a side.
-    Time end(Side side) const { return cycle(next_[side] - 1) + 1; }
+    Time end(Side side) const { return ends_[side]; }
 
     // The side rests for so many cycles.
-    void delay(Side side, Time cycles) { next_[side] = slot(end(side) + cycles); }
+    void delay(Side side, Time cycles) {
+        if (cycles) next_[side] = slot(ends_[side] += cycles);
+    }
 
     // Where it is told: the cycles of the beats that a side has sent since this was taken.
     std::vector<Cycles> take_told(Side side) { return std::exchange(told_[side], {}); }
@@ -72,9 +75,11 @@ class Bus {
 
     // The first one that begins in cycle `now` or later.
     Slot slot(Time now) const {
+        if (!rest_) return now;
         return now / interval_ * (interval_ - rest_) + std::max<Time>(0, now % interval_ - rest_);
     }
     Time cycle(Slot slot) const {
+        if (!rest_) return slot;
         const Time useful = interval_ - rest_;
         return slot / useful * interval_ + rest_ + slot % useful;
     }
@@ -83,6 +88,7 @@ class Bus {
     bool send(Side side, Burst& burst, uint64_t count, Slot step) {
         if (tell_) tell(side, count, step);
         next_[side] += Slot(count - 1) * step + 1;
+        ends_[side] = cycle(next_[side] - 1) + 1;
         burst.left -= count;
         wrote_last_ = side == kWrite;
         return !burst.left;
@@ -117,6 +123,7 @@ class Bus {
     Time interval_, rest_;
     bool tell_, wrote_last_ = false;
     Slot next_[2] = {};  // from which each side may send
+    Time ends_[2] = {};  // of what each side has sent
     std::vector<Cycles> told_[2];
 };
 

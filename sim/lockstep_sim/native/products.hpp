@@ -44,10 +44,10 @@ class TileQueue {
 };
 
 // One operand of a tile as dot products take it, four inputs of a channel side by side: byte i of channel c of step g
-// stands at (g R + c) 4 + i. Inputs behind the last are zeros.
+// stands at (g R + c) 4 + i. Inputs behind the last are zeros, and so are kZeroSteps - 1 steps behind the last.
 class Panel {
   public:
-    static constexpr size_t kChannels = isa::kRows, kStep = kGroup * kChannels;
+    static constexpr size_t kChannels = isa::kRows, kStep = kGroup * kChannels, kZeroSteps = 4;
 
     const uint8_t* data() const { return bytes_.data(); }
     const int8_t* signed_data() const { return reinterpret_cast<const int8_t*>(bytes_.data()); }
@@ -56,12 +56,12 @@ class Panel {
     void pack(const uint8_t* __restrict words, size_t depth, uint8_t flip) {
         const size_t whole = depth / kGroup, rest = depth % kGroup;
         // The vector at the last step may reach behind it.
-        bytes_.resize((whole + 1) * kStep + kGroup * kVectorColumns);
+        bytes_.resize((whole + kZeroSteps) * kStep + kGroup * kVectorColumns);
         uint8_t* __restrict to = bytes_.data();
         for (size_t g = 0; g < whole; g++, words += kStep, to += kStep)
             for (size_t c = 0; c < kChannels; c++)
                 for (size_t i = 0; i < kGroup; i++) to[kGroup * c + i] = words[kChannels * i + c] ^ flip;
-        std::memset(to, 0, kStep);
+        std::memset(to, 0, kZeroSteps * kStep);
         for (size_t c = 0; c < kChannels; c++)
             for (size_t i = 0; i < rest; i++) to[kGroup * c + i] = words[kChannels * i + c] ^ flip;
     }
@@ -92,7 +92,7 @@ class Products {
         if (top.word != w) pack(top, w);
         if (top.wide) return multiply_wide(a, w, tile);
         if (left_.word != a) left_.panel.pack(activation_ + a * Panel::kChannels, depth_, flip_), left_.word = a;
-        multiply(left_.panel.data(), top.panel.signed_data(), (depth_ + kGroup - 1) / kGroup, top.first, tile);
+        multiply(left_.panel.data(), top.panel.signed_data(), steps(), top.first, tile);
     }
 
   private:
@@ -122,12 +122,28 @@ class Products {
             words = narrow_.data();
         }
         top.panel.pack(words, depth_, 0);
-        int32_t sums[kChannels] = {};
-        if (flip_)
-            for (size_t k = 0; k < depth_; k++)
-                for (size_t c = 0; c < kChannels; c++) sums[c] += int8_t(words[k * kChannels + c]);
-        for (size_t c = 0; c < kChannels; c++) top.first[c] = -kFlip * sums[c];
+        std::memset(top.first, 0, sizeof top.first);
+        if (flip_) take_off(top);
     }
+
+    // The flip times the sum of each channel.
+    void take_off(Top& top) const {
+        using D = Dot<int8_t>;
+        const uint8_t ones[kGroup] = {1, 1, 1, 1};
+        for (size_t column = 0; column < kChannels; column += kVectorColumns) {
+            const int8_t* from = top.panel.signed_data() + column * kGroup;
+            Sums sums[4] = {D::zero(), D::zero(), D::zero(), D::zero()};  // one would wait for itself
+            for (size_t g = 0; g < (steps() + 3) / 4; g++)
+                for (Sums& sum : sums) sum = D::add(sum, D::load(from), D::broadcast(ones)), from += Panel::kStep;
+            for (const Sums& sum : sums) {
+                int32_t all[kVectorColumns];
+                D::store(all, sum);
+                for (size_t c = 0; c < std::min(kVectorColumns, kChannels); c++) top.first[column + c] -= kFlip * all[c];
+            }
+        }
+    }
+
+    size_t steps() const { return (depth_ + kGroup - 1) / kGroup; }
 
     void expand(const uint8_t* words) {
         expanded_.resize((depth_ + 3) * kChannels);
