@@ -27,9 +27,9 @@ class Bus {
     struct Burst {
         Time asked, ready;  // when its address is taken, and when its first beat may come
         uint64_t beats, left;
-        bool last;  // of its instruction
-        Burst(Time asked, Time ready, uint64_t beats, bool last = true)
-            : asked(asked), ready(ready), beats(beats), left(beats), last(last) {}
+        bool fetch, last;  // brings instructions; the last of a LOAD or STORE
+        Burst(Time asked, Time ready, uint64_t beats, bool fetch, bool last)
+            : asked(asked), ready(ready), beats(beats), left(beats), fetch(fetch), last(last) {}
     };
 
     Bus(BusTiming timing, bool tell)
@@ -57,6 +57,11 @@ class Bus {
         const Side side = read ? kRead : kWrite;
         send(side, *bursts[side], bursts[side]->left, 1);
         return side;
+    }
+
+    // A burst that goes next ends here at the earliest.
+    Time earliest_end(Side side, const Burst& burst) const {
+        return std::max(burst.ready, ends_[side]) + Time(burst.left);
     }
 
     // The cycle behind the last beat of a side.

@@ -32,6 +32,7 @@ struct Latencies {
     static constexpr size_t kStoresInFlight = 8, kWaitingStores = 4, kOutstandingStores = 16;
     static constexpr Time kBufferedBeats = 2 * 4 * isa::kRows / isa::kBusBytes;  // two words on the way to the bus
     static constexpr uint32_t kBurstBeats = 32;
+    static constexpr size_t kReadsInMemory = 8;  // of the memory model
 };
 
 }  // namespace lockstep

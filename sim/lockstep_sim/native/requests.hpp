@@ -15,9 +15,6 @@ class Requests : Latencies {
   public:
     using Latencies::Time;
 
-    // Bursts that were asked for and are not sent.
-    std::deque<Bus::Burst> waiting;
-
     // A block of `rows` rows of `beats` beats, accepted at `start`.
     void begin(Time start, uint32_t address, uint32_t stride, uint32_t rows, uint32_t beats) {
         address_ = address, stride_ = stride, rows_ = rows, beats_ = beats;
@@ -41,15 +38,16 @@ class Requests : Latencies {
         }
     }
 
-    // Whether a burst is cut that has not been asked for. Ask for it, not before `earliest`; its data comes `latency` later.
+    // Whether a burst is cut that has not been asked for, and when that may be.
     bool any() const { return !cut_.empty(); }
-    void ask(Time earliest, Time latency) {
-        const Cut& next = cut_.front();
-        Time when = std::max(next.when + 2, earliest);
-        if (asked_) when = std::max(when, times_[(asked_ - 1) % 2] + 1);
-        times_[asked_++ % 2] = when;
-        waiting.push_back({when, when + latency, next.length, next.last});
+    Time wanted() const { return std::max(cut_.front().when + 2, asked_ ? times_[(asked_ - 1) % 2] + 1 : 0); }
+
+    // Ask for it in cycle `when`; its first beat may come `latency` later.
+    Bus::Burst ask(Time when, Time latency) {
+        const Cut next = cut_.front();
         cut_.pop_front();
+        times_[asked_++ % 2] = when;
+        return {when, when + latency, next.length, false, next.last};
     }
 
     // How many have been asked for.

@@ -76,9 +76,9 @@ class TimingModel : Latencies {
             bool progress = dispatch();
             for (const Unit unit : {Unit::kMatrix, Unit::kVector})
                 while (lane(unit).next < lane(unit).queue.size() && advance(unit)) progress = true;
-            progress |= ask_for_loads();
+            progress |= accept_loads();
             progress |= announce_stores();
-            if (!progress && !transfer()) return false;
+            if (!progress && !ask_to_read() && !transfer()) return false;
         }
         for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
         result_.instructions = items_.size();
@@ -153,14 +153,7 @@ class TimingModel : Latencies {
             result_.read_beats += uint64_t(kOperandWords * fetch);
         }
         if (record_.on()) record_start(fetch);
-        for (size_t n = 0; n < kFetchesAhead; n++) ask_for_fetch(now_ - kFetchPipeline - fetch - latency_ + kFetchTurn);
-    }
-
-    void ask_for_fetch(Time asked) {
-        if (fetches_asked_ == fetches()) return;
-        if (fetches_asked_++) asked = std::max(asked, fetch_asked_ + 2);
-        fetch_asked_ = asked;
-        fetching_.push_back({asked, asked + latency_, uint64_t(kFetchBeats)});
+        fetch_rooms_.assign(kFetchesAhead, now_ - kFetchPipeline - fetch - latency_ + kFetchTurn);
     }
 
     bool dispatch() {
@@ -180,7 +173,7 @@ class TimingModel : Latencies {
             item.dispatched = now_ + kQueueLatency;
             lane.queue.push_back(dispatched_);
             // All instructions of a fetch are gone: there is room for another.
-            if (dispatched_ % kFetched == kFetched - 1) ask_for_fetch(now_ + kFetchTurn);
+            if (dispatched_ % kFetched == kFetched - 1) fetch_rooms_.push_back(now_ + kFetchTurn);
         }
         return dispatched_ > before;
     }
@@ -251,13 +244,32 @@ class TimingModel : Latencies {
 
     // --- Transfers ---
 
-    // Let LOAD accept instructions and ask for bursts as long as their times are known; whether it accepted any.
-    bool ask_for_loads() {
+    // Show the next address of a read, fetches first; false where there is none, or something may come before it.
+    bool ask_to_read() {
+        if (reads_.size() == kReadsInMemory) return false;
+        constexpr Time kNever = INT64_MAX;
+        const size_t loads = loads_.asked();
+        const bool fetches_more = fetches_asked_ < std::min(fetches(), fetch_rooms_.size());
+        const bool loads_more = loads_.any() && loads - loads_sent_ < kOutstandingBursts;
+        const Time fetch = fetches_more ? std::max(fetch_rooms_[fetches_asked_], fetch_asked_ + 2) : kNever;
+        const Time load = loads_more ? std::max(loads_.wanted(), load_ends_[loads % kOutstandingBursts]) : kNever;
+        Time when = std::min(fetch, load), known = kNever - 1;
+        if (!reads_.empty()) known = bus_.earliest_end(Bus::kRead, reads_.front());
+        if (!writes_.empty()) known = std::min(known, bus_.earliest_end(Bus::kWrite, writes_.front()));
+        if (when > known) return false;
+        when = std::max({when, read_asked_ + 1, read_ends_[reads_asked_++ % kReadsInMemory]});
+        read_asked_ = when;
+        if (fetch <= load) fetches_asked_++, fetch_asked_ = when;
+        reads_.push_back(fetch <= load ? Bus::Burst(when, when + latency_, uint64_t(kFetchBeats), true, true)
+                                       : loads_.ask(when, latency_));
+        return true;
+    }
+
+    // Let LOAD accept instructions as long as their times are known; whether it accepted any.
+    bool accept_loads() {
         const size_t before = lane(Unit::kLoad).begun;
-        do {
-            for (loads_.cut_on(); loads_.any() && loads_.waiting.size() < kOutstandingBursts; loads_.cut_on())
-                loads_.ask(load_ends_[loads_.asked() % kOutstandingBursts], latency_);
-        } while (loads_.all_cut() && accept_load());
+        do loads_.cut_on();
+        while (loads_.all_cut() && accept_load());
         return lane(Unit::kLoad).begun > before;
     }
 
@@ -275,15 +287,17 @@ class TimingModel : Latencies {
         return true;
     }
 
-    // The same of STORE: announced kWaitingStores ahead of the data, and kOutstandingStores ahead of the answers.
+    // Let STORE accept instructions and announce bursts: kWaitingStores ahead of the data, and kOutstandingStores ahead of
+    // the answers.
     bool announce_stores() {
         const size_t before = lane(Unit::kStore).begun;
         do {
-            for (stores_.cut_on(); stores_.any() && stores_.waiting.size() < kWaitingStores; stores_.cut_on()) {
+            for (stores_.cut_on(); stores_.any() && writes_.size() < kWaitingStores; stores_.cut_on()) {
                 const size_t n = stores_.asked();
-                Time earliest = n < kWaitingStores ? 0 : store_ends_[(n - kWaitingStores) % kOutstandingStores];
-                if (n >= kOutstandingStores) earliest = std::max(earliest, store_ends_[n % kOutstandingStores] + latency_);
-                stores_.ask(earliest, 1);
+                Time when = stores_.wanted();
+                if (n >= kWaitingStores) when = std::max(when, store_ends_[(n - kWaitingStores) % kOutstandingStores]);
+                if (n >= kOutstandingStores) when = std::max(when, store_ends_[n % kOutstandingStores] + latency_);
+                writes_.push_back(stores_.ask(when, 1));
             }
         } while (stores_.all_cut() && accept_store());
         return lane(Unit::kStore).begun > before;
@@ -317,43 +331,29 @@ class TimingModel : Latencies {
     // Send bursts until an instruction has ended or arrived, or may be accepted; false where there is nothing to send.
     bool transfer() {
         while (true) {
-            // Reads are answered in the order of their addresses.
-            auto* reads = fetching_.empty() || (!loads_.waiting.empty() && loads_.waiting.front().asked < fetching_.front().asked)
-                              ? &loads_.waiting
-                              : &fetching_;
-            if (reading_) reads = reading_;
-            Bus::Burst* const read = reads->empty() ? nullptr : &reads->front();
-            Bus::Burst* const write = stores_.waiting.empty() ? nullptr : &stores_.waiting.front();
-            if (!read && !write) return false;
-            if (bus_.carry(read, write) == Bus::kWrite) {
-                reading_ = read && read->left < read->beats ? reads : nullptr;
-                stored();
-                return true;
-            }
-            reading_ = nullptr;
-            if (reads == &fetching_) {
-                fetched();
-                return true;
-            }
-            const bool last = read->last;
-            loaded();
-            if (last || ask_for_loads()) return true;
+            if (reads_.empty() && writes_.empty()) return false;
+            Bus::Burst* const read = reads_.empty() ? nullptr : &reads_.front();
+            if (bus_.carry(read, writes_.empty() ? nullptr : &writes_.front()) == Bus::kWrite) return stored(), true;
+            read_ends_[reads_sent_++ % kReadsInMemory] = bus_.end(Bus::kRead);
+            const Bus::Burst burst = *read;
+            reads_.pop_front();
+            if (burst.fetch) return fetched(burst), true;
+            loaded(burst);
+            if (burst.last) return true;
+            do loads_.cut_on();
+            while (ask_to_read());
+            if (loads_.all_cut()) return true;
         }
     }
 
-    void fetched() {
-        const Bus::Burst& burst = fetching_.front();
-        const Time end = bus_.end(Bus::kRead);
+    void fetched(const Bus::Burst& burst) {
         record_.burst(kFetch, burst.asked, bus_.take_told(Bus::kRead));
-        arrived_.push_back(end + kFetchPipeline - kFetchTurn);
-        fetching_.pop_front();
+        arrived_.push_back(bus_.end(Bus::kRead) + kFetchPipeline - kFetchTurn);
     }
 
-    void loaded() {
+    void loaded(const Bus::Burst& burst) {
         Lane& lane = lanes_[int(Unit::kLoad)];
         Item& item = items_[lane.queue[lane.next]];
-        const Bus::Burst burst = loads_.waiting.front();
-        loads_.waiting.pop_front();
         if (item.row++ == 0) {
             become_oldest(item);
             item.now = std::max(item.start, lane.ended);
@@ -375,8 +375,8 @@ class TimingModel : Latencies {
     void stored() {
         Lane& lane = lanes_[int(Unit::kStore)];
         Item& item = items_[lane.queue[lane.next]];
-        const Bus::Burst burst = stores_.waiting.front();
-        stores_.waiting.pop_front();
+        const Bus::Burst burst = writes_.front();
+        writes_.pop_front();
         const Time sent = bus_.end(Bus::kWrite);
         record_.store(burst.asked, bus_.take_told(Bus::kWrite));
         store_ends_[stores_sent_++ % kOutstandingStores] = sent;
@@ -430,6 +430,7 @@ class TimingModel : Latencies {
                 continue;
             }
             const Time prologue = row_cycles - column_beats(item.columns) * item.shape.column;
+            if (popped_.size() >= available_.size()) return false;
             if (item.tile == 0) work_on(item, cycles, prologue);
             for (; item.tile < item.tiles; item.tile++) {
                 const size_t number = popped_.size();
@@ -471,13 +472,13 @@ class TimingModel : Latencies {
     Time now_ = 0;  // of the last dispatch
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
-    std::deque<Bus::Burst> fetching_;  // asked for and not there
     Requests loads_, stores_;
-    std::deque<Bus::Burst>* reading_ = nullptr;  // whose oldest burst is read in part
-    std::vector<Time> arrived_;  // fetches, at the buffer's output
-    size_t fetches_asked_ = 0, loads_sent_ = 0, stores_sent_ = 0;
-    Time fetch_asked_ = 0;
-    Time load_ends_[kOutstandingBursts] = {}, store_ends_[kOutstandingStores] = {};  // of the last bursts, by number
+    std::deque<Bus::Burst> reads_, writes_;       // asked for and not sent
+    std::vector<Time> fetch_rooms_, arrived_;     // fetches: when there is room, and at the buffer's output
+    Time fetch_asked_ = -2, read_asked_ = -1;     // the last address
+    size_t fetches_asked_ = 0, reads_asked_ = 0, reads_sent_ = 0, loads_sent_ = 0, stores_sent_ = 0;
+    // Of the last bursts, by number.
+    Time read_ends_[kReadsInMemory] = {}, load_ends_[kOutstandingBursts] = {}, store_ends_[kOutstandingStores] = {};
     Prediction result_;
 };
 
