@@ -46,8 +46,8 @@ def test_rtl_equals_golden_in_the_predicted_time(core: str) -> None:
     assert not lines, "\n".join(lines)
     with open_core("fast", core) as device:
         _, predicted = differences(device, seeds)
-    # Programs this short are mostly latency, and end in a STORE of everything: where a LOAD is still under way then,
-    # both share the bus, which the model leaves out. Whole models are predicted to 1 %.
+    # What the model leaves out are cycles in which a memory on chip is busy with something else. Whole models are
+    # predicted to 1 %.
     error = np.abs(np.array(predicted) / np.array(counted) - 1)
-    assert abs(sum(predicted) / sum(counted) - 1) < 0.05
-    assert error.max() < 0.2, f"seed {error.argmax()}: {predicted[error.argmax()]} for {counted[error.argmax()]}"
+    assert abs(sum(predicted) / sum(counted) - 1) < 0.01
+    assert error.max() < 0.12, f"seed {error.argmax()}: {predicted[error.argmax()]} for {counted[error.argmax()]}"

@@ -176,6 +176,31 @@ def test_products_on_the_rtl_have_the_bits_of_golden(m: int, n: int, k: int) -> 
         check_product(device, m, n, k)
 
 
+@pytest.fixture(scope="module")
+def laptops() -> Iterator[list[Device]]:
+    with open_device("fast:laptop") as fast, open_device("rtl:laptop") as rtl:
+        yield [fast, rtl]
+
+
+TWO_OF_FOUR, ONE_OF_FOUR = Format(8, None, (2, 4)), Format(8, None, (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "format"),
+    [
+        *((64, 64, 256, INT8), (256, 256, 32, INT8), (512, 512, 16, INT8), (256, 256, 64, INT8), (16, 16, 16, INT8)),
+        *((512, 32, 32, INT8), (48, 400, 16, INT8), (32, 64, 1024, INT8), (128, 256, 128, INT8)),
+        *((16, 16, 384, INT8), (16, 384, 384, INT8), (18, 226, 22, INT8), (40, 57, 203, INT8)),
+        *((64, 256, 256, ONE_OF_FOUR), (256, 64, 128, TWO_OF_FOUR), (256, 256, 64, ONE_OF_FOUR)),
+    ],
+    ids=str,
+)
+def test_products_take_the_predicted_cycles(laptops: list[Device], m: int, n: int, k: int, format: Format) -> None:
+    """Where K is small the results take longer than the product, and STORE and LOAD meet on the bus."""
+    predicted, counted = (check_product(device, m, n, k, format=format).counters.cycles for device in laptops)
+    assert predicted == pytest.approx(counted, rel=0.01)
+
+
 def test_a_large_product_keeps_the_array_busy() -> None:
     with open_device("fast:laptop") as device:
         ran = check_product(device, 256, 256, 256)

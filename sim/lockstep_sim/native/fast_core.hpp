@@ -4,12 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <vector>
 
+#include "arithmetic.hpp"
 #include "instructions.hpp"  // generated
 #include "lockstep/fused_pass.hpp"
 #include "packed_weights.hpp"
+#include "products.hpp"
 #include "recording.hpp"
 
 namespace lockstep {
@@ -45,8 +46,8 @@ class FastCore {
         : memory(bytes),
           activation_(size_t(isa::kActivationWords) * kRows),
           weight_(size_t(isa::kWeightWords) * kRows),
-          vector_(size_t(isa::kVectorWords) * kRows),
-          parameter_(size_t(isa::kParameterWords) * kRows),
+          vector_(size_t(isa::kVectorWords) * kRows + Arithmetic::kVector),
+          parameter_(size_t(isa::kParameterWords) * kRows + Arithmetic::kVector),
           tables_(isa::kTableSlots) {}
 
     std::vector<uint8_t> memory;
@@ -100,26 +101,22 @@ class FastCore {
     }
 
     Failure matrix(const isa::Matrix& i) {
-        if (const WeightFormat format(i); format.packed()) return packed_matrix(i, format);
+        const uint32_t words = WeightFormat(i).words(i.depth);
+        products_.begin(i, activation_.data(), weight_.data());
         for (uint32_t outer = 0; outer < i.outer; outer++)
             for (uint32_t inner = 0; inner < i.inner; inner++) {
                 const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
                 const uint32_t w = uint16_t(i.w + outer * i.w_outer + inner * i.w_inner);
-                if (a + i.depth > isa::kActivationWords || w + i.depth > isa::kWeightWords)
+                if (a + i.depth > isa::kActivationWords || w + words > isa::kWeightWords)
                     return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
-                tiles_.emplace_back();
-                const int8_t* left = &activation_[size_t(a) * kRows];
-                if (i.unsigned_)
-                    multiply_tile(reinterpret_cast<const uint8_t*>(left), &weight_[size_t(w) * kRows], i.depth, tiles_.back());
-                else
-                    multiply_tile(left, &weight_[size_t(w) * kRows], i.depth, tiles_.back());
+                products_.tile(a, w, inner, tiles_.append());
             }
         return {};
     }
 
     Failure vector(const isa::Vector& i) {
         const uint32_t columns = i.columns, words = (columns + kRows - 1) / kRows;
-        x_.resize(size_t(columns) * kRows);
+        x_.resize(size_t(columns) * kRows + Arithmetic::kVector);
         before_.resize(x_.size());
         rounded_.resize(x_.size());
         for (uint32_t tile = 0; tile < i.tiles; tile++) {
@@ -133,10 +130,6 @@ class FastCore {
 
   private:
     using Pass = FusedPass<kRows>;
-    struct Tile {
-        alignas(64) int32_t value[kRows][kRows];
-    };
-    typedef int32_t Row __attribute__((vector_size(4 * kRows), aligned(4)));
 
     static uint32_t depth_of(Memory memory) {
         switch (memory) {
@@ -172,47 +165,6 @@ class FastCore {
             table.c1[entry % kMaxEntries] = float_of(c[1] & ~0xFFu);
             table.c2[entry % kMaxEntries] = float_of(c[2] & ~0xFFFFu);
         }
-    }
-
-    // Tiles are computed in an order in which those with the same weights follow each other.
-    Failure packed_matrix(const isa::Matrix& i, const WeightFormat& format) {
-        const uint32_t words = format.words(i.depth), count = i.outer * i.inner, first = uint32_t(tiles_.size());
-        const bool columns_first = i.w_outer == 0;
-        uint32_t expanded = UINT32_MAX;
-        tiles_.resize(first + count);
-        top_.resize(size_t(i.depth + 3) * kRows);
-        for (uint32_t n = 0; n < count; n++) {
-            const uint32_t outer = columns_first ? n % i.outer : n / i.inner;
-            const uint32_t inner = columns_first ? n / i.outer : n % i.inner;
-            const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
-            const uint32_t w = uint16_t(i.w + outer * i.w_outer + inner * i.w_inner);
-            if (a + i.depth > isa::kActivationWords || w + words > isa::kWeightWords)
-                return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
-            if (w != expanded) {
-                const int8_t* from = &weight_[size_t(w) * kRows];
-                format.expand<kRows>(reinterpret_cast<const uint8_t*>(from), i.depth, top_.data());
-                expanded = w;
-            }
-            const int8_t* left = &activation_[size_t(a) * kRows];
-            Tile& tile = tiles_[first + outer * i.inner + inner];
-            if (i.unsigned_)
-                multiply_tile(reinterpret_cast<const uint8_t*>(left), top_.data(), i.depth, tile);
-            else
-                multiply_tile(left, top_.data(), i.depth, tile);
-        }
-        return {};
-    }
-
-    template <class Byte, class Weight>
-    static void multiply_tile(const Byte* a, const Weight* w, uint32_t depth, Tile& tile) {
-        Row sum[kRows] = {};
-        for (uint32_t k = 0; k < depth; k++) {
-            Row top;
-            for (int c = 0; c < kRows; c++) top[c] = w[k * kRows + c];
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; r++) sum[r] += top * int32_t(a[k * kRows + r]);
-        }
-        std::memcpy(tile.value, sum, sizeof sum);
     }
 
     static bool lane0_used(const isa::Vector& i) {
@@ -281,37 +233,20 @@ class FastCore {
     void pass(const isa::Vector& i, uint32_t tile) {
         const size_t columns = i.columns;
         float* x = x_.data();
+        const auto parameter = [this](uint32_t word) { return &parameter_[size_t(word) % isa::kParameterWords * kRows]; };
+        const float* lane0 = parameter(uint16_t(i.lane0 + tile));
+        const float* column2 = parameter(i.column2);
+        const float* y = &vector_[size_t(uint16_t(i.y + tile * i.y_stride)) % isa::kVectorWords * kRows];
+        const Arithmetic steps{i, lane0, parameter(uint16_t(i.lane1 + tile)), parameter(i.column0), parameter(i.column1), y};
         if (i.source == Source::kAccumulator) {
-            for (size_t j = 0; j < columns; j += kRows, tiles_.pop_front())
-                Pass::convert(&tiles_.front().value[0][0], kRows, columns - j < kRows ? columns - j : kRows, x + j * kRows);
+            for (size_t j = 0; j < columns; j += kRows)
+                steps.run(j, std::min<size_t>(columns - j, kRows), &tiles_.take().sum[0][0], x + j * kRows);
         } else {
             const auto& from = i.source == Source::kVector ? vector_ : parameter_;
             const float* words = &from[size_t(uint16_t(i.x + tile * i.x_stride)) * kRows];
-            if (i.source == Source::kInteger) Pass::convert_words(words, columns, x);
-            else std::memcpy(x, words, columns * kRows * sizeof(float));
+            if (i.source == Source::kInteger) Pass::convert_words(words, columns, before_.data());
+            steps.run(0, columns, i.source == Source::kInteger ? before_.data() : words, x);
         }
-        const float* y = &vector_[size_t(uint16_t(i.y + tile * i.y_stride)) % isa::kVectorWords * kRows];
-        float lane0[kRows], lane1[kRows];
-        std::memcpy(lane0, &parameter_[size_t(uint16_t(i.lane0 + tile)) % isa::kParameterWords * kRows], sizeof lane0);
-        std::memcpy(lane1, &parameter_[size_t(uint16_t(i.lane1 + tile)) % isa::kParameterWords * kRows], sizeof lane1);
-        const float* column0 = &parameter_[size_t(i.column0) % isa::kParameterWords * kRows];
-        const float* column1 = &parameter_[size_t(i.column1) % isa::kParameterWords * kRows];
-        const float* column2 = &parameter_[size_t(i.column2) % isa::kParameterWords * kRows];
-
-        if (i.add1 == FirstAdd::kLane0) Pass::add_lanes(columns, lane0, x);
-        if (i.add1 == FirstAdd::kY) Pass::add_elements(columns, y, x);
-
-        if (i.mul1 == FirstMultiply::kLane1) Pass::multiply_lanes(columns, lane1, x);
-        if (i.mul1 == FirstMultiply::kColumn0) Pass::multiply_columns(columns, column0, x);
-        if (i.mul1 == FirstMultiply::kSelf) Pass::square(columns, x);
-        if (i.mul1 == FirstMultiply::kImmediate0) Pass::multiply_scalar(columns, float_of(i.immediate0), x);
-
-        if (i.mul2 == SecondMultiply::kLane0) Pass::multiply_lanes(columns, lane0, x);
-        if (i.mul2 == SecondMultiply::kColumn0) Pass::multiply_columns(columns, column0, x);
-
-        if (i.add2 == SecondAdd::kColumn1) Pass::add_columns(columns, column1, x);
-        if (i.add2 == SecondAdd::kImmediate1) Pass::add_scalar(columns, float_of(i.immediate1), x);
-        if (i.add2 == SecondAdd::kY) Pass::add_elements(columns, y, x);
 
         int32_t peak[kRows], limit[kRows];
         std::memcpy(limit, &parameter_[size_t(uint16_t(i.max_to + tile)) % isa::kParameterWords * kRows], sizeof limit);
@@ -393,9 +328,9 @@ class FastCore {
     std::vector<int8_t> activation_, weight_;
     std::vector<float> vector_, parameter_;
     std::vector<Table> tables_;
-    std::deque<Tile> tiles_;
+    TileQueue tiles_;
+    Products products_;
     std::vector<float> x_, before_;
-    std::vector<int16_t> top_;  // a tile of packed weights, expanded
     std::vector<uint8_t> rounded_;
     float sums_[kRows];
 };

@@ -14,6 +14,7 @@ struct Latencies {
     using Time = int64_t;
 
     static constexpr Time kFetchPipeline = 5;   // address out, last beat to the buffer's output
+    static constexpr Time kFetchTurn = 1;       // of these, room in the buffer to the address
     static constexpr Time kQueueLatency = 3;    // dispatcher to the head of a unit's queue
     static constexpr Time kTokenLatency = 3;    // done to the accepted instruction that waited for it
     // A fetch: its beats, and the instructions that it brings.
@@ -26,11 +27,12 @@ struct Latencies {
     static constexpr Time kSettle = 2;          // last done to the fence
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kPackedStart = 3;     // what the first step of packed weights comes later than of others
-    static constexpr Time kLoadLatency = 2;     // last beat to done
+    static constexpr Time kLoadLatency = 1;     // last beat to done
     static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;
     static constexpr size_t kStoresInFlight = 8, kWaitingStores = 4, kOutstandingStores = 16;
     static constexpr Time kBufferedBeats = 2 * 4 * isa::kRows / isa::kBusBytes;  // two words on the way to the bus
     static constexpr uint32_t kBurstBeats = 32;
+    static constexpr size_t kReadsInMemory = 8;  // of the memory model
 };
 
 }  // namespace lockstep

@@ -10,10 +10,11 @@ namespace lockstep {
 
 // How a MATRIX instruction's weights are packed.
 struct WeightFormat {
-    uint32_t group;  // inputs that share a multiplier, 0: int8
-    uint32_t kept;   // values that are there of each four
-    uint32_t rate;   // inputs that the array takes in one step
+    uint32_t group = 0;  // inputs that share a multiplier, 0: int8
+    uint32_t kept = 4;   // values that are there of each four
+    uint32_t rate = 1;   // inputs that the array takes in one step
 
+    WeightFormat() = default;
     explicit WeightFormat(const isa::Matrix& i)
         : group(isa::kWeightGroup[uint32_t(i.weights)]),
           kept(isa::kKeptOfFour[uint32_t(i.sparsity)]),

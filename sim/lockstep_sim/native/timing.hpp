@@ -1,48 +1,35 @@
 // The timing model: when each instruction of a program starts and ends on the RTL, without simulating the RTL.
 //
 // Units are in order, and whatever one waits for (a token, a result tile, room in the accumulator queue, a place in a
-// queue) has one time, so times can be computed unit by unit in any order that respects the waiting: no events, no
-// cycles, a few operations per result tile and per burst. What it leaves out: bus beats of instruction fetch that meet
-// beats of LOAD are charged one by one, beats of LOAD and STORE that meet delay neither, and the phase of refresh is
-// that of a core that starts in cycle 0.
+// queue) has one time, so times can be computed unit by unit in any order that respects the waiting: no cycles, a few
+// operations per result tile and per burst. Only the bus has an order of its own: a burst is sent when no unit can go on
+// without it, so that everything which the bus does before is known. What it leaves out: cycles in which a scratchpad is
+// busy delay neither LOAD nor STORE, and the phase of refresh is that of a core that starts in cycle 0.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
+#include "bus.hpp"
 #include "instructions.hpp"  // generated
 #include "latencies.hpp"
 #include "packed_weights.hpp"
+#include "prediction.hpp"
+#include "requests.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
 
-struct BusTiming {
-    uint32_t latency, refresh_interval, refresh_cycles;
-};
-
-// Cycles of a VECTOR instruction's row tiles and tail, as the RTL's own formula gives them.
-struct VectorShape {
-    int32_t first_row, other_row, tail, column;
-};
-
-struct UnitCycles {
-    uint64_t busy = 0, wait_token = 0, wait_data = 0, idle = 0;
-};
-
-struct Prediction {
-    uint64_t cycles = 0, instructions = 0, read_beats = 0, write_beats = 0, mac_cycles = 0;
-    UnitCycles units[4];
-};
-
 class TimingModel : Latencies {
   public:
     using Latencies::Time;
+    using Unit = isa::Unit;
 
     // `recording`, where there is one, is told what happens, in the order of its computation and not of time.
     TimingModel(BusTiming bus, bool operands, Recording* recording = nullptr)
-        : bus_(bus), operands_(operands), record_(recording) {}
+        : latency_(bus.latency), bus_(bus, recording != nullptr), operands_(operands), record_(recording) {}
 
     // An instruction that only exchanges its tokens.
     template <class Type>
@@ -84,71 +71,29 @@ class TimingModel : Latencies {
 
     // Times of everything added so far; false where the program waits for itself.
     bool solve() {
-        const Time fetch = kFetchBeats;
-        // Doorbell, descriptor, check, first instruction.
-        Time now = 2 * (Time(bus_.latency) + kFetchPipeline + fetch);
-        if (operands_) {
-            now += kOperandTurn + kOperandWords * fetch;
-            result_.read_beats += uint64_t(kOperandWords * fetch);
-        }
-        bus_free_ = now;
-        if (record_.on()) record_start(fetch);
-        Time arrived = now;
-        size_t dispatched = 0, done = 0;
-        std::vector<Time> dispatch_times;
-        dispatch_times.reserve(items_.size());
-        while (done < items_.size()) {
-            bool progress = false;
-            while (dispatched < items_.size()) {
-                Item& item = items_[dispatched];
-                Lane& lane = lanes_[item.unit];
-                // The queue holds kQueueDepth waiting instructions; a place is free once an earlier one was accepted.
-                Time room = 0;
-                if (lane.queue.size() >= isa::kQueueDepth) {
-                    const size_t before = lane.queue.size() - isa::kQueueDepth;
-                    if (before >= lane.next) break;
-                    room = items_[lane.queue[before]].start + 1;
-                }
-                // Fetches run ahead by eight instructions. Each fetch takes its beats, and room for it is where all
-                // instructions of an earlier one have been dispatched.
-                if (dispatched % kFetched == 0) {
-                    if (dispatched) arrived += fetch;
-                    if (dispatched >= kFetchAhead)
-                        arrived = std::max(arrived, dispatch_times[dispatched - kFetchAhead + kFetched - 1] +
-                                                        bus_.latency + kFetchPipeline + fetch);
-                }
-                now = std::max({now + 1, room, arrived}) + (item.selectors ? kSelect + item.selectors : 0);
-                dispatch_times.push_back(now);
-                if (dispatched % kFetched == 0) fetched_.push_back(now);
-                item.dispatched = now + kQueueLatency;
-                lane.queue.push_back(dispatched++);
-                progress = true;
-            }
-            for (int unit = 0; unit < 4; unit++)
-                while (lanes_[unit].next < lanes_[unit].queue.size() && advance(unit)) {
-                    if (partial_) {
-                        progress = true;
-                        break;
-                    }
-                    done++;
-                    progress = true;
-                }
-            if (!progress) return false;
+        begin();
+        while (done_ < items_.size()) {
+            bool progress = dispatch();
+            for (const Unit unit : {Unit::kMatrix, Unit::kVector})
+                while (lane(unit).next < lane(unit).queue.size() && advance(unit)) progress = true;
+            progress |= accept_loads();
+            progress |= announce_stores();
+            if (!progress && !ask_to_read() && !transfer()) return false;
         }
         for (const Item& item : items_) result_.cycles = std::max<uint64_t>(result_.cycles, uint64_t(item.end + kSettle));
         result_.instructions = items_.size();
-        result_.read_beats += ((items_.size() + kFetched - 1) / kFetched + 1) * uint64_t(fetch);
-        if (record_.on()) record_rest();
+        result_.read_beats += (fetches() + 1) * uint64_t(kFetchBeats);
+        record_.finish(available_, popped_);
         for (UnitCycles& u : result_.units) u.idle = result_.cycles - u.busy - u.wait_token - u.wait_data;
         return true;
     }
 
     // Where a program that waits for itself is stuck: as in the RTL, the last unit listed that still has work.
-    isa::Unit stuck_unit() const {
+    Unit stuck_unit() const {
         int unit = 0;
         for (int u = 0; u < 4; u++)
             if (lanes_[u].next < lanes_[u].queue.size()) unit = u;
-        return isa::Unit(unit);
+        return Unit(unit);
     }
     uint32_t stuck_instruction() const {
         const Lane& lane = lanes_[int(stuck_unit())];
@@ -167,21 +112,20 @@ class TimingModel : Latencies {
         uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
         VectorShape shape{};
         Time dispatched = 0, accepted = -1, start = -1, end = -1;
+        Time waits = 0;       // from when on it waits for tokens
+        Time words_read = 0;  // of STORE: when its words have been read
         // Progress of an instruction that waits in its middle.
         uint32_t row = 0, tile = 0;
         Time now = 0;
     };
     struct Lane {
         std::vector<size_t> queue;  // all items of the unit so far, in order
+        size_t begun = 0;           // the first that has not been accepted
         size_t next = 0;            // the first that has not ended
         Time free = 0;              // when the unit can accept the next one
         Time ended = 0;             // when all of its items so far have ended
         std::vector<Time> given[4]; // times of tokens given to each unit
         size_t taken[4] = {};       // tokens taken from each unit
-    };
-
-    struct Cycles {
-        Time begin, end;
     };
 
     template <class Type>
@@ -190,177 +134,273 @@ class TimingModel : Latencies {
         return items_.back();
     }
 
-    // Try to carry the next instruction of a unit further. False: it waits for something without a time yet.
-    // `partial_` is set where it went on but did not end.
-    bool advance(int unit) {
-        Lane& lane = lanes_[unit];
-        Item& item = items_[lane.queue[lane.next]];
-        UnitCycles& cycles = result_.units[unit];
-        partial_ = false;
-        if (item.start < 0) {
-            Time ready = 0;
-            for (int source = 0; source < 4; source++)
-                if (item.wait >> source & 1) {
-                    const auto& given = lanes_[source].given[unit];
-                    if (lane.taken[source] >= given.size()) return false;
-                    ready = std::max(ready, given[lane.taken[source]] + kTokenLatency);
-                }
-            for (int source = 0; source < 4; source++) lane.taken[source] += item.wait >> source & 1;
-            const Time earliest = std::max(item.dispatched, lane.free);
-            item.start = item.now = std::max(earliest, ready);
-            // A unit that is at work counts as that, and not as waiting for its next instruction.
-            const Time waits = std::max(earliest, lane.ended);
-            if (waits < item.start) cycles.wait_token += uint64_t(item.start - waits);
-            record_.span(unit, kWaitToken, waits, item.start);
-            item.accepted = item.start;
+    Lane& lane(Unit unit) { return lanes_[int(unit)]; }
+    Item& item(Unit unit, size_t number) { return items_[lane(unit).queue[number]]; }
+    UnitCycles& cycles(const Item& item) { return result_.units[item.unit]; }
+
+    // --- Fetch and dispatch ---
+
+    static constexpr size_t kFetchesAhead = std::max<size_t>(1, kFetchAhead / kFetched);
+
+    size_t fetches() const { return (items_.size() + kFetched - 1) / kFetched; }
+
+    // Doorbell, descriptor, check, operands; the first instructions are asked for.
+    void begin() {
+        const Time fetch = kFetchBeats;
+        now_ = 2 * (latency_ + kFetchPipeline + fetch);
+        if (operands_) {
+            now_ += kOperandTurn + kOperandWords * fetch;
+            result_.read_beats += uint64_t(kOperandWords * fetch);
         }
-        const uint32_t row = item.row, tile = item.tile;
-        if (!work(item, lane, cycles)) {
-            partial_ = item.row != row || item.tile != tile;
-            return partial_;
+        if (record_.on()) record_start(fetch);
+        fetch_rooms_.assign(kFetchesAhead, now_ - kFetchPipeline - fetch - latency_ + kFetchTurn);
+    }
+
+    bool dispatch() {
+        const size_t before = dispatched_;
+        for (; dispatched_ < items_.size() && dispatched_ / kFetched < arrived_.size(); dispatched_++) {
+            Item& item = items_[dispatched_];
+            Lane& lane = lanes_[item.unit];
+            // The queue holds kQueueDepth waiting instructions; a place is free once an earlier one was accepted.
+            Time room = 0;
+            if (lane.queue.size() >= isa::kQueueDepth) {
+                const Item& earlier = items_[lane.queue[lane.queue.size() - isa::kQueueDepth]];
+                if (earlier.start < 0) break;
+                room = earlier.start + 1;
+            }
+            now_ = std::max({now_ + 1, room, arrived_[dispatched_ / kFetched]});
+            if (item.selectors) now_ += kSelect + item.selectors;
+            item.dispatched = now_ + kQueueLatency;
+            lane.queue.push_back(dispatched_);
+            // All instructions of a fetch are gone: there is room for another.
+            if (dispatched_ % kFetched == kFetched - 1) fetch_rooms_.push_back(now_ + kFetchTurn);
         }
+        return dispatched_ > before;
+    }
+
+    // --- The order of a unit's instructions ---
+
+    // Accept the next instruction of a unit; false where it waits for something without a time yet.
+    bool accept(Unit unit) {
+        Lane& lane = lanes_[int(unit)];
+        if (lane.begun == lane.queue.size()) return false;
+        Item& item = items_[lane.queue[lane.begun]];
+        Time ready = 0;
+        for (int source = 0; source < 4; source++)
+            if (item.wait >> source & 1) {
+                const auto& given = lanes_[source].given[int(unit)];
+                if (lane.taken[source] >= given.size()) return false;
+                ready = std::max(ready, given[lane.taken[source]] + kTokenLatency);
+            }
+        for (int source = 0; source < 4; source++) lane.taken[source] += item.wait >> source & 1;
+        item.waits = std::max(item.dispatched, lane.free);
+        item.accepted = item.start = item.now = std::max(item.waits, ready);
+        lane.begun++;
+        return true;
+    }
+
+    // An accepted instruction becomes the oldest of its unit. A unit that is at work counts as that, and not as waiting
+    // for its next instruction.
+    void become_oldest(Item& item) {
+        const Time waits = std::max(item.waits, lanes_[item.unit].ended);
+        if (waits < item.accepted) cycles(item).wait_token += uint64_t(item.accepted - waits);
+        record_.span(item.unit, kWaitToken, waits, item.accepted);
+    }
+
+    void finish(Item& item) {
+        Lane& lane = lanes_[item.unit];
         for (int target = 0; target < 4; target++)
             if (item.signal >> target & 1) lane.given[target].push_back(item.end);
-        record_.instruction(unit, item.accepted, item.end);
-        lane.next++;
+        record_.instruction(item.unit, item.accepted, item.end);
+        lane.next++, done_++;
         lane.ended = std::max(lane.ended, item.end);
+    }
+
+    void finish_idle(Item& item) {
+        Lane& lane = lanes_[item.unit];
+        become_oldest(item);
+        const Time begin = std::max(item.start, lane.ended);
+        item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
+        lane.free = item.start + 2;
+        cycles(item).busy += uint64_t(item.end - begin);
+        record_.span(item.unit, kBusy, begin, item.end);
+        finish(item);
+    }
+
+    // Carry the next instruction of MATRIX or VECTOR further; false where it waits for something without a time yet.
+    bool advance(Unit unit) {
+        Lane& lane = lanes_[int(unit)];
+        const bool begins = lane.begun == lane.next;
+        if (begins && !accept(unit)) return false;
+        Item& item = items_[lane.queue[lane.next]];
+        if (item.idle) return finish_idle(item), true;
+        if (begins) become_oldest(item);
+        const uint32_t row = item.row, tile = item.tile;
+        if (!(unit == Unit::kMatrix ? matrix(item, lane) : vector(item, lane)))
+            return begins || item.row != row || item.tile != tile;
+        finish(item);
         return true;
     }
 
-    // What the unit does with an instruction that may run; false where it stops in its middle.
-    bool work(Item& item, Lane& lane, UnitCycles& cycles) {
-        if (item.idle) {
-            const Time begin = std::max(item.start, lane.ended);
-            item.end = std::max(item.start + kSkipLatency, lane.ended + 1);
-            lane.free = item.start + 2;
-            cycles.busy += uint64_t(item.end - begin);
-            record_.span(item.unit, kBusy, begin, item.end);
-            return true;
-        }
-        switch (isa::Unit(item.unit)) {
-            case isa::Unit::kLoad: load(item, lane, cycles); return true;
-            case isa::Unit::kStore: store(item, lane, cycles); return true;
-            case isa::Unit::kMatrix: return matrix(item, lane, cycles);
-            case isa::Unit::kVector: return vector(item, lane, cycles);
-        }
+    // --- Transfers ---
+
+    // Show the next address of a read, fetches first; false where there is none, or something may come before it.
+    bool ask_to_read() {
+        if (reads_.size() == kReadsInMemory) return false;
+        constexpr Time kNever = INT64_MAX;
+        const size_t loads = loads_.asked();
+        const bool fetches_more = fetches_asked_ < std::min(fetches(), fetch_rooms_.size());
+        const bool loads_more = loads_.any() && loads - loads_sent_ < kOutstandingBursts;
+        const Time fetch = fetches_more ? std::max(fetch_rooms_[fetches_asked_], fetch_asked_ + 2) : kNever;
+        const Time load = loads_more ? std::max(loads_.wanted(), load_ends_[loads % kOutstandingBursts]) : kNever;
+        Time when = std::min(fetch, load), known = kNever - 1;
+        if (!reads_.empty()) known = bus_.earliest_end(Bus::kRead, reads_.front());
+        if (!writes_.empty()) known = std::min(known, bus_.earliest_end(Bus::kWrite, writes_.front()));
+        if (when > known) return false;
+        when = std::max({when, read_asked_ + 1, read_ends_[reads_asked_++ % kReadsInMemory]});
+        read_asked_ = when;
+        if (fetch <= load) fetches_asked_++, fetch_asked_ = when;
+        reads_.push_back(fetch <= load ? Bus::Burst(when, when + latency_, uint64_t(kFetchBeats), true, true)
+                                       : loads_.ask(when, latency_));
         return true;
     }
 
-    // The cycle behind `beats` bus beats from `now` on, refresh included.
-    Time transfer(Time now, uint64_t beats) const {
-        if (!bus_.refresh_interval) return now + Time(beats);
-        const Time interval = bus_.refresh_interval, rest = bus_.refresh_cycles, useful = interval - rest;
-        auto phase = now % interval;
-        if (phase < rest) now += rest - phase, phase = rest;
-        const Time into = phase - rest + Time(beats);
-        if (beats == 0) return now;
-        return now - (phase - rest) + (into - 1) / useful * interval + (into - 1) % useful + 1;
+    // Let LOAD accept instructions as long as their times are known; whether it accepted any.
+    bool accept_loads() {
+        const size_t before = lane(Unit::kLoad).begun;
+        do loads_.cut_on();
+        while (loads_.all_cut() && accept_load());
+        return lane(Unit::kLoad).begun > before;
     }
 
-    // Instruction words that were fetched until `now` took their beats.
-    void charge_fetches(Time now) {
-        const uint64_t beats = kFetchBeats;
-        for (; charged_ < fetched_.size() && fetched_[charged_] <= now; charged_++) {
-            const Time begin = bus_free_;
-            bus_free_ = transfer(bus_free_, beats);
-            record_.burst(kFetch, begin - bus_.latency, begin, bus_free_, beats);
-        }
+    bool accept_load() {
+        Lane& lane = lanes_[int(Unit::kLoad)];
+        const size_t begun = lane.begun;
+        if (begun == lane.queue.size() || begun >= lane.next + kLoadsInFlight) return false;
+        if (begun && !item(Unit::kLoad, begun - 1).idle) lane.free = loads_.cut() + 2;
+        Item& item = items_[lane.queue[begun]];
+        if ((item.idle && begun > lane.next) || !accept(Unit::kLoad)) return false;
+        if (item.idle) return finish_idle(item), true;
+        if (begun >= kLoadsInFlight)
+            item.accepted = item.start = std::max(item.start, items_[lane.queue[begun - kLoadsInFlight]].end);
+        loads_.begin(item.start, item.address, item.stride, item.rows, item.beats);
+        return true;
     }
 
-    // The end of a burst of STORE, `end` if it is alone, with the instruction words that arrive during it: beat by beat
-    // both take turns.
-    Time take_turns(Time end, uint64_t length) {
-        while (length) {
-            if (!fetch_left_) {
-                if (charged_ == fetched_.size() || fetched_[charged_] > end) break;
-                record_.burst(kFetch, end - bus_.latency, end, end + kFetchBeats, uint64_t(kFetchBeats));
-                charged_++, fetch_left_ = uint64_t(kFetchBeats);
+    // Let STORE accept instructions and announce bursts: kWaitingStores ahead of the data, and kOutstandingStores ahead of
+    // the answers.
+    bool announce_stores() {
+        const size_t before = lane(Unit::kStore).begun;
+        do {
+            for (stores_.cut_on(); stores_.any() && writes_.size() < kWaitingStores; stores_.cut_on()) {
+                const size_t n = stores_.asked();
+                Time when = stores_.wanted();
+                if (n >= kWaitingStores) when = std::max(when, store_ends_[(n - kWaitingStores) % kOutstandingStores]);
+                if (n >= kOutstandingStores) when = std::max(when, store_ends_[n % kOutstandingStores] + latency_);
+                writes_.push_back(stores_.ask(when, 1));
             }
-            const uint64_t beats = std::min(length, fetch_left_);
-            end = transfer(end, beats);
-            length -= beats, fetch_left_ -= beats;
+        } while (stores_.all_cut() && accept_store());
+        return lane(Unit::kStore).begun > before;
+    }
+
+    // The next one is accepted when the words of the one before are being read, and its bursts are all cut.
+    bool accept_store() {
+        Lane& lane = lanes_[int(Unit::kStore)];
+        const size_t begun = lane.begun;
+        if (begun == lane.queue.size() || begun > lane.next + 1) return false;
+        if (begun && !item(Unit::kStore, begun - 1).idle)
+            lane.free = std::max(reads_begin(begun - 1), stores_.cut()) + 2;
+        Item& item = items_[lane.queue[begun]];
+        if ((item.idle && begun > lane.next) || !accept(Unit::kStore)) return false;
+        if (item.idle) {
+            item.words_read = begun ? this->item(Unit::kStore, begun - 1).words_read : 0;
+            return finish_idle(item), true;
         }
-        return end;
+        if (begun >= kStoresInFlight)
+            item.accepted = item.start = std::max(item.start, items_[lane.queue[begun - kStoresInFlight]].end + 1);
+        stores_.begin(item.start, item.address, item.stride, item.rows, item.beats);
+        return true;
+    }
+
+    // When the words of a STORE begin to be read: behind those of the one before.
+    Time reads_begin(size_t number) {
+        const Time before = number ? item(Unit::kStore, number - 1).words_read : 0;
+        return std::max(item(Unit::kStore, number).start, before);
+    }
+
+    // Send bursts until an instruction has ended or arrived, or may be accepted; false where there is nothing to send.
+    bool transfer() {
+        while (true) {
+            if (reads_.empty() && writes_.empty()) return false;
+            Bus::Burst* const read = reads_.empty() ? nullptr : &reads_.front();
+            if (bus_.carry(read, writes_.empty() ? nullptr : &writes_.front()) == Bus::kWrite) return stored(), true;
+            read_ends_[reads_sent_++ % kReadsInMemory] = bus_.end(Bus::kRead);
+            const Bus::Burst burst = *read;
+            reads_.pop_front();
+            if (burst.fetch) return fetched(burst), true;
+            loaded(burst);
+            if (burst.last) return true;
+            do loads_.cut_on();
+            while (ask_to_read());
+            if (loads_.all_cut()) return true;
+        }
+    }
+
+    void fetched(const Bus::Burst& burst) {
+        record_.burst(kFetch, burst.asked, bus_.take_told(Bus::kRead));
+        arrived_.push_back(bus_.end(Bus::kRead) + kFetchPipeline - kFetchTurn);
+    }
+
+    void loaded(const Bus::Burst& burst) {
+        Lane& lane = lanes_[int(Unit::kLoad)];
+        Item& item = items_[lane.queue[lane.next]];
+        if (item.row++ == 0) {
+            become_oldest(item);
+            item.now = std::max(item.start, lane.ended);
+            record_.begin_load(item.now);
+        }
+        record_.load(burst.asked, bus_.take_told(Bus::kRead));
+        load_ends_[loads_sent_++ % kOutstandingBursts] = bus_.end(Bus::kRead);
+        if (!burst.last) return;
+        bus_.delay(Bus::kRead, Time(item.rows) * item.writes);
+        item.end = bus_.end(Bus::kRead) + kLoadLatency;
+        record_.end_load(item.end);
+        const uint64_t useful = uint64_t(item.rows) * item.beats;
+        const uint64_t span = item.end > item.now ? uint64_t(item.end - item.now) : 0;
+        cycles(item).busy += std::min(useful, span);
+        cycles(item).wait_data += span - std::min(useful, span);
+        finish(item);
+    }
+
+    void stored() {
+        Lane& lane = lanes_[int(Unit::kStore)];
+        Item& item = items_[lane.queue[lane.next]];
+        const Bus::Burst burst = writes_.front();
+        writes_.pop_front();
+        const Time sent = bus_.end(Bus::kWrite);
+        record_.store(burst.asked, bus_.take_told(Bus::kWrite));
+        store_ends_[stores_sent_++ % kOutstandingStores] = sent;
+        if (!burst.last) return;
+        become_oldest(item);
+        const Time begin = std::max(item.start, lane.ended);
+        item.words_read = std::max(reads_begin(lane.next) + Time(item.rows * item.words), sent - kBufferedBeats);
+        item.end = sent + latency_;
+        record_.store_ran({begin, item.end});
+        const uint64_t useful = uint64_t(item.rows) * item.beats + 1;  // and the cycle in which it is done
+        // Beats may have been sent while the one before was not yet answered, so this difference may be negative.
+        cycles(item).busy += useful, cycles(item).wait_data += uint64_t(item.end - begin) - useful;
+        finish(item);
     }
 
     static constexpr uint32_t whole_beats(uint32_t bytes) { return (bytes + isa::kBusBytes - 1) / isa::kBusBytes; }
+
+    // --- Datapaths: false where an instruction stops in its middle ---
+
     // Beats of the VECTOR unit that take `columns` columns.
     static constexpr Time column_beats(Time columns) { return (columns + isa::kColumnsPerBeat - 1) / isa::kColumnsPerBeat; }
 
-    template <class Visit>
-    static void bursts(const Item& item, Visit visit) {
-        for (uint32_t row = 0; row < item.rows; row++) {
-            uint32_t beat = (item.address + row * item.stride) / isa::kBusBytes;
-            for (uint32_t left = item.beats; left;) {
-                const uint32_t length = std::min(left, kBurstBeats - beat % kBurstBeats);
-                visit(length);
-                beat += length, left -= length;
-            }
-        }
-    }
-
-    void load(Item& item, Lane& lane, UnitCycles& cycles) {
-        if (lane.next >= kLoadsInFlight)
-            item.start = std::max(item.start, items_[lane.queue[lane.next - kLoadsInFlight]].end + 1);
-        Time asked = item.start + 1;
-        const Time begin = std::max(item.start, lane.ended);
-        Time told = begin;
-        bursts(item, [&](uint32_t length) {
-            if (burst_ends_.size() >= kOutstandingBursts)
-                asked = std::max(asked, burst_ends_[burst_ends_.size() - kOutstandingBursts] + 1);
-            charge_fetches(asked);
-            const Time first = std::max(asked + Time(bus_.latency), bus_free_);
-            bus_free_ = transfer(first, length);
-            record_.burst(item.unit, asked, first, bus_free_, length);
-            if (record_.on()) told = record_beats(item.unit, told, first, length);
-            burst_ends_.push_back(bus_free_);
-            asked++;
-        });
-        bus_free_ += Time(item.rows) * item.writes;
-        item.end = bus_free_ + kLoadLatency;
-        lane.free = asked;
-        record_.span(item.unit, kWaitData, told, item.end);
-        const uint64_t useful = uint64_t(item.rows) * item.beats;
-        const uint64_t span = item.end > begin ? uint64_t(item.end - begin) : 0;
-        cycles.busy += std::min(useful, span);
-        cycles.wait_data += span - std::min(useful, span);
-    }
-
-    void store(Item& item, Lane& lane, UnitCycles& cycles) {
-        if (lane.next >= kStoresInFlight)
-            item.start = std::max(item.start, items_[lane.queue[lane.next - kStoresInFlight]].end + 1);
-        item.accepted = item.start;
-        const Time begin = std::max(item.start, lane.ended), reads = std::max(item.start, store_read_);
-        Time cut = item.start - 1;
-        bursts(item, [&](uint32_t length) {
-            // Bursts are announced up to kWaitingStores ahead of the data, and kOutstandingStores ahead of the answers.
-            const size_t n = store_ends_.size();
-            cut = std::max(cut + 1, n > 1 ? store_asked_[n - 2] : 0);
-            Time asked = cut + 2;
-            if (n) asked = std::max(asked, store_asked_[n - 1] + 1);
-            if (n >= kWaitingStores) asked = std::max(asked, store_ends_[n - kWaitingStores]);
-            if (n >= kOutstandingStores) asked = std::max(asked, store_ends_[n - kOutstandingStores] + Time(bus_.latency));
-            const Time first = std::max(asked + 1, n ? store_ends_[n - 1] : 0);
-            charge_fetches(first);
-            Time end = transfer(first, length);
-            record_.burst(item.unit, asked, first, end, length);
-            if (n && first > store_ends_[n - 1]) fetch_left_ = 0;
-            end = take_turns(end, length);
-            store_asked_.push_back(asked), store_ends_.push_back(end);
-            if (record_.on()) beats(first, length, [&](Time from, Time to) { store_beats_.push_back({from, to}); });
-        });
-        const Time sent = store_ends_.back();
-        // The next one is accepted when this one's words are being read, and its bursts are all cut.
-        store_read_ = std::max(reads + Time(item.rows * item.words), sent - kBufferedBeats);
-        lane.free = std::max(reads, cut) + 2;
-        item.end = sent + Time(bus_.latency);
-        if (record_.on()) store_runs_.push_back({begin, item.end});
-        const uint64_t useful = uint64_t(item.rows) * item.beats + 1;  // and the cycle in which it is done
-        // Beats may have been sent while the one before was not yet answered, so this difference may be negative.
-        cycles.busy += useful, cycles.wait_data += uint64_t(item.end - begin) - useful;
-    }
-
-    bool matrix(Item& item, Lane& lane, UnitCycles& cycles) {
+    bool matrix(Item& item, Lane& lane) {
+        UnitCycles& cycles = this->cycles(item);
         const Time period = std::max<Time>(item.steps, isa::kRows);
         for (; item.tile < item.tiles; item.tile++) {
             const size_t number = available_.size();
@@ -381,7 +421,8 @@ class TimingModel : Latencies {
         return true;
     }
 
-    bool vector(Item& item, Lane& lane, UnitCycles& cycles) {
+    bool vector(Item& item, Lane& lane) {
+        UnitCycles& cycles = this->cycles(item);
         for (; item.row < item.rows; item.row++) {
             const Time row_cycles = item.row ? item.shape.other_row : item.shape.first_row;
             if (!item.tiles) {
@@ -389,6 +430,7 @@ class TimingModel : Latencies {
                 continue;
             }
             const Time prologue = row_cycles - column_beats(item.columns) * item.shape.column;
+            if (popped_.size() >= available_.size()) return false;
             if (item.tile == 0) work_on(item, cycles, prologue);
             for (; item.tile < item.tiles; item.tile++) {
                 const size_t number = popped_.size();
@@ -415,80 +457,28 @@ class TimingModel : Latencies {
         item.now += length, cycles.busy += uint64_t(length);
     }
 
-    // --- What a recording is told ---
-
-    // The cycles of `count` beats from `first` on, refresh left out.
-    template <class Visit>
-    void beats(Time first, uint64_t count, Visit visit) const {
-        while (count) {
-            const Time begin = transfer(first, 1) - 1;
-            const Time rest = bus_.refresh_interval ? bus_.refresh_interval - begin % bus_.refresh_interval : Time(count);
-            const Time end = begin + std::min(Time(count), rest);
-            visit(begin, end);
-            count -= uint64_t(end - begin), first = end;
-        }
-    }
-
-    // Busy in the cycles of beats, waiting for data in the others; nothing before `told`.
-    Time record_beats(int unit, Time told, Time first, uint64_t count) {
-        beats(first, count, [&](Time begin, Time end) {
-            record_.span(unit, kWaitData, told, begin);
-            record_.span(unit, kBusy, std::max(told, begin), end);
-            told = std::max(told, end);
-        });
-        return told;
-    }
-
     void record_start(Time fetch) {
-        const Time latency = bus_.latency;
-        record_.burst(kFetch, 1, 1 + latency, 1 + latency + fetch, uint64_t(fetch));
-        const Time beats = kOperandWords * fetch, begin = bus_free_ - beats;
-        if (operands_) record_.burst(kFetch, begin - latency, begin, bus_free_, uint64_t(beats));
+        record_.burst(kFetch, 1, {{1 + latency_, 1 + latency_ + fetch}});
+        const Time begin = now_ - kOperandWords * fetch;
+        if (operands_) record_.burst(kFetch, begin - latency_, {{begin, now_}});
     }
 
-    // Busy in the cycles of STORE's beats, waiting for data in the others in which it has an instruction.
-    void record_store() {
-        const int unit = int(isa::Unit::kStore);
-        size_t n = 0;
-        for (const Cycles& run : store_runs_) {
-            Time told = run.begin;
-            for (; n < store_beats_.size() && store_beats_[n].begin < run.end; n++) {
-                const Cycles& sent = store_beats_[n];
-                record_.span(unit, kWaitData, told, sent.begin);
-                record_.span(unit, kBusy, std::max(told, sent.begin), std::min(sent.end, run.end));
-                told = std::max(told, sent.end);
-                if (sent.end > run.end) break;
-            }
-            record_.span(unit, kWaitData, told, run.end - 1);
-            record_.span(unit, kBusy, std::max(told, run.end - 1), run.end);
-        }
-    }
-
-    // Instruction words that met no load, and what is still open.
-    void record_rest() {
-        const Time fetch = Time(kFetchBeats);
-        for (; charged_ < fetched_.size(); charged_++) {
-            const Time end = std::max<Time>(fetched_[charged_] - 2, 0);
-            record_.burst(kFetch, end - fetch - bus_.latency, end - fetch, end, uint64_t(fetch));
-        }
-        record_store();
-        record_.finish(int(isa::Unit::kMatrix), available_, popped_);
-    }
-
-    BusTiming bus_;
+    Time latency_;
+    Bus bus_;
     bool operands_;
     TimingRecorder record_;
     std::vector<Item> items_;
+    size_t dispatched_ = 0, done_ = 0;
+    Time now_ = 0;  // of the last dispatch
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
-    std::vector<Time> burst_ends_, fetched_;
-    std::vector<Time> store_asked_, store_ends_;    // STORE's bursts: announced, and behind their last beats
-    std::vector<Cycles> store_beats_, store_runs_;  // for a recording: STORE's beats, and where it has an instruction
-    Time store_read_ = 0;                           // when the words of STORE's newest instruction have been read
-    size_t charged_ = 0;
-    uint64_t fetch_left_ = 0;                       // beats of the last fetch that STORE's next burst meets
-    Time bus_free_ = 0;
-    bool partial_ = false;
+    Requests loads_, stores_;
+    std::deque<Bus::Burst> reads_, writes_;       // asked for and not sent
+    std::vector<Time> fetch_rooms_, arrived_;     // fetches: when there is room, and at the buffer's output
+    Time fetch_asked_ = -2, read_asked_ = -1;     // the last address
+    size_t fetches_asked_ = 0, reads_asked_ = 0, reads_sent_ = 0, loads_sent_ = 0, stores_sent_ = 0;
+    // Of the last bursts, by number.
+    Time read_ends_[kReadsInMemory] = {}, load_ends_[kOutstandingBursts] = {}, store_ends_[kOutstandingStores] = {};
     Prediction result_;
 };
 

@@ -23,12 +23,14 @@ using Opposite = std::conditional_t<std::is_signed_v<Packed>, std::uint8_t, std:
 #if defined(__AVX512VNNI__)
 
 using Sums = __m512i;
+constexpr std::size_t kSumsInRegisters = 16;  // beside a vector of each side
 
 template <class Packed>
 struct Dot {
   using Left = __m512i;
   using Right = __m512i;
   static Sums zero() { return _mm512_setzero_si512(); }
+  static Sums all(std::int32_t value) { return _mm512_set1_epi32(value); }
   static void store(std::int32_t* out, Sums sums) { _mm512_storeu_si512(out, sums); }
   static Left load(const Packed* packed) { return _mm512_loadu_si512(packed); }
   static Right broadcast(const Opposite<Packed>* four) {
@@ -54,6 +56,7 @@ struct Halves {
   __m256i low, high;
 };
 using Sums = Halves;
+constexpr std::size_t kSumsInRegisters = 4;
 
 template <class Packed>
 struct Dot {
@@ -64,6 +67,7 @@ struct Dot {
     __m256i even, odd;
   };
   static Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Sums all(std::int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
   static void store(std::int32_t* out, Sums sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sums.low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), sums.high);
@@ -101,12 +105,18 @@ struct Dot {
 struct Sums {
   std::int32_t lane[kVectorColumns];
 };
+constexpr std::size_t kSumsInRegisters = 1;
 
 template <class Packed>
 struct Dot {
   using Left = const Packed*;
   using Right = const Opposite<Packed>*;
   static Sums zero() { return {}; }
+  static Sums all(std::int32_t value) {
+    Sums sums;
+    for (std::int32_t& lane : sums.lane) lane = value;
+    return sums;
+  }
   static void store(std::int32_t* out, const Sums& sums) { std::memcpy(out, sums.lane, sizeof sums.lane); }
   static Left load(const Packed* packed) { return packed; }
   static Right broadcast(const Opposite<Packed>* four) { return four; }

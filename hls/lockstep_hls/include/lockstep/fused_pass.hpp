@@ -8,13 +8,6 @@ namespace lockstep {
 
 template <int Rows>
 struct FusedPass {
-  // x = float(tile) for `columns` columns of an int32 result tile stored [row][tile_columns].
-  static void convert(const std::int32_t* __restrict tile, std::size_t tile_columns, std::size_t columns,
-                      float* __restrict x) {
-    for (std::size_t j = 0; j < columns; ++j)
-      for (int r = 0; r < Rows; ++r) x[j * Rows + r] = static_cast<float>(tile[r * tile_columns + j]);
-  }
-
   // x = float(word) for words that hold int32 patterns.
   static void convert_words(const float* __restrict words, std::size_t columns, float* __restrict x) {
     for (std::size_t i = 0; i < columns * Rows; ++i)
@@ -24,20 +17,24 @@ struct FusedPass {
   // One value per lane, the same for every column.
   static void add_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
+#pragma GCC unroll 1
       for (int r = 0; r < Rows; ++r) x[j * Rows + r] += lane[r];
   }
   static void multiply_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
+#pragma GCC unroll 1
       for (int r = 0; r < Rows; ++r) x[j * Rows + r] *= lane[r];
   }
 
   // One value per column, the same for every lane.
   static void add_columns(std::size_t columns, const float* __restrict column, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
+#pragma GCC unroll 1
       for (int r = 0; r < Rows; ++r) x[j * Rows + r] += column[j];
   }
   static void multiply_columns(std::size_t columns, const float* __restrict column, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
+#pragma GCC unroll 1
       for (int r = 0; r < Rows; ++r) x[j * Rows + r] *= column[j];
   }
 
@@ -94,13 +91,23 @@ struct FusedPass {
   // x = 2^clamp(x) * 2^-peak, +0 for -infinity.
   [[gnu::noinline]] static void exponential(const Table& table, std::size_t columns,
                                             const std::int32_t* __restrict peak, float* __restrict x) {
-    for (std::size_t j = 0; j < columns; ++j)
-      for (int r = 0; r < Rows; ++r) {
-        const float z = x[j * Rows + r];
-        const Exp2Parts parts = exp2_parts(table, clamp_score(z));
-        const float scaled = scale2(parts.m, parts.n - peak[r]);
-        x[j * Rows + r] = bits_of(z) == (kSign | kInfinity) ? 0.0f : scaled;
+    constexpr std::size_t kPiece = Rows * (Rows < 16 ? 32 : 4);  // whole columns, and a multiple of kLookups
+    alignas(64) std::int32_t n[kPiece] = {};
+    alignas(64) float m[kPiece] = {};
+    for (std::size_t begin = 0; begin < columns * Rows; begin += kPiece) {
+      const std::size_t count = columns * Rows - begin < kPiece ? columns * Rows - begin : kPiece;
+      float* __restrict z = x + begin;
+      for (std::size_t i = 0; i < count; ++i) {
+        const Address at = address(table, clamp_score(z[i]));
+        n[i] = at.integer;
+        m[i] = at.d;
       }
+      segments<32>(table, count, n, m, m);
+      for (std::size_t i = 0; i < count; ++i) {
+        const float scaled = scale2(m[i], (n[i] >> 5) - peak[i % Rows]);
+        z[i] = bits_of(z[i]) == (kSign | kInfinity) ? 0.0f : scaled;
+      }
+    }
   }
 
   // Reductions.
