@@ -338,8 +338,8 @@ class Loops:
         for word in cone:
             if word.kind == "lane":
                 part = f"{_port(word.name)}[{word.width}*i +: {word.width}]"
-                value = part if word.width == 32 else f"{{{32 - word.width}'d0, {part}}}"
-                body.append(f"{self._local(word.name, 32)} = {value};")
+                value = f"{{{word.bits - word.width}'d0, {part}}}" if word.bits > word.width else part
+                body.append(f"{self._local(word.name, word.bits)} = {value};")
             elif word.kind == "cell":
                 value = self._value(word, where)
                 (body if word.name in self.differs else once).append(f"{self._local(word.name, word.bits)} = {value};")
@@ -365,12 +365,12 @@ class Loops:
         self.locals = {}
         guards, rest = self._guards(bits)
         once, body = self._variables(self._cone([*guards, *rest]), self.outside)
-        if guards:
-            value = " & ".join(self.outside.bits([bit]) for bit in rest)
-        else:
-            value = self.outside.bits(bits)
-        result = self._local("value", 32)
-        body += [f"{result} = {value};", f"{_port(port)}[{width}*i +: {width}] = {result}[{width - 1}:0];"]
+        for low in range(0, width, 32):
+            part = bits[low : low + 32]
+            value = " & ".join(self.outside.bits([bit]) for bit in rest) if guards else self.outside.bits(part)
+            result = self._local(f"part {low}", 32)
+            place = f"{width}*i + {low} +: {len(part)}" if low else f"{width}*i +: {len(part)}"
+            body += [f"{result} = {value};", f"{_port(port)}[{place}] = {result}[{len(part) - 1}:0];"]
         lines = [f"  always_comb begin : {port}_"]
         names = sorted(set(self.locals.values()))
         lines += [f"    reg [{63 if name.startswith('q') else 31}:0] {name};" for name in ("i", *names)]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, cpu_identity, find_compiler, run_command
 from lockstep_isa.config import CoreConfig
-from lockstep_rtl.generate import TOP, core_identity, core_verilog, require_buildable
+from lockstep_rtl.generate import TOP, core_identity, require_buildable, simulated_verilog
 
 from .lanes import with_lanes_in_loops
 from .signals import hierarchy
@@ -123,7 +123,7 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
     def build(folder: Path) -> None:
         if progress is not None:
             progress(f"building the RTL simulator of '{config.name}' (once, about a minute)")
-        _build(folder, config, with_lanes_in_loops(core_verilog(config)), verilator, compiler, flags, trace)
+        _build(folder, config, with_lanes_in_loops(simulated_verilog(config)), verilator, compiler, flags, trace)
 
     key = [
         core_identity(config),
