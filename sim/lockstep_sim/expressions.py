@@ -33,7 +33,7 @@ class Word:
 
 
 def split(cell: Cell) -> Iterator[Cell]:
-    """``cell`` as cells of at most 32 bits, where it works bit by bit; a memory port's ``WORD`` says which word it is."""
+    """``cell`` as cells of at most 32 bits where it works bit by bit; of a $memrd, ``WORD`` says which word it reads."""
     y = cell.ports["Y"]
     if cell.kind == "$memrd":
         for n, low in enumerate(range(0, len(y), 32)):
@@ -108,7 +108,8 @@ class Expressions:
             return f"{{{size - length}'d0, {self.text(word)}{part}}}" if length < size else f"{self.text(word)}{part}"
         text = self.text(word)
         if word.bits == 64 and size == 32:
-            return f"{{{32 - length}'d0, {text}[{low + length - 1}:{low}]}}" if length < 32 else f"{text}[{low + 31}:{low}]"
+            part = f"{text}[{low + length - 1}:{low}]"
+            return f"{{{32 - length}'d0, {part}}}" if length < 32 else part
         if low:
             text = f"({text} >> {low})"
         if low + length < word.width:
@@ -118,8 +119,10 @@ class Expressions:
     def cell(self, cell: Cell) -> str:
         """What ``cell`` gives, of as many bits as its word's variable."""
         kind, ports, y = cell.kind, cell.ports, len(cell.ports["Y"])
-        size = 32 if max(len(bits) for name, bits in ports.items() if name not in ("S", "B") or kind != "$pmux") <= 32 else 64
-        signed = bool(cell.parameters.get("A_SIGNED")) and bool(cell.parameters.get("B_SIGNED", 1))
+        size = 32 if max(len(ports["A"]), len(ports.get("B", ())), y) <= 32 else 64
+        signed = bool(cell.parameters.get("A_SIGNED"))
+        if kind not in _SHIFT:
+            signed = signed and bool(cell.parameters.get("B_SIGNED", 1))
         if kind in ("$mux", "$pmux"):
             value = self.bits(ports["A"])
             for n, select in enumerate(ports["S"]):
@@ -139,8 +142,9 @@ class Expressions:
         if kind == "$neg":
             return _masked(f"({size}'d0 - {a})", y, size)
         if kind in _SHIFT:
-            amount = self.bits(ports["B"], size)
-            shifted = f"({a} {_SHIFT[kind]} {amount})"
+            if signed and len(ports["A"]) < y:
+                a = _masked(a, y, size)
+            shifted = f"({a} {_SHIFT[kind]} {self.bits(ports['B'], size)})"
             return _masked(shifted, y, size) if kind == "$shl" or len(ports["A"]) > y else shifted
         if kind not in _BITWISE and kind not in _ARITHMETIC:
             raise ValueError(f"no expression for a cell '{kind}'")

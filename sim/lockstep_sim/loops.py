@@ -62,12 +62,8 @@ class Loops:
         self._find_shared()
         self.inside = Expressions(self.words, self._text)
         self.outside = Expressions(self.words, self._text_outside)
-        self.shown = {
-            word.name
-            for port in netlist.outputs.values()
-            for word in self._sources(port)
-            if word.kind == "register"
-        }
+        sources = [word for port in netlist.outputs.values() for word in self._cone(port)]
+        self.shown = {word.name for word in sources if word.kind == "register" and word.name in self.differs}
         self.steps = _ordered(self._steps())
 
     def _text(self, word: Word) -> str:
@@ -156,9 +152,6 @@ class Loops:
                     stack += [(self.words[bit][0], False) for bit in inner if isinstance(bit, int)]
         return order
 
-    def _sources(self, bits: Iterable[Bit]) -> list[Word]:
-        return [word for word in self._cone(bits) if word.kind != "cell"]
-
     def _state(self, bits: Iterable[Bit]) -> set[str]:
         found = set()
         for word in self._cone(bits):
@@ -233,11 +226,11 @@ class Loops:
 
     def _initial(self) -> list[str]:
         lines = ["  initial begin : initially", "    reg [31:0] i, w;", "    i = 0;", "    w = 0;"]
-        body = [f"{name}[i] = {_number(value)};" for name, value in self.initials.items() if name in self.differs]
-        lines += _loop("    ", body)
-        lines += [f"    {name} = {_number(value)};" for name, value in self.initials.items() if name not in self.differs]
+        values = {name: _number(value) for name, value in self.initials.items()}
+        lines += _loop("    ", [f"{name}[i] = {value};" for name, value in values.items() if name in self.differs])
+        lines += [f"    {name} = {value};" for name, value in values.items() if name not in self.differs]
         for name in self._shown():
-            lines.append(f"    {name}_shown = {{LANES{{{_number(self.initials[name])}}}}};")
+            lines.append(f"    {name}_shown = {{LANES{{{values[name]}}}}};")
         for memory, widths in self.memory_words.items():
             lines.append(f"    {_UNROLL} for (w = 0; w < {self.netlist.memories[memory].depth}; w = w + 1) begin")
             words = [f"{_memory(memory)}_{n}[w]" for n in range(len(widths))]
@@ -319,7 +312,8 @@ class Loops:
             else:
                 assign = "<=" if step.memory is None else "="
                 lines += [f"      {line}" for line in body]
-                lines += [f"      {to} {assign} {value};" for to, value in zip(self._targets(step), values, strict=True)]
+                for target, value in zip(self._targets(step), values, strict=True):
+                    lines.append(f"      {target} {assign} {value};")
         names = sorted({name for key, name in self.locals.items() if key not in known})
         own = [f"    reg [{63 if name.startswith('q') else 31}:0] {name};" for name in ("i", *names)]
         return [f"  task automatic step{number};", *own, "    begin", *lines, "    end", "  endtask"]
@@ -334,7 +328,8 @@ class Loops:
 
     def _variables(self, cone: Iterable[Word], where: Expressions) -> tuple[list[str], list[str]]:
         """Assignments to variables for the inputs and cells of a loop: those in front of it, and those inside."""
-        once, body = [], []
+        once: list[str] = []
+        body: list[str] = []
         for word in cone:
             if word.kind == "lane":
                 part = f"{_port(word.name)}[{word.width}*i +: {word.width}]"
@@ -385,12 +380,12 @@ class Loops:
         return [*lines, "  end"]
 
     def _guards(self, bits: list[Bit]) -> tuple[list[Bit], list[Bit]]:
-        """Of an output of one bit: what all lanes share and is 1 wherever the output is, and the rest of the product."""
+        """Of an output of one bit: what all lanes share and is 1 wherever the output is, and what else it needs."""
         guards: list[Bit] = []
-        rest = list(bits)
-        pending, found = list(bits), []
+        found: list[Bit] = []
+        pending = list(bits)
         if len(bits) != 1:
-            return guards, rest
+            return guards, bits
         while pending:
             bit = pending.pop()
             word = self.words[bit][0] if isinstance(bit, int) else None
@@ -398,7 +393,7 @@ class Loops:
                 pending += [self.cells[word.name].ports["A"][0], self.cells[word.name].ports["B"][0]]
             else:
                 (found if self._differs(bit) else guards).append(bit)
-        return (guards, found) if guards and found else ([], rest)
+        return (guards, found) if guards and found else ([], bits)
 
 
 def _port(name: str) -> str:
@@ -427,7 +422,8 @@ def _ordered(steps: list[_Step]) -> list[_Step]:
             {m for m, other in enumerate(steps) if m != n and (step.reads & other.writes or other.commits == n)}
             for n, step in enumerate(steps)
         ]
-        order, placed = [], set()
+        order: list[int] = []
+        placed: set[int] = set()
         waits_for = [{n for n, later in enumerate(after) if m in later} for m in range(len(steps))]
         while ready := [n for n in range(len(steps)) if n not in placed and waits_for[n] <= placed]:
             order += ready
