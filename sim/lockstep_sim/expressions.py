@@ -33,7 +33,7 @@ class Word:
 
 
 def split(cell: Cell) -> Iterator[Cell]:
-    """``cell`` as cells of at most 32 bits where it works bit by bit; ``WORD`` of a $memrd is the word that it reads."""
+    """``cell`` as cells of at most 32 bits where it works bit by bit; ``WORD`` of a $memrd is the word it reads."""
     y = cell.ports["Y"]
     if cell.kind == "$memrd":
         for n, low in enumerate(range(0, len(y), 32)):
