@@ -167,17 +167,22 @@ def core_verilog(config: CoreConfig) -> str:
     return gate(_optimise(text)) + "".join(map(_library_module, WRITTEN))
 
 
+def without_zeros(text: str) -> str:
+    """``text`` of Amaranth without what writes a zero into every word of a memory in the beginning."""
+    return _ZEROS.sub("", text)
+
+
 def simulated_verilog(config: CoreConfig) -> str:
     """Verilog of the whole core for a simulator in which memories begin as zeros.
 
-    The same as that of :func:`core_verilog` but for the zeros in each word of a memory: Yosys takes most of its time
-    for them. Raises what that one raises.
+    Made as that of :func:`core_verilog` is, but :func:`without_zeros`: Yosys takes most of its time for them. Raises
+    what that one raises.
     """
     from .core import Core
 
     require_buildable(config)
     text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
-    return gate(_optimise(_ZEROS.sub("", text))) + "".join(map(_library_module, WRITTEN))
+    return gate(_optimise(without_zeros(text))) + "".join(map(_library_module, WRITTEN))
 
 
 def core_identity(config: CoreConfig) -> str:

@@ -18,7 +18,7 @@ _SLICE = re.compile(r"(.+?)\[(\d+):(\d+)\]")
 def with_lanes_in_loops(verilog: str) -> str:
     """``verilog`` of a core, with one module of loops in the place of all lanes that get the same control.
 
-    Says the same cycle by cycle. Text without lanes stays as it is.
+    Says the same cycle by cycle. Text without lanes stays as it is. Raises ValueError for lanes that it cannot read.
     """
     modules = list(_MODULE.finditer(verilog))
     if not modules:
@@ -32,6 +32,8 @@ def with_lanes_in_loops(verilog: str) -> str:
     # By what they share: with two columns a beat, lanes of each have their own control.
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     instances = list(_INSTANCE.finditer(verilog))
+    if not instances or len(instances) != len(re.findall(rf"^  {name} ", verilog, re.MULTILINE)):
+        raise ValueError(f"not every instance of '{name}' is written as Yosys writes it")
     for instance in sorted(instances, key=lambda found: int(found[1])):
         ports = {found[1] or found[2]: found[3] for found in _CONNECTION.finditer(instance[2])}
         groups.setdefault(tuple(ports[port] for port in netlist.inputs if port not in OWN), []).append(ports)

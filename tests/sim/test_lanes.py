@@ -7,8 +7,9 @@ import shutil
 import subprocess
 
 import pytest
+from cores import SHAPES
 from lockstep_hls.toolchain import find_compiler, run_command
-from lockstep_rtl.generate import component_verilog, lane_module
+from lockstep_rtl.generate import component_verilog, lane_module, simulated_verilog
 from lockstep_rtl.vector.lane import Lane
 from lockstep_sim.lanes import OWN, with_lanes_in_loops
 from lockstep_sim.loops import PREFIX, Loops
@@ -222,6 +223,21 @@ def test_instances_of_lanes_with_one_control_become_one_module() -> None:
         assert connection in first
     for connection in (".p_x(x[127:64])", ".p_result({ result_3, result_2 })", ".p_time(time_of_1)"):
         assert connection in second
+
+
+def test_lanes_of_a_core_are_one_module_for_each_column_of_a_beat() -> None:
+    verilog = simulated_verilog(SHAPES["wide"])
+    assert verilog.count("\n  lockstep_lane_1 ") == 8
+    text = with_lanes_in_loops(verilog)
+    assert text.count("\n  lockstep_lane_1_loops #(.LANES(4)) lanes") == 2
+    assert "lockstep_lane_1 " not in text
+
+
+def test_instances_that_cannot_be_read_are_refused() -> None:
+    module = lane_module(1)
+    lanes = component_verilog(Lane(1), module)
+    with pytest.raises(ValueError, match="not every instance"):
+        with_lanes_in_loops(f"module top(clk);\n  {module} other (.clk(clk));\nendmodule\n{lanes}")
 
 
 def test_text_without_lanes_stays() -> None:
