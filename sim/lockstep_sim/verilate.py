@@ -16,8 +16,9 @@ from pathlib import Path
 
 from lockstep_hls.toolchain import Progress, ToolchainError, build_cached, cpu_identity, find_compiler, run_command
 from lockstep_isa.config import CoreConfig
-from lockstep_rtl.generate import TOP, core_identity, core_verilog, require_buildable
+from lockstep_rtl.generate import TOP, core_identity, require_buildable, simulated_verilog
 
+from .lanes import with_lanes_in_loops
 from .signals import hierarchy
 
 NATIVE = Path(__file__).parent / "native"
@@ -47,6 +48,8 @@ ONCE_FLAGS = ["-O0"]
 #: What rtl_core.cpp includes, and the signals that it looks at inside the core.
 INCLUDED = ("memory_model.hpp", "recording.hpp", "rtl_recorder.hpp")
 OBSERVED = "observed.vlt"
+#: What makes of the core's Verilog the text that is simulated.
+REWRITING = ("lanes.py", "loops.py", "netlist.py", "expressions.py")
 #: Beside a core that writes waveforms: the signals of which they consist.
 SIGNALS = "signals.json"
 #: Verilator's own sources that a core without threads needs.
@@ -112,6 +115,7 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
     if trace:
         _require_trace_headers(compiler)
     sources = [NATIVE / "rtl_core.cpp", *(NATIVE / name for name in INCLUDED), NATIVE / OBSERVED]
+    sources += [Path(__file__).with_name(name) for name in REWRITING]
     if trace:
         sources.append(Path(__file__).with_name("signals.py"))
     flags = [*VERILATOR_FLAGS, *(["--trace-fst"] if trace else [])]
@@ -119,7 +123,7 @@ def build_core(config: CoreConfig, trace: bool = False, progress: Progress = Non
     def build(folder: Path) -> None:
         if progress is not None:
             progress(f"building the RTL simulator of '{config.name}' (once, about a minute)")
-        _build(folder, config, core_verilog(config), verilator, compiler, flags, trace)
+        _build(folder, config, with_lanes_in_loops(simulated_verilog(config)), verilator, compiler, flags, trace)
 
     key = [
         core_identity(config),

@@ -8,7 +8,7 @@ from lockstep_driver import open_device
 from lockstep_driver.conformance import CHECKS, CheckResult, run_conformance
 
 DEVICES = ["fast:tiny", "fast:laptop", "fast:ulx3s", "fast:wide", "rtl:tiny", "rtl:wide"]
-SLOW_DEVICES = ["fast:paper", "rtl:laptop"]
+SLOW_DEVICES = ["fast:paper", "rtl:laptop", "rtl:paper"]
 
 
 @pytest.fixture(

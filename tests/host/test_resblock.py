@@ -62,6 +62,14 @@ def test_full_size_on_paper_beats_the_published_cycles(kind: Kind, published: in
         assert check(device, kind) < published
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rtl_of_paper_takes_the_predicted_cycles(kind: Kind) -> None:
+    with open_device("rtl:paper") as core, open_device("fast:paper") as model:
+        counted, predicted = check(core, kind), check(model, kind)
+    assert abs(counted - predicted) < 0.002 * predicted
+
+
 @pytest.mark.parametrize(("kind", "cycles"), [("mha", 1_200), ("ffn", 370)])
 def test_a_second_part_hides_the_quantisation(kind: Kind, cycles: int) -> None:
     """It saves 1,242 cycles in mha and 387 in ffn."""

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from amaranth.hdl import CombinationalCycle, Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import preset
 from lockstep_rtl import generate
 
@@ -66,3 +69,49 @@ def test_the_identity_changes_with_code_and_not_with_words(tmp_path, monkeypatch
     before = generate.core_identity(preset("tiny"))
     monkeypatch.setattr(generate, "core_sources", lambda: sources | {module: changed})
     assert (generate.core_identity(preset("tiny")) != before) == changes
+
+
+class Picker(wiring.Component):
+    """z = byte ``which`` of a word whose bit 40 is bit ``back`` of z, if there is one."""
+
+    which: In(3)
+    z: Out(8)
+
+    def __init__(self, back: int | None) -> None:
+        self.back = back
+        super().__init__()
+
+    def elaborate(self, platform):
+        m = Module()
+        word = Signal(64)
+        m.d.comb += [word[3:20].eq(self.which), self.z.eq(word.word_select(self.which, 8))]
+        if self.back is not None:
+            m.d.comb += word[40].eq(self.z[self.back])
+        return m
+
+
+@pytest.mark.parametrize("back", [0, 3, 7])
+def test_combinational_loops_through_a_picked_word_are_found(back):
+    with pytest.raises(CombinationalCycle):
+        generate.component_verilog(Picker(back), "top")
+    assert "module top" in generate.component_verilog(Picker(None), "top")
+
+
+def test_only_zeros_of_whole_memories_are_left_out_of_the_text():
+    given = """module m(clk);
+  reg [7:0] zeros [1:0];
+  initial begin
+    zeros[0] = 8'h00;
+    zeros[1] = 8'd0;
+  end
+  initial begin
+    ones[0] = 8'h00;
+    ones[1] = 8'h01;
+  end
+  always @* begin
+    part[0] = 1'h0;
+  end
+endmodule
+"""
+    expected = given.replace("  initial begin\n    zeros[0] = 8'h00;\n    zeros[1] = 8'd0;\n  end\n", "")
+    assert generate.without_zeros(given) == expected
