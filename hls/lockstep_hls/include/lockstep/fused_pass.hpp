@@ -1,5 +1,6 @@
-// The stages of the vector unit's fused pass over one row tile: x is float[columns][Rows], a column's rows adjacent, as
-// in the vector scratchpad. Each stage is one loop, so that compilers vectorise it; hardware has them in series.
+// The stages of the vector unit's fused pass over one row tile, from the function on: x is float[columns][Rows], a
+// column's rows adjacent, as in the vector scratchpad. Each stage is one loop, so that compilers vectorise it; hardware
+// has them in series.
 #pragma once
 
 #include "lockstep/vector_ops.hpp"
@@ -14,45 +15,14 @@ struct FusedPass {
       x[i] = static_cast<float>(static_cast<std::int32_t>(bits_of(words[i])));
   }
 
-  // One value per lane, the same for every column.
-  static void add_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
-    for (std::size_t j = 0; j < columns; ++j)
-#pragma GCC unroll 1
-      for (int r = 0; r < Rows; ++r) x[j * Rows + r] += lane[r];
-  }
-  static void multiply_lanes(std::size_t columns, const float* __restrict lane, float* __restrict x) {
-    for (std::size_t j = 0; j < columns; ++j)
-#pragma GCC unroll 1
-      for (int r = 0; r < Rows; ++r) x[j * Rows + r] *= lane[r];
-  }
-
-  // One value per column, the same for every lane.
-  static void add_columns(std::size_t columns, const float* __restrict column, float* __restrict x) {
-    for (std::size_t j = 0; j < columns; ++j)
-#pragma GCC unroll 1
-      for (int r = 0; r < Rows; ++r) x[j * Rows + r] += column[j];
-  }
+  // One value per column, the same for every lane, or one for each element.
   static void multiply_columns(std::size_t columns, const float* __restrict column, float* __restrict x) {
     for (std::size_t j = 0; j < columns; ++j)
 #pragma GCC unroll 1
       for (int r = 0; r < Rows; ++r) x[j * Rows + r] *= column[j];
   }
-
-  // One value for all, or one for each element.
-  static void add_scalar(std::size_t columns, float value, float* __restrict x) {
-    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] += value;
-  }
-  static void multiply_scalar(std::size_t columns, float value, float* __restrict x) {
-    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] *= value;
-  }
-  static void add_elements(std::size_t columns, const float* __restrict y, float* __restrict x) {
-    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] += y[i];
-  }
   static void multiply_elements(std::size_t columns, const float* __restrict y, float* __restrict x) {
     for (std::size_t i = 0; i < columns * Rows; ++i) x[i] *= y[i];
-  }
-  static void square(std::size_t columns, float* __restrict x) {
-    for (std::size_t i = 0; i < columns * Rows; ++i) x[i] *= x[i];
   }
 
   // Functions.
