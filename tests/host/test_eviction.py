@@ -184,6 +184,14 @@ def test_models_whose_keys_hang_on_their_place_are_refused() -> None:
     HostSession(tiled, TOKENS, kernels, Streaming(20)).extend(IDS)
 
 
+def test_a_core_that_writes_two_tokens_in_a_beat_says_so() -> None:
+    with (
+        open_device("fast:paper") as device,
+        pytest.raises(ModelError, match="'paper' writes the values of two tokens"),
+    ):
+        DeviceExecutor(device).open_session(graph(), TOKENS)
+
+
 def test_a_core_without_selection_says_so() -> None:
     with open_device("fast:ulx3s") as device, pytest.raises(ModelError, match="'ulx3s' cannot replace a token"):
         DeviceExecutor(device).open_session(graph(), TOKENS, Streaming(10))

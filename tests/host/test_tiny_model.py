@@ -12,15 +12,20 @@ from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.bundled import BUNDLED
 from lockstep.checkpoint import find_folder
 from lockstep.evaluate import run_float
+from lockstep.eviction import EvictionPolicy, eviction
 from lockstep.graph import Attention
 from lockstep.model import HostExecutor, Model, load
+from lockstep.session import HostSession
 from lockstep.verification import verify_generation
 from lockstep_driver import Counters, open_device
 from lockstep_hls import kernels
+from lockstep_isa.selection import Blocks, Predicted, Selector, Sinks
 
 PROMPT = "def add(self, other):\n    "
 #: Bytes of held-out text on which accuracy is measured, in windows of as many.
 SCORED, WINDOW = 16_384, 1024
+#: Windows in which keys are left out: each of their tokens is a look at all keys.
+FEW = 4
 #: Cycles a token may take, relative to the bytes that it needs over the bytes that the bus delivers in a cycle.
 DECODE_BOUND = 1.25
 CONTEXTS = (64, 128, 256, 511)
@@ -113,3 +118,30 @@ def test_int8_costs_less_than_a_hundredth_of_a_bit(tiny: Model) -> None:
     cost = np.mean(quantised) - np.mean(exact)
     print(f"{np.mean(exact):.4f} bits per byte in float32, {cost:+.4f} in int8 with an int8 cache")
     assert cost <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kept", "most"),
+    [
+        (eviction("streaming:4", WINDOW // 4), 0.02),
+        (eviction("h2o", WINDOW // 4), 0.05),
+        (Blocks(WINDOW // 4), 0.02),
+        (Sinks(4, WINDOW // 4 - 4), 0.02),
+        (Predicted(0.001), 0.02),
+    ],
+    ids=str,
+)
+def test_a_quarter_of_the_keys_costs_little(tiny: Model, kept: EvictionPolicy | Selector, most: float) -> None:
+    """Beside all keys, over the first quarter of a window too, in which all are kept."""
+    text = (find_folder("tiny") / "heldout.txt").read_bytes()
+    options = {"selector": kept} if hasattr(kept, "select") else {"eviction": kept}
+    found, whole = [], []
+    for start in range(0, FEW * WINDOW, WINDOW):
+        ids = np.array([BOS, *text[start : start + WINDOW]])
+        for scores, asked in ((whole, {}), (found, options)):
+            logits = HostSession(tiny.graph, WINDOW, kernels, **asked).extend(ids[:-1], "all")
+            scores.append(bits_per_byte(logits, ids[1:]))
+    cost = np.mean(found) - np.mean(whole)
+    print(f"{kept}: {cost:+.4f} bits per byte to {np.mean(whole):.4f}")
+    assert cost <= most

@@ -59,6 +59,11 @@ class DeviceSession:
                 f"core '{device.config.name}' cannot replace a token in its cache: it lacks 'selection'; generate "
                 "without an eviction policy, or on another core"
             )
+        if device.config.operand_words_per_beat > 1:
+            raise ModelError(
+                f"core '{device.config.name}' writes the values of two tokens in one beat of its bus, so it cannot append "
+                f"a single one to a cache; run causal models on a core with a bus of {device.config.rows} bytes or less"
+            )
         self._rows = device.config.rows
         self.capacity = capacity
         self.slots = Slots(capacity, eviction)
