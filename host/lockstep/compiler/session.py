@@ -61,8 +61,9 @@ class DeviceSession:
             )
         if device.config.operand_words_per_beat > 1:
             raise ModelError(
-                f"core '{device.config.name}' writes the values of two tokens in one beat of its bus, so it cannot append "
-                f"a single one to a cache; run causal models on a core with a bus of {device.config.rows} bytes or less"
+                f"core '{device.config.name}' writes the values of two tokens in one beat of its bus, so it cannot "
+                "append a single one to a cache; run causal models on a core with a bus of at most "
+                f"{device.config.rows} bytes"
             )
         self._rows = device.config.rows
         self.capacity = capacity
