@@ -26,6 +26,8 @@ from .netlist import Bit, Cell, Netlist
 #: Of the ports of the written module: some are keywords without it.
 PREFIX = "p_"
 _UNROLL = "/* verilator unroll_disable */"
+#: Around variables that waveforms leave out.
+_UNSEEN, _SEEN = "/* verilator tracing_off */", "/* verilator tracing_on */"
 _FOR = "for (i = 0; i < LANES; i = i + 1)"
 
 
@@ -259,12 +261,13 @@ class Loops:
                 controls += step.memory[1]
         known = [word for word in self._cone(controls) if word.kind == "cell"]
         self.locals = {word.name: word.name for word in known}
-        lines = [f"  reg [{word.bits - 1}:0] {word.name};" for word in known]
+        own = [f"  reg [{word.bits - 1}:0] {word.name};" for word in known]
+        lines = [f"  {_UNSEEN}", *own, "  reg [31:0] i;", f"  {_SEEN}"]
         for n, step in enumerate(self.steps):
             self.locals = {word.name: word.name for word in known}
             lines += self._step(n, step)
         self.locals = {word.name: word.name for word in known}
-        lines += ["  reg [31:0] i;", f"  always @(posedge {_port('clk')}) begin"]
+        lines.append(f"  always @(posedge {_port('clk')}) begin")
         lines += [f"    {word.name} = {self._value(word, self.inside)};" for word in known]
         for n, step in enumerate(self.steps):
             lines.append(f"    if ({self.inside.bits([step.enable])} != 32'd0) step{n};")
@@ -368,7 +371,8 @@ class Loops:
             body += [f"{result} = {value};", f"{_port(port)}[{place}] = {result}[{len(part) - 1}:0];"]
         lines = [f"  always_comb begin : {port}_"]
         names = sorted(set(self.locals.values()))
-        lines += [f"    reg [{63 if name.startswith('q') else 31}:0] {name};" for name in ("i", *names)]
+        own = [f"    reg [{63 if name.startswith('q') else 31}:0] {name};" for name in ("i", *names)]
+        lines += [f"    {_UNSEEN}", *own, f"    {_SEEN}"]
         lines += [f"    {name} = 0;" for name in ("i", *names)]
         lines += [f"    {line}" for line in once]
         if guards:
