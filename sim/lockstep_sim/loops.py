@@ -36,7 +36,6 @@ class _Step:
     """State that changes under one condition. ``reads`` and ``writes`` are names of registers and memories."""
 
     enable: Bit
-    reset: bool = False
     registers: list[tuple[str, list[Bit]]] = field(default_factory=list)  # word, what it takes
     memory: tuple[str, list[Bit], list[list[Bit]]] | None = None  # memory, address, data by word
     reads: set[str] = field(default_factory=set)
@@ -60,6 +59,7 @@ class Loops:
         self.initials: dict[str, int] = {}
         self.memory_words: dict[str, list[int]] = {}  # memory -> widths of its words
         self.loads: dict[str, list[Bit]] = {}
+        self.locals: dict[str, str] = {}  # word -> variable, of the loop that is being written
         self._name_words()
         self._find_shared()
         self.inside = Expressions(self.words, self._text)
@@ -67,6 +67,9 @@ class Loops:
         sources = [word for port in netlist.outputs.values() for word in self._cone(port)]
         self.shown = {word.name for word in sources if word.kind == "register" and word.name in self.differs}
         self.steps = _ordered(self._steps())
+        for step in self.steps:
+            if step.captured and step.memory is not None and _memory(step.memory[0]) not in self.differs:
+                raise ValueError(f"memory '{step.memory[0]}', which all lanes share, is made of itself")
 
     def _text(self, word: Word) -> str:
         if word.kind == "shared":
