@@ -1,4 +1,4 @@
-"""From a configuration to Verilog: the one text that is simulated and built.
+"""From a configuration to Verilog: the text that is built, and the same for simulators.
 
 Most components become Verilog in one piece. Two kinds of module are *library modules*, instantiated by name: the
 memory and the elements of the array, which are written in Verilog, and the vector lane, which is generated once however

@@ -26,6 +26,8 @@ from .netlist import Bit, Cell, Netlist
 #: Of the ports of the written module: some are keywords without it.
 PREFIX = "p_"
 _UNROLL = "/* verilator unroll_disable */"
+#: Around variables that waveforms leave out.
+_UNSEEN, _SEEN = "/* verilator tracing_off */", "/* verilator tracing_on */"
 _FOR = "for (i = 0; i < LANES; i = i + 1)"
 
 
@@ -34,7 +36,6 @@ class _Step:
     """State that changes under one condition. ``reads`` and ``writes`` are names of registers and memories."""
 
     enable: Bit
-    reset: bool = False
     registers: list[tuple[str, list[Bit]]] = field(default_factory=list)  # word, what it takes
     memory: tuple[str, list[Bit], list[list[Bit]]] | None = None  # memory, address, data by word
     reads: set[str] = field(default_factory=set)
@@ -58,6 +59,7 @@ class Loops:
         self.initials: dict[str, int] = {}
         self.memory_words: dict[str, list[int]] = {}  # memory -> widths of its words
         self.loads: dict[str, list[Bit]] = {}
+        self.locals: dict[str, str] = {}  # word -> variable, of the loop that is being written
         self._name_words()
         self._find_shared()
         self.inside = Expressions(self.words, self._text)
@@ -65,6 +67,9 @@ class Loops:
         sources = [word for port in netlist.outputs.values() for word in self._cone(port)]
         self.shown = {word.name for word in sources if word.kind == "register" and word.name in self.differs}
         self.steps = _ordered(self._steps())
+        for step in self.steps:
+            if step.captured and step.memory is not None and _memory(step.memory[0]) not in self.differs:
+                raise ValueError(f"memory '{step.memory[0]}', which all lanes share, is made of itself")
 
     def _text(self, word: Word) -> str:
         if word.kind == "shared":
@@ -259,12 +264,13 @@ class Loops:
                 controls += step.memory[1]
         known = [word for word in self._cone(controls) if word.kind == "cell"]
         self.locals = {word.name: word.name for word in known}
-        lines = [f"  reg [{word.bits - 1}:0] {word.name};" for word in known]
+        own = [f"  reg [{word.bits - 1}:0] {word.name};" for word in known]
+        lines = [f"  {_UNSEEN}", *own, "  reg [31:0] i;", f"  {_SEEN}"]
         for n, step in enumerate(self.steps):
             self.locals = {word.name: word.name for word in known}
             lines += self._step(n, step)
         self.locals = {word.name: word.name for word in known}
-        lines += ["  reg [31:0] i;", f"  always @(posedge {_port('clk')}) begin"]
+        lines.append(f"  always @(posedge {_port('clk')}) begin")
         lines += [f"    {word.name} = {self._value(word, self.inside)};" for word in known]
         for n, step in enumerate(self.steps):
             lines.append(f"    if ({self.inside.bits([step.enable])} != 32'd0) step{n};")
@@ -368,7 +374,8 @@ class Loops:
             body += [f"{result} = {value};", f"{_port(port)}[{place}] = {result}[{len(part) - 1}:0];"]
         lines = [f"  always_comb begin : {port}_"]
         names = sorted(set(self.locals.values()))
-        lines += [f"    reg [{63 if name.startswith('q') else 31}:0] {name};" for name in ("i", *names)]
+        own = [f"    reg [{63 if name.startswith('q') else 31}:0] {name};" for name in ("i", *names)]
+        lines += [f"    {_UNSEEN}", *own, f"    {_SEEN}"]
         lines += [f"    {name} = 0;" for name in ("i", *names)]
         lines += [f"    {line}" for line in once]
         if guards:
