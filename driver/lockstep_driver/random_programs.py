@@ -204,21 +204,20 @@ class _Generator:
         word = self.config.rows * (1 if narrow else 4)
         local_stride, stride = words + self.number(0, 2), (words + self.number(0, 2)) * word
         stride = -(-stride // self.config.bus_bytes) * self.config.bus_bytes
-        places = (_STORED_BYTES - rows * stride) // self.config.bus_bytes
         fields = {
             "memory": Memory.VECTOR,
             "rows": rows,
             "words": words,
-            "address": self.stores + self.number(4, places) * self.config.bus_bytes,
+            "address": self.stores
+            + self.number(4, (_STORED_BYTES - rows * stride) // self.config.bus_bytes) * self.config.bus_bytes,
             "stride": stride,
             "local": self.number(first, end - rows * local_stride),
             "local_stride": local_stride,
             "bytes": narrow,
             "lane": (0, self.config.rows - 1, self.number(0, self.config.rows - 1))[self.number(0, 2)],
+            "lane_only": int(self.config.selection and self.number(0, 1)),
         }
         self.vary_transfer(fields)
-        if self.config.selection:
-            fields["lane_only"] = self.number(0, 1)
         self.vary(fields, "lane", self.lane, self.config.rows - 1)
         self.builder.emit(STORE, **fields)
 

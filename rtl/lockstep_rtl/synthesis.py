@@ -27,6 +27,8 @@ Progress = Callable[[str], None]
 DEVICE = {"TRELLIS_COMB": 83640, "TRELLIS_FF": 83640, "DP16KD": 208, "MULT18X18D": 156}
 #: Clock rate that place and route aims at, in MHz.
 TARGET_MHZ = 60.0
+#: Of the placement, unless another one is asked for: the first one of ``ulx3s`` that nextpnr could route.
+SEED = 3
 #: The electrostatic placer leaves wires a sixth shorter than the usual one, and of the two routers this one comes to an
 #: end on them. Not with --tmg-ripup: it may route the last few paths that are too slow again for ever.
 PLACE = ("--placer", "static", "--router", "router2")
@@ -127,7 +129,7 @@ class SynthesisReport:
 
 
 def synthesise(
-    config: CoreConfig, workdir: Path | str, progress: Progress | None = None, *, route: bool = True, seed: int = 1
+    config: CoreConfig, workdir: Path | str, progress: Progress | None = None, *, route: bool = True, seed: int = SEED
 ) -> SynthesisReport:
     """Synthesise, place and route the core of ``config`` for an ECP5-85F.
 
@@ -176,13 +178,13 @@ def synthesise(
     return SynthesisReport(config, units, total, used, fmax, routed=False)
 
 
-def place_and_route(workdir: Path, seed: int = 1) -> tuple[dict[str, int], float, tuple[tuple[str, float], ...]]:
+def place_and_route(workdir: Path, seed: int = SEED) -> tuple[dict[str, int], float, tuple[tuple[str, float], ...]]:
     """Place and route ``core.json`` in ``workdir``: (sites by name, MHz, critical path), see SynthesisReport."""
     _nextpnr(workdir, seed, ["--report", "report.json"])
     return parse_report((workdir / "report.json").read_text())
 
 
-def place(workdir: Path, seed: int = 1) -> tuple[dict[str, int], float]:
+def place(workdir: Path, seed: int = SEED) -> tuple[dict[str, int], float]:
     """Place ``core.json`` in ``workdir``: (sites by name, estimated MHz). ``placed.json`` has all places."""
     _nextpnr(workdir, seed, ["--no-route", "--write", "placed.json"])
     # nextpnr writes no report before it has routed.

@@ -223,7 +223,7 @@ def test_synth_shows_resources_and_clock(cli: Command, monkeypatch: pytest.Monke
     folders: list[Path] = []
 
     def fake(config: Any, workdir: Path, progress: Any, *, route: bool, seed: int) -> synthesis.SynthesisReport:
-        assert (config.name, seed) == ("ulx3s", 1)
+        assert (config.name, seed) == ("ulx3s", synthesis.SEED)
         assert workdir.is_dir()
         folders.append(workdir)
         progress("placing and routing")

@@ -35,19 +35,21 @@ def synth(
             help="Stop behind placement, in half the time, and estimate the clock from distances.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(min=1, help="Of the placement: another one gives another clock.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=1, help="Of the placement: another one than the unasked one gives another clock.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Synthesise a core with Yosys and nextpnr and show its resources and clock."""
     from lockstep_isa.config import preset as core
 
     config = core(preset)
-    from lockstep_rtl.synthesis import synthesise
+    from lockstep_rtl.synthesis import SEED, synthesise
 
     with Steps() as steps:
         folder = workdir or Path(tempfile.mkdtemp(prefix="lockstep-synth-"))
         # Where a tool fails, its logs stay: the message names them.
-        report = synthesise(config, folder, steps, route=route, seed=seed)
+        report = synthesise(config, folder, steps, route=route, seed=SEED if seed is None else seed)
         if workdir is None:
             shutil.rmtree(folder)
     if as_json:
