@@ -50,8 +50,7 @@ _BYTES = (512, 640)
 #: Device memory that random STOREs write.
 _STORED_BYTES = 1 << 15
 #: Formats of packed weights, and their greatest depth.
-_FORMATS = [(w, s) for w in Weights for s in Sparsity if w or s]
-_PACKED_DEPTH = 128
+_FORMATS, _PACKED_DEPTH = [(w, s) for w in Weights for s in Sparsity if w or s], 128
 #: Greatest values of the operands; the least is 0, but for POSITION.
 _COUNT, _INNER, _LOCAL, _LEAST_POSITION, _POSITION = 6, 2, 8, -60, 120
 _TABLES = {
