@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from lockstep_isa.attention import key_importance, visible
 from lockstep_isa.numerics import add
-from lockstep_isa.selection import Selector, attention_selected
+from lockstep_isa.selectors import Selector, attention_selected
 
 from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.evaluate import Operations, attend, quantise_heads, run_node

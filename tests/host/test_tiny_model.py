@@ -19,7 +19,7 @@ from lockstep.session import HostSession
 from lockstep.verification import verify_generation
 from lockstep_driver import Counters, open_device
 from lockstep_hls import kernels
-from lockstep_isa.selection import Blocks, Predicted, Selector, Sinks
+from lockstep_isa.selectors import Blocks, Predicted, Selector, Sinks
 
 PROMPT = "def add(self, other):\n    "
 #: Bytes of held-out text on which accuracy is measured, in windows of as many.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lockstep_isa.attention import attention, attention_cached, visible
 from lockstep_isa.quantisation import quantise_rows
-from lockstep_isa.selection import (
+from lockstep_isa.selectors import (
     Blocks,
     Greedy,
     Looked,
