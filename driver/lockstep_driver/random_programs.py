@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from lockstep_isa.choices import Internal
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import (
@@ -409,9 +410,8 @@ class _Generator:
     def _clashes(self, i: Instruction) -> bool:
         """Whether rows of a pass depend on each other, or two of its results fall on one word."""
         written = writes(self.config, i)
-        words: dict[Memory, NDArray[np.int64]] = {}
-        for memory in Memory:
-            words[memory] = np.zeros(1024, np.int64)
+        memories: tuple[Memory | Internal, ...] = (*Memory, *Internal)
+        words = {memory: np.zeros(1024, np.int64) for memory in memories}
         for region in written:
             for run in _runs(region):
                 words[region.memory][run] += 1

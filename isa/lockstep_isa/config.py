@@ -41,6 +41,7 @@ class CoreConfig:
     accumulator_tiles : result tiles (``rows`` x ``columns`` int32) that the accumulator queue holds.
     queue_depth : instructions that wait in front of each unit.
     packed : whether MATRIX takes weights in the formats of :mod:`lockstep_isa.weights`, not only dense int8.
+    selection : whether VECTOR selects columns into the index memory and LOAD gathers rows by it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class CoreConfig:
     accumulator_tiles: int = 16
     queue_depth: int = 8
     packed: bool = False
+    selection: bool = False
 
     def __post_init__(self) -> None:
         if self.rows != self.columns:
@@ -131,10 +133,10 @@ KIB = 1024
 PRESETS: dict[str, CoreConfig] = {
     c.name: c
     for c in (
-        CoreConfig("tiny", 4, 4, 4, 4, 64 * KIB, 64 * KIB, 64 * KIB, 8 * KIB, packed=True),
-        CoreConfig("laptop", 16, 16, 16, 16, 16 * KIB, 16 * KIB, 16 * KIB, 2 * KIB, packed=True),
+        CoreConfig("tiny", 4, 4, 4, 4, 64 * KIB, 64 * KIB, 64 * KIB, 8 * KIB, packed=True, selection=True),
+        CoreConfig("laptop", 16, 16, 16, 16, 16 * KIB, 16 * KIB, 16 * KIB, 2 * KIB, packed=True, selection=True),
         CoreConfig("ulx3s", 8, 8, 2, 8, 8 * KIB, 8 * KIB, 4 * KIB, 1 * KIB),
-        CoreConfig("paper", 64, 64, 128, 128, 16 * KIB, 16 * KIB, 8 * KIB, 1 * KIB, packed=True),
+        CoreConfig("paper", 64, 64, 128, 128, 16 * KIB, 16 * KIB, 8 * KIB, 1 * KIB, packed=True, selection=True),
     )
 }
 
