@@ -14,6 +14,7 @@
 #include "instructions.hpp"  // generated
 #include "latencies.hpp"
 #include "packed_weights.hpp"
+#include "selection.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
@@ -50,7 +51,7 @@ class TimingModel : Latencies {
         add(i).idle = true;
     }
 
-    void add_load(const isa::Load& i) {
+    void add_load(const isa::Load& i, const IndexMemory& index) {
         const uint32_t word = i.memory == isa::Memory::kTable ? isa::kTableEntryBytes
                               : i.memory == isa::Memory::kVector || i.memory == isa::Memory::kParameter ? 4 * isa::kRows
                                                                                                         : isa::kRows;
@@ -59,6 +60,7 @@ class TimingModel : Latencies {
         // Of a beat of table entries one is written in a cycle.
         if (i.memory == isa::Memory::kTable && word < isa::kBusBytes) item.writes = i.words - item.beats;
         result_.read_beats += uint64_t(item.rows) * item.beats;
+        if (i.gather) item.prologue = kGatherStart, item.gathered = gathered_.size(), index.append_rows(i, gathered_);
     }
     void add_store(const isa::Store& i) {
         Item& item = add(i);
@@ -163,7 +165,8 @@ class TimingModel : Latencies {
         uint32_t wait, signal, selectors;
         bool idle = false;
         uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, steps = 0, tiles = 0, columns = 0;
-        Time prologue = 0;  // of MATRIX, in front of its first tile
+        Time prologue = 0;  // of MATRIX, in front of its first tile; of LOAD, in front of its first burst
+        size_t gathered = SIZE_MAX;  // of a LOAD that gathers: where its rows' numbers are
         uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
         VectorShape shape{};
         Time dispatched = 0, accepted = -1, start = -1, end = -1;
@@ -288,9 +291,10 @@ class TimingModel : Latencies {
     static constexpr Time column_beats(Time columns) { return (columns + isa::kColumnsPerBeat - 1) / isa::kColumnsPerBeat; }
 
     template <class Visit>
-    static void bursts(const Item& item, Visit visit) {
+    void bursts(const Item& item, Visit visit) const {
         for (uint32_t row = 0; row < item.rows; row++) {
-            uint32_t beat = (item.address + row * item.stride) / isa::kBusBytes;
+            const uint32_t number = item.gathered == SIZE_MAX ? row : gathered_[item.gathered + row];
+            uint32_t beat = (item.address + number * item.stride) / isa::kBusBytes;
             for (uint32_t left = item.beats; left;) {
                 const uint32_t length = std::min(left, kBurstBeats - beat % kBurstBeats);
                 visit(length);
@@ -302,7 +306,7 @@ class TimingModel : Latencies {
     void load(Item& item, Lane& lane, UnitCycles& cycles) {
         if (lane.next >= kLoadsInFlight)
             item.start = std::max(item.start, items_[lane.queue[lane.next - kLoadsInFlight]].end + 1);
-        Time asked = item.start + 1;
+        Time asked = item.start + 1 + item.prologue;
         const Time begin = std::max(item.start, lane.ended);
         Time told = begin;
         bursts(item, [&](uint32_t length) {
@@ -479,6 +483,7 @@ class TimingModel : Latencies {
     bool operands_;
     TimingRecorder record_;
     std::vector<Item> items_;
+    std::vector<uint32_t> gathered_;  // rows of device memory, of all LOADs that gather
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     std::vector<Time> burst_ends_, fetched_;
