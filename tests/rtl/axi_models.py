@@ -17,7 +17,8 @@ from amaranth.hdl import Value
 from amaranth.lib import data
 from cocotb.triggers import FallingEdge, ReadOnly
 from lockstep_isa.config import CoreConfig, preset
-from lockstep_isa.instructions import Instruction, encode
+from lockstep_isa.instructions import Instruction
+from lockstep_rtl.interfaces import instruction_layout
 from rtl.harness import stalls, start
 
 Gap = Callable[[], bool]
@@ -42,8 +43,12 @@ def pack(layout: data.Layout, **fields: Any) -> int:
 
 
 def word_of(instruction: Instruction) -> int:
-    """An instruction as a unit's stream carries it."""
-    return int.from_bytes(encode(instruction), "little")
+    """An instruction as a unit's stream carries it: operands are added by then, and their selectors gone.
+
+    Fields of features come last, so the bits are right for cores without them too.
+    """
+    layout = instruction_layout(instruction.type, preset("tiny"))
+    return pack(layout, **{name: int(instruction.values[name]) for name in layout.members})
 
 
 def lanes(value: int, count: int, dtype: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ from lockstep_sim.core import MemoryTiming
 COLUMNS = 130
 
 
-@pytest.fixture(scope="module", params=["fast:tiny", "fast:laptop", "fast:wide", "fast:paper"])
+@pytest.fixture(scope="module", params=["fast:tiny", "fast:laptop", "fast:wide", "fast:paper", "rtl:tiny", "rtl:wide"])
 def device(request: pytest.FixtureRequest):
     with open_core(*request.param.split(":")) as device:
         yield device

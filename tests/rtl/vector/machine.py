@@ -7,14 +7,15 @@ from cocotb.triggers import FallingEdge, RisingEdge
 from lockstep_isa import numerics
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.executor import GoldenCore
-from lockstep_isa.instructions import TABLE_ENTRIES, encode
+from lockstep_isa.instructions import TABLE_ENTRIES
 from lockstep_isa.tables import FUNCTIONS
+from rtl.axi_models import word_of
 from rtl.harness import assert_equal
 from rtl.vector.floats import nasty_words
 
 
-def config_of(rows, lanes):
-    return CoreConfig("test", rows, rows, lanes, 4, 256, 256, 1024, 512)
+def config_of(rows, lanes, selection=False):
+    return CoreConfig("test", rows, rows, lanes, 4, 256, 256, 1024, 512, selection=selection)
 
 
 class Machine:
@@ -37,6 +38,8 @@ class Machine:
             "activation": self.golden.activation.view(np.uint8).copy(),
             "weight": self.golden.weight.view(np.uint8).copy(),
         }
+        if config.selection:
+            self.memories["index"] = self.golden.index.copy()
         self.tiles = deque()
         self.cycle = 0
         self.flags = 0
@@ -75,6 +78,8 @@ class Machine:
                 lanes = [lane for lane in range(self.config.rows) if mask >> lane & 1]
                 for n, word in enumerate(raw.reshape(side, -1)[: enable.bit_length()]):
                     self.memories[name][address + n, lanes] = word[lanes]
+        if self.config.selection and int(dut.index_write__enable.value):
+            self.memories["index"][int(dut.index_write__address.value)] = int(dut.index_write__data.value)
         self.flags |= int(dut.flags.value)
         self.stalled += int(dut.stalled.value)
         if int(dut.done.value):
@@ -117,7 +122,7 @@ class Machine:
     async def execute(self, instruction, limit=20000):
         """Run one instruction on both sides, compare all memories, return the cycles from acceptance to done."""
         dut = self.dut
-        dut.instruction__payload.value = int.from_bytes(encode(instruction), "little")
+        dut.instruction__payload.value = word_of(instruction)
         dut.instruction__valid.value = 1
         self.done_at, self.flags, self.stalled = None, 0, 0
         start = self.cycle
