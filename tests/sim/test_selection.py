@@ -21,7 +21,10 @@ from lockstep_sim.core import MemoryTiming
 COLUMNS = 130
 
 
-@pytest.fixture(scope="module", params=["fast:tiny", "fast:laptop", "fast:wide", "fast:paper", "rtl:tiny", "rtl:wide"])
+DEVICES = ["fast:tiny", "fast:laptop", "fast:wide", "fast:paper", "rtl:tiny", "rtl:wide"]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest):
     with open_core(*request.param.split(":")) as device:
         yield device
@@ -82,21 +85,21 @@ def test_selected_rows_are_those_of_golden_in_the_cycles_of_the_formula(device: 
         device.free(buffer)
 
 
-def test_a_gather_takes_the_cycles_of_a_block_with_a_stride(device: Device) -> None:
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_gather_takes_the_cycles_of_a_block_with_a_stride(name: str) -> None:
     """Rows of one and a half bursts, one behind the other or wherever the list has them: 4 cycles more in all."""
-    config, rows = device.config, 12
-    words = 3 * 32 * config.bus_bytes // 2 // config.rows
-    block = {"memory": Memory.WEIGHT, "rows": rows, "words": words, "stride": 2 * 32 * config.bus_bytes}
-    select = {"source": Source.VECTOR, "columns": 3 * rows, "select": rows}
-    scheme, core = device.uri.split(":")
-
-    with open_core(scheme, core, timing=MemoryTiming(refresh_interval=0)) as quiet:
+    scheme, core = name.split(":")
+    with open_core(scheme, core, timing=MemoryTiming(refresh_interval=0)) as device:
+        config, rows = device.config, 12
+        words = 3 * 32 * config.bus_bytes // 2 // config.rows
+        block = {"memory": Memory.WEIGHT, "rows": rows, "words": words, "stride": 2 * 32 * config.bus_bytes}
+        select = {"source": Source.VECTOR, "columns": 3 * rows, "select": rows}
 
         def counted(**fields: int) -> Counters:
             instructions = [Instruction(VECTOR, **select, select_first=rows)]
             instructions += [Instruction(VECTOR, **select, select_last=rows, select_to=rows, signal=1 << Unit.LOAD)]
             instructions += [Instruction(LOAD, **block, **fields, wait=1 << Unit.VECTOR)]
-            return quiet.run(Program(config.crc, tuple(instructions)))
+            return device.run(Program(config.crc, tuple(instructions)))
 
         strided, same, others = counted(), counted(gather=1), counted(gather=1, gather_from=rows)
     assert strided.read_beats == same.read_beats == others.read_beats
