@@ -8,10 +8,13 @@ every on-chip word, and for every piece of device memory that the program writes
 from __future__ import annotations
 
 import numpy as np
+from lockstep_isa.choices import Internal
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import (
+    INDEX_ENTRIES,
     LOAD,
     STORE,
+    VECTOR,
     Instruction,
     InstructionType,
     Memory,
@@ -53,8 +56,10 @@ class ProgramBuilder:
         self._wait: list[int] = []
         self._signal: list[int] = []
         # Per memory: index of the last instruction of each unit that read and that wrote each word.
-        self._read = {m: np.full((len(Unit), depth_of(config, m)), _NEVER, np.int32) for m in Memory}
-        self._written = {m: np.full((len(Unit), depth_of(config, m)), _NEVER, np.int32) for m in Memory}
+        memories: tuple[Memory | Internal, ...] = (*Memory, *Internal)
+        self._read = {m: np.full((len(Unit), depth_of(config, m)), _NEVER, np.int32) for m in memories}
+        self._written = {m: np.full((len(Unit), depth_of(config, m)), _NEVER, np.int32) for m in memories}
+        self._selected = np.full(INDEX_ENTRIES, INDEX_ENTRIES)  # greater than what each entry of INDEX may hold
         self._stored: list[tuple[int, int, int]] = []  # device memory: first byte, end, index of the STORE
         self._fetched: list[tuple[int, int, int]] = []  # the same for LOADs
         # covered[v][u]: every instruction of unit u up to this index is known to be complete for unit v.
@@ -105,6 +110,8 @@ class ProgramBuilder:
             self._mark(self._read, region, unit, index)
         for region in written:
             self._mark(self._written, region, unit, index)
+            if type is VECTOR and region.memory == Internal.INDEX:
+                self._selected[region.start : region.end] = max(i.columns for i in extremes)
         return index
 
     def finish(self) -> Program:
@@ -151,11 +158,11 @@ class ProgramBuilder:
             return [slice(region.start, region.start + region.words * region.count)]
         return [slice(s, s + region.words) for s in range(region.start, region.end, region.stride or region.end)]
 
-    def _latest(self, table: dict[Memory, np.ndarray], region: Region, needed: np.ndarray) -> None:
+    def _latest(self, table: dict[Memory | Internal, np.ndarray], region: Region, needed: np.ndarray) -> None:
         for run in self._runs(region):
             np.maximum(needed, table[region.memory][:, run].max(axis=1, initial=_NEVER), out=needed)
 
-    def _mark(self, table: dict[Memory, np.ndarray], region: Region, unit: Unit, index: int) -> None:
+    def _mark(self, table: dict[Memory | Internal, np.ndarray], region: Region, unit: Unit, index: int) -> None:
         for run in self._runs(region):
             table[region.memory][unit, run] = index
 
@@ -164,7 +171,7 @@ class ProgramBuilder:
         if not extremes or extremes[0].type not in (LOAD, STORE):
             return
         begin = min(i.address for i in extremes)
-        end = max(i.address + (i.rows - 1) * i.stride + i.words * transfer_bytes(self.config, i) for i in extremes)
+        end = max(i.address + self._last_row(i) * i.stride + i.words * transfer_bytes(self.config, i) for i in extremes)
         mine, others, other = (
             (self._fetched, self._stored, Unit.STORE)
             if extremes[0].type is LOAD
@@ -176,3 +183,9 @@ class ProgramBuilder:
                 needed[other] = max(needed[other], at)
                 break
         mine.append((begin, end, index))
+
+    def _last_row(self, i: Instruction) -> int:
+        """The last row of device memory, counted from its address, that a LOAD or STORE may touch."""
+        if i.type is LOAD and i.gather:
+            return int(self._selected[i.gather_from : i.gather_from + i.rows].max(initial=1)) - 1
+        return i.rows - 1

@@ -16,6 +16,7 @@ from lockstep_isa import numerics
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import (
+    INDEX_ENTRIES,
     LOAD,
     MATRIX,
     STORE,
@@ -348,6 +349,36 @@ def stops_at_words_beyond_a_memory(device: Device) -> None:
 
 
 @check
+def stops_at_entries_beyond_the_index_memory(device: Device) -> None:
+    """Lists that are written, lists that are read, and columns of which there are too many to be selected from."""
+    if not device.config.selection:
+        return
+    end = INDEX_ENTRIES
+    wrong = (
+        Instruction(VECTOR, source=Source.PARAMETER, columns=4, select=3, select_to=end - 2),
+        Instruction(VECTOR, source=Source.VECTOR, columns=end + 1, select=1),
+        Instruction(LOAD, memory=Memory.VECTOR, rows=2, gather=1, gather_from=end - 1, address=4096),
+    )
+    for instruction in wrong:
+        program = Program(device.config.crc, (Instruction(STORE, memory=Memory.VECTOR, address=4096), instruction))
+        _expect_error(device, program, ErrorCode.LOCAL_BOUNDS, instruction.type.unit.name, 1)
+
+
+@check
+def stops_at_gathered_rows_outside_the_window(device: Device) -> None:
+    """Whatever the list has, nothing outside the window is asked for."""
+    if not device.config.selection:
+        return
+    rows = 3
+    beyond = -(-device.memory_bytes // 4096) * 4096
+    # The last columns: numbers 5 to 7, of which the last one leads out.
+    select = Instruction(VECTOR, source=Source.VECTOR, columns=8, select=rows, select_last=rows, signal=1 << Unit.LOAD)
+    fields = {"rows": rows, "address": 4096, "stride": (beyond - 4096) // 6 // 4096 * 4096, "wait": 1 << Unit.VECTOR}
+    gather = Instruction(LOAD, memory=Memory.VECTOR, gather=1, **fields)
+    _expect_error(device, Program(device.config.crc, (select, gather)), ErrorCode.OUT_OF_WINDOW, "LOAD", 1)
+
+
+@check
 def names_the_store_that_is_wrong(device: Device) -> None:
     """Though others are under way: in front of it unanswered ones, behind it one that waits for its turn."""
     config = device.config
@@ -366,8 +397,8 @@ def names_the_store_that_is_wrong(device: Device) -> None:
 
 @check
 def stops_at_malformed_instructions(device: Device) -> None:
-    """Unknown opcodes, counts of zero, undefined values and stray bits are refused at dispatch; so are packed weights
-    by a core that takes none.
+    """Unknown opcodes, counts of zero, undefined values and stray bits are refused at dispatch; so are fields of
+    features that a core lacks, and a selection in several row tiles.
     """
     good = encode(Instruction(MATRIX, depth=4, outer=1, inner=1))
     unknown = bytes([0x0F]) + bytes(63)
@@ -377,8 +408,15 @@ def stops_at_malformed_instructions(device: Device) -> None:
     undefined = int.from_bytes(encode(Instruction(VECTOR)), "little") | 0xF << VECTOR.layout["function"][0]
     undefined_sparsity = int.from_bytes(good, "little") | 3 << MATRIX.layout["sparsity"][0]
     packed = [Instruction(MATRIX, depth=32, weights=Weights.INT4_32), Instruction(MATRIX, depth=32, sparsity=1)]
+    selecting = [
+        Instruction(VECTOR, select=1, select_to=3),
+        Instruction(LOAD, gather=1),
+        Instruction(LOAD, gather_from=1),
+    ]
+    lacking = [] if device.config.packed else packed
+    lacking += [Instruction(VECTOR, tiles=2, select=1)] if device.config.selection else selecting
     for code, expected in (
-        *((encode(instruction), ErrorCode.BAD_FIELD) for instruction in packed if not device.config.packed),
+        *((encode(instruction), ErrorCode.BAD_FIELD) for instruction in lacking),
         (undefined_sparsity.to_bytes(64, "little"), ErrorCode.BAD_FIELD),
         (unknown, ErrorCode.BAD_OPCODE),
         (undefined.to_bytes(64, "little"), ErrorCode.BAD_FIELD),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from lockstep_isa.choices import Internal
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import (
@@ -40,6 +41,8 @@ from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
 from .builder import ProgramBuilder
+from .random_selection import INDEX_USED, MOST_COLUMNS, fill_index, random_gather, random_selection, store_index
+from .random_values import random_floats
 
 #: On-chip words that a random program uses of each memory.
 _USED = {Memory.ACTIVATION: 256, Memory.WEIGHT: 256, Memory.VECTOR: 512, Memory.PARAMETER: 128}
@@ -96,19 +99,6 @@ def same_words(actual: NDArray[np.uint32], expected: NDArray[np.uint32]) -> NDAr
     """Where two arrays of fp32 words agree; every NaN is the same."""
     nan = (actual & 0x7FFFFFFF > 0x7F800000) & (expected & 0x7FFFFFFF > 0x7F800000)
     return (actual == expected) | nan
-
-
-def _floats(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
-    """Mostly ordinary values; some tiny, huge, zero, infinite, NaN and subnormal."""
-    kind = rng.random(count)
-    values = rng.normal(0, 1, count) * np.exp2(rng.integers(-6, 7, count))
-    values = np.where(kind < 0.02, values * 2.0**-120, values)
-    values = np.where((kind >= 0.02) & (kind < 0.04), values * 2.0**118, values)
-    floats = values.astype(np.float32)
-    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-42, 2.0**-126, 1.0], np.float32)
-    chosen = kind > 0.99
-    floats[chosen] = rng.choice(special, int(chosen.sum()))
-    return floats
 
 
 class _Generator:
@@ -176,10 +166,11 @@ class _Generator:
         gap = self.number(0, 3)
         word = self.config.rows * (4 if memory in (Memory.VECTOR, Memory.PARAMETER) else 1)
         stride = -(-(words + gap) * word // self.config.bus_bytes) * self.config.bus_bytes
+        gather, size = random_gather(self.rng, self.config, rows, stride)
         if memory in (Memory.VECTOR, Memory.PARAMETER):
-            data: NDArray[np.generic] = _floats(self.rng, rows * stride // 4)
+            data: NDArray[np.generic] = random_floats(self.rng, size // 4)
         else:
-            data = self.rng.integers(-128, 128, rows * stride).astype(np.int8)
+            data = self.rng.integers(-128, 128, size).astype(np.int8)
         end = _INTEGERS[0] if memory == Memory.PARAMETER else _USED[memory]
         local_stride = words + self.number(0, 2)
         room = np.zeros(4 * self.config.bus_bytes // data.itemsize, data.dtype)
@@ -191,7 +182,7 @@ class _Generator:
             "stride": stride,
             "local": self.number(0, end - rows * local_stride),
             "local_stride": local_stride,
-        }
+        } | gather
         self.vary_transfer(fields)
         self.builder.emit(LOAD, **fields)
 
@@ -231,7 +222,7 @@ class _Generator:
         rows = self.config.rows
         for memory, words in _USED.items():
             if memory in (Memory.VECTOR, Memory.PARAMETER):
-                data: NDArray[np.generic] = _floats(self.rng, words * rows)
+                data: NDArray[np.generic] = random_floats(self.rng, words * rows)
             else:
                 data = self.rng.integers(-128, 128, words * rows).astype(np.int8)
             if memory == Memory.PARAMETER:
@@ -242,6 +233,8 @@ class _Generator:
         self.builder.emit(
             LOAD, memory=Memory.VECTOR, words=_BYTES[1] - _BYTES[0], address=self.place(zeros), local=_BYTES[0]
         )
+        if self.config.selection:
+            fill_index(self.builder)
 
     def matrix(self) -> None:
         """A product, and the pass that takes its tiles."""
@@ -281,12 +274,14 @@ class _Generator:
             instruction = self._random_pass(source, tiles, columns)
             if instruction is not None and not self._clashes(instruction):
                 break
+        if not variable_tiles:
+            instruction = random_selection(self.rng, self.config, instruction)
         fields = {k: v for k, v in instruction.values.items() if k != "opcode"}
         if variable_tiles:
             fields["columns"] -= _INNER * self.config.columns
             fields["columns_operand"] = self.columns
         elif source is None:
-            self.vary(fields, "columns", self.count, _COUNT)
+            self.vary(fields, "columns", self.count, _COUNT, fields["select"])
         if fields["mask"] and self.number(0, 1):
             fields |= {"first_row": (fields["first_row"] - self.number(0, 40)) % (1 << 20)}
             fields["first_row_operand"] = self.position
@@ -399,8 +394,8 @@ class _Generator:
             column2=n(0, words - groups),
             sum_to=n(0, words - tiles),
             max_to=n(_INTEGERS[0], _INTEGERS[1] - tiles) if integers else n(0, words - tiles),
-            immediate0=int(_floats(self.rng, 1).view(np.uint32)[0]),
-            immediate1=int(_floats(self.rng, 1).view(np.uint32)[0]),
+            immediate0=int(random_floats(self.rng, 1).view(np.uint32)[0]),
+            immediate1=int(random_floats(self.rng, 1).view(np.uint32)[0]),
             mask=mask,
             first_row=n(-40, 120) % (1 << 20),
             window=n(1, 40) if n(0, 1) else 0,
@@ -409,9 +404,8 @@ class _Generator:
     def _clashes(self, i: Instruction) -> bool:
         """Whether rows of a pass depend on each other, or two of its results fall on one word."""
         written = writes(self.config, i)
-        words: dict[Memory, NDArray[np.int64]] = {}
-        for memory in Memory:
-            words[memory] = np.zeros(1024, np.int64)
+        memories: tuple[Memory | Internal, ...] = (*Memory, *Internal)
+        words = {memory: np.zeros(1024, np.int64) for memory in memories}
         for region in written:
             for run in _runs(region):
                 words[region.memory][run] += 1
@@ -465,6 +459,9 @@ class _Generator:
         b.emit(
             STORE, memory=Memory.VECTOR, words=product_words, address=result + vector_bytes + parameter_bytes, local=0
         )
+        if self.config.selection:
+            numbers = self.place(np.repeat(np.arange(MOST_COLUMNS, dtype=np.float32), rows))
+            store_index(b, numbers, self.place(np.zeros(INDEX_USED * rows, np.float32)))
         memory = np.concatenate(self.blocks)
         return RandomProgram(self.seed, self.base, b.finish(), self.values, memory)
 

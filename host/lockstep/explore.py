@@ -96,7 +96,8 @@ def core_of(point: Point, memories: str = "laptop") -> CoreConfig:
         for name in ("activation_words", "weight_words", "vector_words", "parameter_words")
     }
     name = f"{point.rows}x{point.rows}-{point.lanes}-{point.bus}"
-    return CoreConfig(name, point.rows, point.rows, point.lanes, point.bus // 8, **words, packed=like.packed)
+    features = {"packed": like.packed, "selection": like.selection}
+    return CoreConfig(name, point.rows, point.rows, point.lanes, point.bus // 8, **words, **features)
 
 
 def explore(

@@ -24,6 +24,12 @@ class Memory(enum.IntEnum):
     TABLE = 4  #: function tables, entries of 16 bytes
 
 
+class Internal(enum.IntEnum):
+    """On-chip memories that no transfer names; the values are none of :class:`Memory`."""
+
+    INDEX = 8  #: lists of columns that VECTOR selects and by which LOAD gathers
+
+
 class Source(enum.IntEnum):
     """Where a vector pass takes x from."""
 

@@ -24,8 +24,8 @@ class ErrorCode(enum.IntEnum):
 ERROR_TEXT: dict[ErrorCode, str] = {
     ErrorCode.NONE: "no error",
     ErrorCode.BAD_OPCODE: "the program holds an unknown opcode; rebuild it for this core",
-    ErrorCode.BAD_FIELD: "an instruction is malformed (zero count, undefined value, stray bits, packed weights "
-    "where the core takes none); rebuild the program",
+    ErrorCode.BAD_FIELD: "an instruction is malformed (zero count, undefined value, stray bits, a feature "
+    "that the core lacks); rebuild the program",
     ErrorCode.WRONG_CONFIGURATION: "the program was built for another core configuration; compile it for this one",
     ErrorCode.LOCAL_BOUNDS: "an instruction addresses an on-chip word beyond the end of its memory",
     ErrorCode.OUT_OF_WINDOW: "a transfer leaves the window of device memory that the driver opened",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from . import numerics
 from .config import CoreConfig
 from .instructions import (
+    INDEX_ENTRIES,
     LOAD,
     MATRIX,
     OPERANDS,
@@ -76,6 +77,7 @@ class GoldenCore:
         self.vector = np.zeros((config.vector_words, rows), np.float32)
         self.parameter = np.zeros((config.parameter_words, rows), np.float32)
         self.table = np.zeros((TABLE_SLOTS * TABLE_ENTRIES, 3), np.float32)
+        self.index = np.zeros(INDEX_ENTRIES, np.uint16)
         self.accumulators: deque[NDArray[np.int32]] = deque()
 
     def run(self, program: Program, operands: Sequence[int] = ()) -> None:
@@ -103,7 +105,7 @@ class GoldenCore:
     def _load(self, i: Instruction) -> None:
         rows = self.config.rows
         for row in range(i.rows):
-            start = i.address + row * i.stride
+            start = i.address + (int(self.index[i.gather_from + row]) if i.gather else row) * i.stride
             local = slice(i.local + row * i.local_stride, i.local + row * i.local_stride + i.words)
             if i.memory == Memory.TABLE:
                 raw = self.memory[start : start + i.words * TABLE_ENTRY_BYTES].view(np.float32)
@@ -219,7 +221,10 @@ class GoldenCore:
         if maximum is not None and i.max_continue:
             maximum = np.maximum(maximum, self.parameter[i.max_to + tile].view(np.int32))
 
-        self._write(i, tile, x if i.tap == Tap.AFTER else before)
+        result = x if i.tap == Tap.AFTER else before
+        self._write(i, tile, result)
+        if i.select:
+            self._select(i, result)
         if i.sum:
             self.parameter[i.sum_to + tile] = numerics.rowsum(before.T)
         if maximum is not None:
@@ -236,6 +241,15 @@ class GoldenCore:
         if i.window:
             visible &= column > position - i.window
         return ~visible
+
+    def _select(self, i: Instruction, x: F32) -> None:
+        """The greatest of the columns of x: f32[columns, rows]; of equal ones the first."""
+        lanes = slice(i.select_lane, i.select_lane + 1 + i.select_more_lanes)
+        values = numerics.order(x[:, lanes]).max(axis=1, initial=0).astype(np.int64)
+        column = np.arange(i.columns)
+        values[(column < i.select_first) | (column >= i.columns - i.select_last)] = 1 << 32
+        chosen = np.sort(np.argsort(-values, kind="stable")[: i.select])
+        self.index[i.select_to : i.select_to + len(chosen)] = chosen
 
     def _source(self, i: Instruction, tile: int) -> F32:
         if i.source == Source.ACCUMULATOR:

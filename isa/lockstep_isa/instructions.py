@@ -42,6 +42,8 @@ TABLE_ENTRIES = 128
 TABLE_SLOTS = 4
 #: Bytes of one table entry in device memory: c0, c1, c2 as fp32, then four bytes of zero.
 TABLE_ENTRY_BYTES = 16
+#: Entries of the index memory; VECTOR selects among as many columns at most.
+INDEX_ENTRIES = 1024
 #: Run-time operands of a program, 32-bit words; operand 0 is always zero.
 OPERANDS = 64
 
@@ -107,13 +109,19 @@ class InstructionType:
 
     @cached_property
     def encoded(self) -> tuple[Field, ...]:
-        """All fields in the order of their bits: header, fields, operand selectors, and the fields of features."""
+        """All fields in the order of their bits: header, fields, operand selectors, then those of features."""
         bits = (OPERANDS - 1).bit_length()
-        selectors = (
-            Field(selector(f.name), bits, f"operand that is added to {f.name}, 0: none") for f in self.variable
-        )
         always, features = ([f for f in self.fields if (f.feature is None) == there] for there in (True, False))
-        return (*HEADER, *always, *selectors, *features)
+        all_selectors = (
+            [
+                Field(selector(f.name), bits, f"operand that is added to {f.name}, 0: none", feature=f.feature)
+                for f in fields
+                if f.operand
+            ]
+            for fields in (always, features)
+        )
+        selectors, feature_selectors = all_selectors
+        return (*HEADER, *always, *selectors, *features, *feature_selectors)
 
     @cached_property
     def layout(self) -> dict[str, tuple[int, Field]]:
@@ -156,7 +164,17 @@ _TRANSFER = (
     Field("local_stride", 16, "on-chip words from one row to the next"),
 )
 
-LOAD = InstructionType("LOAD", 1, Unit.LOAD, "Copy a two-dimensional block from device memory on chip.", _TRANSFER)
+LOAD = InstructionType(
+    "LOAD",
+    1,
+    Unit.LOAD,
+    "Copy a two-dimensional block from device memory on chip.",
+    (
+        *_TRANSFER,
+        Field("gather", 1, "row r begins at address + INDEX[gather_from + r] * stride", feature="selection"),
+        Field("gather_from", 16, "entry of the index memory for row 0", feature="selection"),
+    ),
+)
 STORE = InstructionType(
     "STORE",
     4,
@@ -243,6 +261,18 @@ VECTOR = InstructionType(
             signed=True,
         ),
         Field("window", 16, "columns that a row sees at most; 0: all up to its own"),
+        Field(
+            "select",
+            16,
+            "k: the numbers of the k columns with the greatest values go to the index memory, in ascending order; "
+            "0: none",
+            feature="selection",
+        ),
+        Field("select_to", 16, "first entry of the index memory for them", feature="selection"),
+        Field("select_lane", 6, "first lane whose values count", operand=True, feature="selection"),
+        Field("select_more_lanes", 6, "lanes behind it whose values count too", feature="selection"),
+        Field("select_first", 8, "first columns that are selected whatever they hold", feature="selection"),
+        Field("select_last", 8, "last columns that are selected whatever they hold", feature="selection"),
     ),
 )
 

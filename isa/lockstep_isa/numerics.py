@@ -195,6 +195,13 @@ def rowsum(x: npt.ArrayLike) -> F32:
     return add(total[:, 0], np.float32(0))
 
 
+def order(x: npt.ArrayLike) -> npt.NDArray[np.uint32]:
+    """Numbers in the order of the values, as VECTOR selects by them: NaN is the least, and -0 is less than +0."""
+    pattern = bits(x)
+    number = np.where(pattern & _SIGN, ~pattern, pattern | _SIGN)
+    return np.where((pattern & ~_SIGN) > _INFINITY, np.uint32(0), number)
+
+
 def absmax(x: npt.ArrayLike) -> F32:
     """The largest magnitude of each row of x: float32[rows, n], as an integer maximum over bit patterns.
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .choices import Internal
 from .config import ISA_VERSION, CoreConfig
 from .instructions import (
+    INDEX_ENTRIES,
     INSTRUCTION_BYTES,
     LOAD,
     MATRIX,
@@ -43,6 +45,7 @@ from .instructions import (
     resolve,
     selector,
 )
+from .selection import selection_fault
 from .weights import WeightError, inputs_per_step, words_per_tile
 
 #: First bytes of a program file.
@@ -216,7 +219,7 @@ def matrix_steps(i: Instruction) -> int:
 class Region:
     """Words of one on-chip memory that an instruction touches: ``count`` runs of ``words``, ``stride`` apart."""
 
-    memory: Memory
+    memory: Memory | Internal
     start: int
     words: int
     count: int = 1
@@ -241,6 +244,8 @@ def reads(config: CoreConfig, i: Instruction) -> list[Region]:
             )
             for o in range(i.outer if outer else 1)
         ]
+    if i.type is LOAD and i.gather:
+        return [Region(Internal.INDEX, i.gather_from, i.rows)]
     if i.type is not VECTOR:
         return []
     parameter = Memory.PARAMETER
@@ -293,6 +298,8 @@ def writes(config: CoreConfig, i: Instruction) -> list[Region]:
         regions.append(Region(Memory.PARAMETER, i.sum_to, i.tiles))
     if i.maximum:
         regions.append(Region(Memory.PARAMETER, i.max_to, i.tiles))
+    if i.select:
+        regions.append(Region(Internal.INDEX, i.select_to, i.select))
     return regions
 
 
@@ -304,15 +311,17 @@ def transfer_bytes(config: CoreConfig, i: Instruction) -> int:
     return config.vector_word_bytes if wide else config.rows
 
 
-def depth_of(config: CoreConfig, memory: Memory) -> int:
+def depth_of(config: CoreConfig, memory: Memory | Internal) -> int:
     """Words of an on-chip memory."""
-    return {
+    depths: dict[Memory | Internal, int] = {
         Memory.ACTIVATION: config.activation_words,
         Memory.WEIGHT: config.weight_words,
         Memory.VECTOR: config.vector_words,
         Memory.PARAMETER: config.parameter_words,
         Memory.TABLE: TABLE_SLOTS * TABLE_ENTRIES,
-    }[memory]
+        Internal.INDEX: INDEX_ENTRIES,
+    }
+    return depths[memory]
 
 
 def validate(config: CoreConfig, program: Program) -> None:
@@ -346,7 +355,8 @@ def validate(config: CoreConfig, program: Program) -> None:
 
 
 def _check_selectors(program: Program, n: int, i: Instruction) -> None:
-    """Operands are declared, no field wraps between their limits, and no depth of packed weights varies."""
+    """Operands are declared, no field wraps between their limits, no depth of packed weights varies, and there are
+    always enough columns to select from."""
     for field in i.type.variable:
         number = i.values[selector(field.name)]
         if not number:
@@ -365,12 +375,18 @@ def _check_selectors(program: Program, n: int, i: Instruction) -> None:
             )
     if i.type is MATRIX and i.depth_operand and is_packed(i):
         raise ProgramError(f"instruction {n} (MATRIX): depth has an operand, but packed weights have one depth")
+    if i.type is VECTOR and i.columns_operand:
+        fewest = i.columns + program.operands[i.columns_operand - 1].least
+        if fewest % (1 << 16) < i.select:
+            raise ProgramError(f"instruction {n} (VECTOR): it selects {i.select} columns, but may have only {fewest}")
 
 
 def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:
     """Bounds, alignment and combinations of one resolved instruction."""
     if i.type is MATRIX and is_packed(i):
         _check_packed(config, n, i)
+    if fault := selection_fault(config, i):
+        raise ProgramError(f"instruction {n} ({i.type.name}): {fault}")
     for region in reads(config, i) + writes(config, i):
         depth = depth_of(config, region.memory)
         if region.end > depth:

@@ -123,12 +123,13 @@ def _field_rows(type: InstructionType) -> list[tuple[object, ...]]:
 
 
 def _legal(field: Field) -> str:
+    legal = "any"
     if field.choices is not None:
         name = field.choices.__name__
-        return f"[{name}](#{name.lower()})" + (f"; 0 without `{field.feature}`" if field.feature else "")
-    if field.minimum and field.operand:
-        return f"from {field.minimum}; any with an operand"
-    return f"from {field.minimum}" if field.minimum else "any"
+        legal = f"[{name}](#{name.lower()})"
+    elif field.minimum:
+        legal = f"from {field.minimum}" + ("; any with an operand" if field.operand else "")
+    return legal + (f"; 0 without `{field.feature}`" if field.feature else "")
 
 
 def _enumerations() -> list[type[enum.IntEnum]]:
@@ -239,19 +240,20 @@ def registers_page() -> str:
                 "PARAMETER",
                 "tiles",
                 "packed",
+                "selection",
             ),
             (
                 (
                     *(f"`{c.name}`", f"`{c.crc:#010x}`", f"{c.rows} x {c.columns}", c.lanes, c.bus_bytes),
                     *(c.activation_words, c.weight_words, c.vector_words, c.parameter_words, c.accumulator_tiles),
-                    "yes" if c.packed else "no",
+                    *("yes" if feature else "no" for feature in (c.packed, c.selection)),
                 )
                 for c in PRESETS.values()
             ),
         ),
         "Memories are given in words: `rows` bytes in ACTIVATION and WEIGHT, `rows` fp32 values in VECTOR and "
         "PARAMETER. Tiles are those of the accumulator queue. `packed` cores take weights of fewer than 8 bits and "
-        "sparse ones; the others refuse such programs.",
+        "sparse ones; those with `selection` select columns and gather rows by them. The others refuse such programs.",
         "",
     ]
     return "\n".join(lines)

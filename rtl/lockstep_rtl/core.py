@@ -7,7 +7,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import BY_NAME, Memory, Unit
+from lockstep_isa.instructions import BY_NAME, INDEX_ENTRIES, Memory, Unit
 from lockstep_isa.registers import ADDRESS_BITS, CORE_COUNTERS, Status
 
 from .axi import Lite, ReadArbiter, ReadMaster, WriteMaster
@@ -16,6 +16,7 @@ from .control.registers import RegisterFile
 from .control.sequencer import Sequencer
 from .control.supervisor import Supervisor
 from .control.tokens import Tokens
+from .index_memory import IndexMemory
 from .matrix.unit import MatrixUnit
 from .scratchpad import Scratchpad, port_words
 from .transfer.load import LoadUnit
@@ -189,6 +190,10 @@ class Machine(wiring.Component):
             vector_unit.table_write.data.eq(load.table_data),
             self.flags.eq(vector_unit.flags),
         ]
+        if c.selection:
+            m.submodules.index = index = IndexMemory()
+            wiring.connect(m, vector_unit.index_write, index.write)
+            wiring.connect(m, load.index, index.read)
 
         # Bus.
         wiring.connect(m, load.bus, arbiter.load)
@@ -284,4 +289,10 @@ class Machine(wiring.Component):
                         getattr(self, f"address_{name}").eq(memory.bounds_address),
                     ]
                     m.d.comb += getattr(self, f"index_{name}").eq(accessing[unit])
+        if c.selection:
+            with m.If(vector_unit.select_beyond):
+                m.d.comb += [
+                    *(self.error_vector.eq(1), self.code_vector.eq(ErrorCode.LOCAL_BOUNDS)),
+                    *(self.address_vector.eq(INDEX_ENTRIES), self.index_vector.eq(accessing[Unit.VECTOR])),
+                ]
         return m

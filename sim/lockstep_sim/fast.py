@@ -57,6 +57,7 @@ _SHAPE_FIELDS = (
     "max_continue",
     "tiles",
     "columns",
+    "select",
 )
 _COLUMNS = _SHAPE_FIELDS.index("columns")
 _COLUMNS_MASK = (1 << VECTOR.layout["columns"][1].width) - 1

@@ -63,6 +63,7 @@ def instruction_header(config: CoreConfig) -> str:
         f"constexpr std::uint32_t kTableEntries = {isa.TABLE_ENTRIES};",
         f"constexpr std::uint32_t kTableSlots = {isa.TABLE_SLOTS};",
         f"constexpr std::uint32_t kTableEntryBytes = {isa.TABLE_ENTRY_BYTES};",
+        f"constexpr std::uint32_t kIndexEntries = {isa.INDEX_ENTRIES};",
         *map(_enumeration, enumerations),
         *_weight_formats(),
         "struct Word {",
@@ -120,9 +121,13 @@ def instruction_header(config: CoreConfig) -> str:
             for f in type.fields
             if f.choices is not None and len(f.choices) < 1 << f.width
         ]
-        if type is isa.MATRIX and not config.packed:
-            legal += [f"weights == Weights::{_camel(isa.Weights.INT8.name)}"]
-            legal += [f"sparsity == Sparsity::{_camel(isa.Sparsity.DENSE.name)}"]
+        legal += [
+            f"static_cast<std::uint32_t>({f.name}) == 0u"
+            for f in type.encoded
+            if f.feature is not None and not getattr(config, f.feature)
+        ]
+        if type is isa.VECTOR:
+            legal.append("(select == 0u || tiles == 1u)")
         if type is isa.STORE:
             legal.append(f"memory == Memory::{_camel(isa.Memory.VECTOR.name)}")
         lines.append("  // No stray bits, no count of zero, no undefined value: what the hardware checks at dispatch.")

@@ -1,6 +1,7 @@
 """What a built simulator depends on."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import preset
 from lockstep_rtl import generate
+from lockstep_rtl.core import Core
 
 #: Prints every module of ours that generating a core loads.
 LOADED = """
@@ -48,6 +50,17 @@ def test_a_core_is_the_same_text_every_time():
         for seed in ("1", "2")
     }
     assert len(texts) == 1
+
+
+def test_a_core_without_selection_has_nothing_of_it():
+    # Its clock was measured: what other cores gain must not show in its text.
+    def names(selection):
+        core = Core(preset("ulx3s").replace(selection=selection))
+        text = generate.component_verilog(core, generate.TOP)
+        return set(re.findall(r"gather|row_starts|selection|index_write|select_\w+", text))
+
+    assert {"gather", "row_starts", "selection", "index_write", "select_more_lanes"} <= names(True)
+    assert not names(False)
 
 
 @pytest.mark.parametrize(

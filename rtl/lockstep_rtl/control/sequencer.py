@@ -13,6 +13,7 @@ from lockstep_isa.instructions import (
     INSTRUCTION_BYTES,
     INSTRUCTION_TYPES,
     STORE,
+    VECTOR,
     InstructionType,
     Memory,
     selector,
@@ -42,9 +43,10 @@ class Sequencer(wiring.Component):
     error : Out(UnitError), index : Out(24) of the instruction at the head.
 
     A program whose descriptor names another configuration, an unknown opcode, a count of zero, a value that its
-    enumeration does not have, a STORE of another memory than VECTOR, fields of a feature that the core lacks and stray
-    bits are refused here, before any unit sees them. A descriptor is complete when all its instructions are. Fetches
-    never ask for more than the buffer holds, so that data for LOAD is never stuck behind them on the shared bus.
+    enumeration does not have, a STORE of another memory than VECTOR, a selection in several row tiles, fields of a
+    feature that the core lacks and stray bits are refused here, before any unit sees them. A descriptor is complete
+    when all its instructions are. Fetches never ask for more than the buffer holds, so that data for LOAD is never
+    stuck behind them on the shared bus.
 
     An instruction leaves two cycles behind its arrival at the head, one with n operands n + 2 cycles later. A program
     that has operands begins with the fetch of all of them, 256 bytes, that of its instructions right behind. Where a
@@ -151,9 +153,9 @@ class Sequencer(wiring.Component):
 
         for kind, t in enumerate(INSTRUCTION_TYPES):
             push = getattr(self, f"push_{t.name.lower()}")
-            resolved = {f.name: operands.sums[n][: f.width] for n, f in enumerate(t.variable)}
-            m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(operands.skip)]
             there = t.of(self.config)
+            resolved = {f.name: operands.sums[n][: f.width] for n, f in enumerate(there.variable)}
+            m.d.comb += [push.payload.index.eq(index), push.payload.skip.eq(operands.skip)]
             known_bits = sum((1 << f.width) - 1 << t.layout[f.name][0] for f in there.encoded)
             for f in (*HEADER, *there.fields):
                 m.d.comb += getattr(push.payload.instruction, f.name).eq(resolved.get(f.name, bits(t, f.name)))
@@ -169,6 +171,8 @@ class Sequencer(wiring.Component):
             ]
             if t is STORE:
                 wrong.append(bits(t, "memory") != Memory.VECTOR)
+            if t is VECTOR and self.config.selection:
+                wrong.append(bits(t, "select").any() & (bits(t, "tiles") != 1))
             m.d.sync += kinds[kind].eq(head[:4] == t.opcode)
             m.d.comb += push.valid.eq(dispatch & kinds[kind] & ~is_malformed)
             with m.If(kinds[kind] & push.ready):
@@ -177,9 +181,9 @@ class Sequencer(wiring.Component):
                 m.d.comb += [
                     known.eq(1),
                     malformed.eq(Cat((head & ~known_bits).any(), *wrong).any()),
-                    operands.counts.eq(Cat(f.minimum for f in t.variable)),
+                    operands.counts.eq(Cat(f.minimum for f in there.variable)),
                 ]
-                for n, f in enumerate(t.variable):
+                for n, f in enumerate(there.variable):
                     m.d.comb += [
                         operands.fields[n].eq(bits(t, f.name)),
                         operands.selectors[n].eq(bits(t, selector(f.name))),

@@ -41,10 +41,12 @@ class BurstSplitter(wiring.Component):
     block : In(stream of BLOCK), the next one is accepted once the one before is cut up.
     burst : Out(stream of BURST), two cycles behind the cut; one a cycle within a block, one idle cycle between blocks.
     window : In(Window). error : Out(UnitError), OUT_OF_WINDOW or MISALIGNED; the burst is then never shown.
+    gather : In(1), beside ``block``: each row begins where ``start`` : In(stream of byte addresses) says. It may be
+        late, and is taken in the cycle behind the row before. Only with ``gathers``.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
-        self.config = config
+    def __init__(self, config: CoreConfig, gathers: bool = False) -> None:
+        self.config, self.gathers = config, gathers
         super().__init__(
             {
                 "block": In(stream.Signature(BLOCK)),
@@ -52,6 +54,7 @@ class BurstSplitter(wiring.Component):
                 "window": In(Window()),
                 "error": Out(UnitError()),
             }
+            | ({"gather": In(1), "start": In(stream.Signature(ADDRESS_BITS))} if gathers else {})
         )
 
     def elaborate(self, platform: object) -> Module:
@@ -91,6 +94,18 @@ class BurstSplitter(wiring.Component):
                     address.eq(row_start + stride),
                     active.eq(rows != 1),
                 ]
+
+        if self.gathers:
+            # Behind what a stride gives: a row waits for its address, or takes it as the row before ends.
+            gathered, waits = Signal(), Signal()
+            row_ends = advance & (remaining == length) & (rows != 1) & gathered
+            with m.If(waits):
+                m.d.comb += advance.eq(0)
+            m.d.comb += self.start.ready.eq(waits | row_ends)
+            with m.If(self.start.ready):
+                m.d.sync += [address.eq(self.start.payload), waits.eq(~self.start.valid)]
+            with m.If(self.block.valid & self.block.ready):
+                m.d.sync += [gathered.eq(self.gather), waits.eq(self.gather)]
 
         # Cycle 1: it is compared with the window.
         end, inside = Signal(ADDRESS_BITS + 1), Signal()

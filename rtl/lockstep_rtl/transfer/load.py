@@ -10,12 +10,14 @@ from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
-from lockstep_isa.instructions import LOAD, TABLE_ENTRIES, TABLE_ENTRY_BYTES, TABLE_SLOTS, Memory
+from lockstep_isa.instructions import INDEX_ENTRIES, LOAD, TABLE_ENTRIES, TABLE_ENTRY_BYTES, TABLE_SLOTS, Memory
 
 from ..axi import ReadMaster
+from ..index_memory import IndexRead
 from ..interfaces import ADDRESS_BITS, instruction_stream
 from ..scratchpad import fill_stream
 from .bursts import BEAT_BITS, BurstSplitter, UnitError, Window
+from .gather import RowStarts
 
 #: Instructions whose data is under way at once, and bursts asked for and not complete.
 IN_FLIGHT = 4
@@ -61,6 +63,8 @@ class LoadUnit(wiring.Component):
     table_* : Out, ``enable``, ``address`` (9), ``data`` (72): always taken.
     bus : Out(ReadMaster). window : In(Window). halt : In(1), start no burst. error : Out(UnitError).
     outstanding : Out(1), bursts are under way.
+    index : Out(IndexRead), the list of the rows of a block that is gathered; on cores with selection. The first burst
+        of such a block is asked for four cycles later than of another.
 
     A row of words begins with a beat. Where a beat holds several words, its last one may hold words that are not the
     row's: they are not written.
@@ -88,11 +92,12 @@ class LoadUnit(wiring.Component):
                 "error": Out(UnitError()),
                 "outstanding": Out(1),
             }
+            | ({"index": Out(IndexRead())} if config.selection else {})
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.splitter = splitter = BurstSplitter(self.config)
+        m.submodules.splitter = splitter = BurstSplitter(self.config, gathers=self.config.selection)
         m.submodules.targets = targets = SyncFIFOBuffered(width=_TARGET.size, depth=IN_FLIGHT)
         wiring.connect(m, wiring.flipped(self.window), splitter.window)
 
@@ -115,6 +120,18 @@ class LoadUnit(wiring.Component):
             targets.w_en.eq(accept),
             targets.w_data.eq(Cat(i.memory, i.rows, i.words, i.local, i.local_stride)),
         ]
+        if self.config.selection:
+            m.submodules.row_starts = row_starts = RowStarts()
+            wiring.connect(m, row_starts.index, wiring.flipped(self.index))
+            wiring.connect(m, row_starts.start, splitter.start)
+            m.d.comb += [
+                splitter.gather.eq(i.gather),
+                row_starts.begin.eq(accept & i.gather),
+                row_starts.address.eq(i.address),
+                row_starts.stride.eq(i.stride),
+                row_starts.first.eq(i.gather_from),
+                row_starts.rows.eq(i.rows),
+            ]
         bursts = Signal(range(OUTSTANDING_BURSTS + 1))
         shown = Signal()  # an address once shown stays until taken, halt or not
         burst_ok = Signal()
@@ -251,6 +268,13 @@ class LoadUnit(wiring.Component):
             self.error.address.eq(splitter.error.address),
             self.error.oldest.eq(bus_error | beyond),
         ]
+        if self.config.selection:
+            # The newest instruction's, as what the splitter refuses.
+            with m.If(row_starts.beyond):
+                m.d.comb += [
+                    *(self.error.valid.eq(1), self.error.code.eq(ErrorCode.LOCAL_BOUNDS)),
+                    self.error.address.eq(INDEX_ENTRIES),
+                ]
         with m.If(beyond):
             m.d.comb += [self.error.code.eq(ErrorCode.LOCAL_BOUNDS), self.error.address.eq(pending_address)]
         with m.Elif(bus_error):

@@ -42,6 +42,12 @@ SUM_TURNAROUND = 8
 #: Sums enter the row sum here.
 SUM = MUL3
 
+#: Digits of a value, the upper ones first, by which a selection finds the least of the greatest values.
+SELECT_DIGITS, SELECT_DIGIT_BITS = 8, 4
+
+#: What a selection takes beyond its passes: the lanes' first register, the way of the last column to the index memory.
+SELECTION = 5
+
 #: Rows whose running maximum waits in front of the maxima, in units of their least pitch, bound this.
 CONTINUE_PROLOGUE = 4
 
@@ -139,14 +145,32 @@ def row_cycles(config: CoreConfig, i: Instruction, first: bool) -> int:
     return now
 
 
+def lane_levels(config: CoreConfig) -> int:
+    """Stages in which a selection finds the greatest value of a beat's lanes."""
+    return (config.lanes // config.columns_per_beat - 1).bit_length()
+
+
+def selection_cycles(config: CoreConfig, columns: int) -> int:
+    """Cycles from stage RESULT of the last beat of a pass that selects to ``done``.
+
+    The first digit is counted while columns come. Then one pass over all of them, two a cycle, for each further digit,
+    with a pause of a cycle behind it, and one, one a cycle, that writes the list.
+    """
+    searches = (SELECT_DIGITS - 1) * (-(-columns // 2) + 1)
+    return lane_levels(config) + searches + columns + SELECTION
+
+
 def tail_cycles(config: CoreConfig, i: Instruction) -> int:
-    """Cycles from the last beat's issue to ``done``: the pipeline, the last row sum or the last transposed group."""
+    """Cycles from the last beat's issue to ``done``: the pipeline, the last row sum, the last transposed group, or the
+    selection."""
     tail = DEPTH
     if i.sum:
         # To the tree, through it, through the adder into the assembled word, its write, and one to see that.
         tail = max(tail, SUM + SUM_TURNAROUND + tree_cycles(config, i.columns) + SUM_TURNAROUND + 1)
     if transposes(i):
         tail = max(tail, ROUNDED + config.rows // config.columns_per_beat + 3)
+    if i.select:
+        tail = max(tail, RESULT + selection_cycles(config, i.columns))
     return ISSUE + tail
 
 

@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 from lockstep_isa.instructions import VECTOR, Destination, Function, Mask, SecondAdd
 
 from ..generate import instantiate, lane_module
+from ..index_memory import IndexWrite
 from ..interfaces import AccumulatorPort, ReadPort, WritePort, instruction_stream
 from .delay import delayed
 from .function_table import ENTRY_BITS
@@ -14,6 +15,7 @@ from .issue import Issue
 from .lane import lane_mode, lane_signature
 from .reduce import SumControl
 from .result import ResultWriter
+from .selection import Selection
 from .timing import CONVERT, DEPTH, FUNCTION, RESULT, ROUNDED, SUM
 
 #: Rows whose maximum continues and that are in the pipeline at once: DEPTH over the least pitch of such rows.
@@ -30,6 +32,7 @@ class VectorUnit(wiring.Component):
         accumulators ----+     |     x1 .. x5         x6         8 bits      |
         VECTOR, PARAMETER      +--> valid, first, last, sub: one bit a stage,
                                     once for all lanes; row sums, maxima ----+--> PARAMETER
+                                                                  selection -+--> index memory
 
     With at most as many lanes as rows a beat is ``lanes`` rows of one column. With twice as many it is two columns
     side by side: lane n has row n mod rows of column n div rows. The two lanes of a row share its sum and its maximum.
@@ -44,6 +47,7 @@ class VectorUnit(wiring.Component):
         beat. vector_write_idle etc. : Out(1), the port is not enabled, from a register of its own.
     table_write : In: ``enable``, ``address`` In(9) = 128 * slot + entry, ``data`` In(72).
     flags : Out(2), pulses: bit 0 RECIP met a zero, bit 1 RECIP met an infinity or NaN.
+    index_write : Out(IndexWrite), ``select_beyond`` : Out(1), see Selection; on cores with selection.
 
     One beat of ``lanes`` values per cycle. The pipeline behind the issue stage never stalls and is DEPTH cycles deep;
     ``vector_cycles`` in timing.py gives the cycles of a pass. A row tile must not read what the same pass writes for
@@ -69,6 +73,7 @@ class VectorUnit(wiring.Component):
                 "table_write": In(wiring.Signature({"enable": Out(1), "address": Out(9), "data": Out(ENTRY_BITS)})),
                 "flags": Out(2),
             }
+            | ({"index_write": Out(IndexWrite()), "select_beyond": Out(1)} if config.selection else {})
         )
 
     def elaborate(self, platform):
@@ -214,12 +219,24 @@ class VectorUnit(wiring.Component):
             writer.sum.eq(Cat(lane.sum for lane in own)),
         ]
 
+        if config.selection:
+            m.submodules.selection = selection = Selection(config)
+            wiring.connect(m, selection.index, wiring.flipped(self.index_write))
+            m.d.comb += [
+                selection.fields.eq(fields),
+                selection.begin.eq(issue.begin),
+                selection.valid.eq(valid_at(RESULT)),
+                selection.last.eq(last[RESULT]),
+                selection.sub.eq(sub_at(RESULT)),
+                selection.result.eq(Cat(lane.result for lane in members)),
+                self.select_beyond.eq(selection.beyond),
+            ]
+
         # Out of a register, for the end of a pass goes on to the queue and to the tokens of all units. The last stage
         # is not looked at: what is there now is gone when the register is read, but for a group to be transposed.
         transposes = fields.destination.matches(Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED)
         settled = Signal()
-        m.d.sync += settled.eq(
-            ~valid[: DEPTH - 1].any() & ~(valid[DEPTH - 1] & transposes) & sum_control.idle & writer.idle
-        )
+        quiet = ~valid[: DEPTH - 1].any() & ~(valid[DEPTH - 1] & transposes) & sum_control.idle & writer.idle
+        m.d.sync += settled.eq(quiet & selection.idle if config.selection else quiet)
         m.d.comb += issue.drained.eq(settled & ~issue.beat[0])
         return m

@@ -69,7 +69,7 @@ void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const
                 isa::Load i(word);
                 if (!i.well_formed(word)) failure = malformed;
                 else if (!i.resolve(operands)) timing.add_nothing(i);
-                else failure = core.load(i), timing.add_load(i);
+                else failure = core.load(i), timing.add_load(i, core.index);
                 break;
             }
             case isa::Matrix::kOpcode: {

@@ -12,6 +12,7 @@
 #include "packed_weights.hpp"
 #include "products.hpp"
 #include "recording.hpp"
+#include "selection.hpp"
 
 namespace lockstep {
 
@@ -53,6 +54,7 @@ class FastCore {
     std::vector<uint8_t> memory;
     uint64_t window_base = 0, window_limit = 0;
     uint32_t flags = 0;
+    IndexMemory index;
     Recording recording;
 
     void reset() { tiles_.clear(); }
@@ -62,8 +64,9 @@ class FastCore {
                               : i.memory == Memory::kVector || i.memory == Memory::kParameter ? 4 * kRows
                                                                                               : kRows;
         const uint32_t depth = depth_of(i.memory);
+        if (!index.in_bounds(i)) return {ErrorCode::kLocalBounds, isa::kIndexEntries, isa::Unit::kLoad};
         for (uint32_t row = 0; row < i.rows; row++) {
-            const uint64_t at = uint32_t(i.address + row * i.stride), bytes = uint64_t(i.words) * word;
+            const uint64_t at = uint32_t(i.address + index.row(i, row) * i.stride), bytes = uint64_t(i.words) * word;
             if (Failure f = transfer(at, bytes, i.stride, isa::Unit::kLoad)) return f;
             const uint32_t local = uint16_t(i.local + row * i.local_stride);
             if (local + i.words > depth) return {ErrorCode::kLocalBounds, depth, isa::Unit::kLoad};
@@ -119,6 +122,7 @@ class FastCore {
         x_.resize(size_t(columns) * kRows + Arithmetic::kVector);
         before_.resize(x_.size());
         rounded_.resize(x_.size());
+        if (!index.in_bounds(i)) return {ErrorCode::kLocalBounds, isa::kIndexEntries, isa::Unit::kVector};
         for (uint32_t tile = 0; tile < i.tiles; tile++) {
             if (!in_bounds(i, tile, words)) return {ErrorCode::kLocalBounds, 0, isa::Unit::kVector};
             pass(i, tile);
@@ -287,7 +291,9 @@ class FastCore {
         if (i.mul3 == ThirdMultiply::kY) Pass::multiply_elements(columns, y, x);
         if (i.maximum == Maximum::kAbsolute) Pass::absolute_maximum(columns, x, peak);
 
-        write(i, tile, third && i.tap == Tap::kBefore ? before_.data() : x);
+        const float* result = third && i.tap == Tap::kBefore ? before_.data() : x;
+        write(i, tile, result);
+        if (i.select) index.select(i, result);
         if (i.sum) std::memcpy(&parameter_[size_t(uint16_t(i.sum_to + tile)) * kRows], sums_, sizeof sums_);
         if (i.maximum != Maximum::kNone)
             std::memcpy(&parameter_[size_t(uint16_t(i.max_to + tile)) * kRows], peak, sizeof peak);

@@ -28,6 +28,7 @@ struct Latencies {
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kPackedStart = 3;     // what the first step of packed weights comes later than of others
     static constexpr Time kLoadLatency = 1;     // last beat to done
+    static constexpr Time kGatherStart = 4;     // what the first burst of a LOAD that gathers is later than of others
     static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;
     static constexpr size_t kStoresInFlight = 8, kWaitingStores = 4, kOutstandingStores = 16;
     static constexpr Time kBufferedBeats = 2 * 4 * isa::kRows / isa::kBusBytes;  // two words on the way to the bus

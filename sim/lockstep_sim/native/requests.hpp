@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <utility>
+#include <vector>
 
 #include "bus.hpp"
 #include "instructions.hpp"  // generated
@@ -15,9 +17,12 @@ class Requests : Latencies {
   public:
     using Latencies::Time;
 
-    // A block of `rows` rows of `beats` beats, accepted at `start`.
-    void begin(Time start, uint32_t address, uint32_t stride, uint32_t rows, uint32_t beats) {
-        address_ = address, stride_ = stride, rows_ = rows, beats_ = beats;
+    // A block of `rows` rows of `beats` beats, accepted at `start`; `gathered` names them, where they do not lie one
+    // behind the other.
+    void begin(Time start, uint32_t address, uint32_t stride, uint32_t rows, uint32_t beats,
+               std::vector<uint32_t> gathered = {}) {
+        address_ = address, stride_ = stride, rows_ = rows, row_ = 0, beats_ = beats;
+        gathered_ = std::move(gathered);
         last_cut_ = start - 1;
         begin_row();
     }
@@ -33,7 +38,7 @@ class Requests : Latencies {
             last_cut_ = std::max(last_cut_ + 1, number > 1 ? times_[number % 2] : 0);
             const uint32_t length = std::min(left_, kBurstBeats - beat_ % kBurstBeats);
             beat_ += length, left_ -= length;
-            if (!left_) rows_--, address_ += stride_, begin_row();
+            if (!left_) rows_--, row_++, begin_row();
             cut_.push_back({last_cut_, length, all_cut()});
         }
     }
@@ -60,9 +65,13 @@ class Requests : Latencies {
         bool last;
     };
 
-    void begin_row() { beat_ = address_ / isa::kBusBytes, left_ = beats_; }
+    void begin_row() {
+        const uint32_t number = row_ < gathered_.size() ? gathered_[row_] : row_;
+        beat_ = (address_ + number * stride_) / isa::kBusBytes, left_ = beats_;
+    }
 
-    uint32_t address_ = 0, stride_ = 0, rows_ = 0, beats_ = 0, beat_ = 0, left_ = 0;
+    std::vector<uint32_t> gathered_;
+    uint32_t address_ = 0, stride_ = 0, rows_ = 0, row_ = 0, beats_ = 0, beat_ = 0, left_ = 0;
     std::deque<Cut> cut_;
     Time last_cut_ = 0, times_[2] = {};  // of the last two that were asked for
     size_t asked_ = 0;

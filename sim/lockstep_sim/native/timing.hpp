@@ -18,6 +18,7 @@
 #include "packed_weights.hpp"
 #include "prediction.hpp"
 #include "requests.hpp"
+#include "selection.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
@@ -37,7 +38,7 @@ class TimingModel : Latencies {
         add(i).idle = true;
     }
 
-    void add_load(const isa::Load& i) {
+    void add_load(const isa::Load& i, const IndexMemory& index) {
         const uint32_t word = i.memory == isa::Memory::kTable ? isa::kTableEntryBytes
                               : i.memory == isa::Memory::kVector || i.memory == isa::Memory::kParameter ? 4 * isa::kRows
                                                                                                         : isa::kRows;
@@ -46,6 +47,7 @@ class TimingModel : Latencies {
         // Of a beat of table entries one is written in a cycle.
         if (i.memory == isa::Memory::kTable && word < isa::kBusBytes) item.writes = i.words - item.beats;
         result_.read_beats += uint64_t(item.rows) * item.beats;
+        if (i.gather) item.prologue = kGatherStart, item.gathered = gathered_.size(), index.append_rows(i, gathered_);
     }
     void add_store(const isa::Store& i) {
         Item& item = add(i);
@@ -108,7 +110,8 @@ class TimingModel : Latencies {
         uint32_t wait, signal, selectors;
         bool idle = false;
         uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, steps = 0, tiles = 0, columns = 0;
-        Time prologue = 0;  // of MATRIX, in front of its first tile
+        Time prologue = 0;  // of MATRIX, in front of its first tile; of LOAD, in front of its first burst
+        size_t gathered = SIZE_MAX;  // of a LOAD that gathers: where its rows' numbers are
         uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
         VectorShape shape{};
         Time dispatched = 0, accepted = -1, start = -1, end = -1;
@@ -283,7 +286,9 @@ class TimingModel : Latencies {
         if (item.idle) return finish_idle(item), true;
         if (begun >= kLoadsInFlight)
             item.accepted = item.start = std::max(item.start, items_[lane.queue[begun - kLoadsInFlight]].end);
-        loads_.begin(item.start, item.address, item.stride, item.rows, item.beats);
+        std::vector<uint32_t> rows;
+        if (item.gathered != SIZE_MAX) rows.assign(&gathered_[item.gathered], &gathered_[item.gathered] + item.rows);
+        loads_.begin(item.start + item.prologue, item.address, item.stride, item.rows, item.beats, std::move(rows));
         return true;
     }
 
@@ -470,6 +475,7 @@ class TimingModel : Latencies {
     std::vector<Item> items_;
     size_t dispatched_ = 0, done_ = 0;
     Time now_ = 0;  // of the last dispatch
+    std::vector<uint32_t> gathered_;  // rows of device memory, of all LOADs that gather
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     Requests loads_, stores_;

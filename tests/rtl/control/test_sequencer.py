@@ -31,8 +31,8 @@ from rtl.harness import parameters, run_cocotb, stalls
 RING, SLOTS, VALUES, PROGRAMS, SIZE = 0x400, 4, 0x800, 0x1000, 1 << 15
 
 
-def config_of(rows, bus_bytes, packed=True):
-    return small(rows=rows, columns=rows, lanes=rows, bus_bytes=bus_bytes, packed=packed)
+def config_of(rows, bus_bytes, features=True):
+    return small(rows=rows, columns=rows, lanes=rows, bus_bytes=bus_bytes, packed=features, selection=features)
 
 
 def instructions(count, seed=0):
@@ -61,7 +61,7 @@ def with_operands(count, seed=0):
     result = []
     for type in (rand.choice(INSTRUCTION_TYPES) for _ in range(count)):
         values = {"memory": Memory.VECTOR} if type in (LOAD, STORE) else {}
-        for field in type.variable:
+        for field in type.of(config_of(**parameters())).variable:
             if rand.random() < 0.6:
                 values[field.name] = rand.choice((0, 1, rand.randrange(1 << field.width), (1 << field.width) - 1))
                 values[selector(field.name)] = rand.randrange(1, OPERANDS)
@@ -402,6 +402,25 @@ async def packed_weights_are_refused_where_the_core_takes_none(dut):
 
 
 @cocotb.test()
+async def selections_are_of_one_row_tile_and_refused_without_an_index_memory(dut):
+    some = {"select_lane": 63, "select_lane_operand": 1}
+    fields = [{"select": k, "select_to": k, "select_first": 255, "select_last": 3, **some} for k in (1, 1 << 15)]
+    good = [Instruction(VECTOR, **f) for f in fields] + [Instruction(LOAD, gather=1, gather_from=0xFFFF)]
+    several = [Instruction(VECTOR, tiles=t, select=k) for t in (2, 1 << 8, 0xFFFF) for k in (1, 1 << 15)]
+    if config_of(**parameters()).selection:
+        world = await World.start(dut)
+        program = [encode(i) for i in good]
+        world.submit(program, 1)
+        await world.fence(1)
+        world.check(program)
+        refuses = several
+    else:
+        refuses = good + several + [Instruction(VECTOR, select_lane_operand=1), Instruction(LOAD, gather_from=1)]
+    for instruction in refuses:
+        await refused(dut, encode(instruction), ErrorCode.BAD_FIELD)
+
+
+@cocotb.test()
 async def fetches_outside_the_window_are_refused(dut):
     limit = PROGRAMS + 3 * max(INSTRUCTION_BYTES, parameters()["bus_bytes"])
     world = await World.start(dut, limit=limit)
@@ -447,9 +466,9 @@ async def halt_lets_the_bus_run_dry(dut):
 
 
 @pytest.mark.parametrize(
-    ("rows", "bus_bytes", "packed"), [(4, 4, True), (16, 16, True), (64, 64, False), (64, 128, True), (8, 8, False)]
+    ("rows", "bus_bytes", "features"), [(4, 4, True), (16, 16, True), (64, 64, False), (64, 128, True), (8, 8, False)]
 )
-def test_sequencer_dispatches_programs_and_refuses_what_is_malformed(rows, bus_bytes, packed):
-    given = {"rows": rows, "bus_bytes": bus_bytes, "packed": packed}
+def test_sequencer_dispatches_programs_and_refuses_what_is_malformed(rows, bus_bytes, features):
+    given = {"rows": rows, "bus_bytes": bus_bytes, "features": features}
     verilog = component_verilog(Sequencer(config_of(**given)), "top")
     run_cocotb(verilog, __name__, f"sequencer_{bus_bytes}", given)

@@ -5,15 +5,30 @@ import numpy as np
 import pytest
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.executor import GoldenCore
-from lockstep_isa.instructions import LOAD, Instruction, Memory
+from lockstep_isa.instructions import INDEX_ENTRIES, LOAD, Instruction, Memory
 from lockstep_rtl.generate import component_verilog
 from lockstep_rtl.scratchpad import fill_stream
 from lockstep_rtl.transfer.load import LoadUnit
-from rtl.axi_models import Probe, ReadMemory, Sink, Source, bench, lanes, never, random_stalls, shape, small, word_of
+from rtl.axi_models import (
+    Probe,
+    ReadMemory,
+    ReadServer,
+    Sink,
+    Source,
+    bench,
+    lanes,
+    never,
+    random_stalls,
+    shape,
+    small,
+    word_of,
+)
 from rtl.harness import assert_equal, parameters, run_cocotb, stalls
 
 CONFIG = small(**parameters())
 BUS, ROWS, WORDS = CONFIG.bus_bytes, CONFIG.rows, CONFIG.operand_words_per_beat
+#: What stands in the index memory: neither in order nor each number once, and some up to the greatest one.
+INDEX = np.random.default_rng(3).integers(0, np.repeat([20, INDEX_ENTRIES], [600, INDEX_ENTRIES - 600]))
 #: Addresses are written for a bus of 4 bytes; ``at`` is the same beat of this one.
 SIZE = (1 << 14) * BUS
 
@@ -74,6 +89,8 @@ class World:
         self.source = self.bench.add(Source(dut, "instruction", [word_of(i) for i in instructions], gap))
         self.sinks = {m: self.bench.add(Sink(dut, name, fill_gap)) for m, (name, _) in FILLS.items()}
         self.table = self.bench.add(TableWriter(dut))
+        if CONFIG.selection:
+            self.index = self.bench.add(ReadServer(dut, "index", INDEX.tolist()))
         self.probe = self.bench.add(Probe(dut, *PROBED))
         return self
 
@@ -97,6 +114,7 @@ class World:
     def compare(self, instructions):
         """Every word that was written, in order: address and content."""
         golden = GoldenCore(CONFIG, self.memory)
+        golden.index[:] = INDEX
         for i in instructions:
             golden.execute(i)
         for memory, (name, dtype) in FILLS.items():
@@ -160,6 +178,35 @@ LOADS = [
     ),
     Instruction(LOAD, memory=Memory.ACTIVATION, rows=1, words=1, address=at(0xFFFC), local=0),
 ]
+if CONFIG.selection:
+    #: Words of rows that begin before and behind the row before, cross a burst's border, share a beat, are one beat.
+    LOADS += [
+        Instruction(LOAD, gather=1, **fields)
+        for fields in (
+            {"rows": 9, "words": 5, "address": at(0x1004), "stride": at(0x2C), "local": 2, "local_stride": 6},
+            {"rows": 1, "words": 40, "address": at(0x2000), "stride": at(0x100), "gather_from": 7},
+            {
+                "memory": Memory.VECTOR,
+                "rows": 6,
+                "words": 8,
+                "address": at(0x7E0),
+                "stride": at(0x80),
+                "local_stride": 9,
+                "gather_from": 300,
+            },
+            {
+                "memory": Memory.WEIGHT,
+                "rows": 16,
+                "words": 1,
+                "address": at(0x600),
+                "stride": at(4),
+                "local_stride": 1,
+                "gather_from": INDEX_ENTRIES - 16,
+            },
+            {"memory": Memory.PARAMETER, "rows": 2, "words": 1, "address": at(0xC000), "local_stride": 1},
+        )
+    ]
+    LOADS += LOADS[:2]
 
 
 @cocotb.test()
@@ -198,6 +245,36 @@ async def one_beat_a_cycle_over_rows_and_instructions(dut):
     assert_equal(np.diff(world.bus.beats), np.ones(sum(map(beats, loads)) - 1, int), "cycles between beat ")
 
 
+@cocotb.test(skip=not CONFIG.selection)
+async def gathered_rows_come_as_fast_as_others(dut):
+    """Their first beat is 4 cycles later. Rows of two beats and more then come without a pause."""
+    word_beats = max(1, ROWS // BUS)
+    blocks = [
+        {
+            "rows": 16,
+            "words": 2 * WORDS,
+            "address": at(0x1000),
+            "stride": at(8 * word_beats),
+            "local_stride": 2 * WORDS,
+        },
+        {"rows": 4, "words": 8 * WORDS, "address": at(0x1010), "stride": at(0x80), "local_stride": 8 * WORDS},
+    ]
+    for block in blocks:
+        beats_at = []
+        for gather in (0, 1):
+            load = Instruction(LOAD, gather=gather, **block)
+            world = await World.start(dut, [load], device_memory(), latency=3)
+            await world.finish(1)
+            world.compare([load])
+            beats_at.append(np.array(world.bus.beats))
+        assert_equal(beats_at[1] - beats_at[0], np.full(beats(load), 4), "cycles by which beats are late, of beat ")
+    # Behind another instruction the list is read while that one's beats come.
+    loads = [LOADS[0], *(Instruction(LOAD, gather=1, **block) for block in blocks)]
+    world = await World.start(dut, loads, device_memory(), latency=3)
+    await world.finish(len(loads))
+    assert_equal(np.diff(world.bus.beats), np.ones(sum(map(beats, loads)) - 1, int), "cycles between beat ")
+
+
 @cocotb.test()
 async def done_comes_with_the_last_write(dut):
     load = Instruction(LOAD, memory=Memory.VECTOR, words=4, address=at(0x100))
@@ -224,6 +301,24 @@ async def transfers_outside_the_window_or_misaligned_are_refused(dut):
     assert not int(dut.error_oldest.value), "the newest instruction is to blame"
     await fails(dut, [outside.replace(address=at(0x1000) + 2)])
     assert int(dut.error_code.value) == ErrorCode.MISALIGNED
+
+
+@cocotb.test(skip=not CONFIG.selection)
+async def gathered_rows_outside_the_window_and_entries_that_are_not_there_are_refused(dut):
+    stride = at(0x100)
+    gather = Instruction(LOAD, gather=1, gather_from=590, rows=40, words=WORDS, stride=stride)
+    rows = [int(number) * stride for number in INDEX[590:630]]
+    limit = at(0x3000)
+    await fails(dut, [LOADS[0], gather], limit=limit)
+    outside = next(address for address in rows if address >= limit)
+    assert (int(dut.error_code.value), int(dut.error_address.value)) == (ErrorCode.OUT_OF_WINDOW, outside)
+    assert not int(dut.error_oldest.value), "the newest instruction is to blame"
+    await fails(dut, [gather.replace(address=at(0x1000) + 2)])
+    assert int(dut.error_code.value) == ErrorCode.MISALIGNED
+    for first in (INDEX_ENTRIES - 39, 0xFFFF):
+        await fails(dut, [LOADS[0], gather.replace(gather_from=first, stride=at(4))])
+        found = [int(getattr(dut, f"error_{n}").value) for n in ("code", "address", "oldest")]
+        assert found == [ErrorCode.LOCAL_BOUNDS, INDEX_ENTRIES, 0]
 
 
 @cocotb.test()
@@ -291,8 +386,10 @@ async def an_address_once_shown_stays_through_halt(dut):
 
 
 @pytest.mark.parametrize(
-    ("rows", "bus_bytes"), [(4, 4), (4, 8), (16, 32), pytest.param(64, 128, marks=pytest.mark.slow)]
+    ("rows", "bus_bytes", "selection"),
+    [(4, 4, True), (4, 4, False), (4, 8, True), (16, 32, True), pytest.param(64, 128, True, marks=pytest.mark.slow)],
 )
-def test_load_fills_every_memory_like_golden(rows, bus_bytes):
-    given = shape(rows, bus_bytes)
-    run_cocotb(component_verilog(LoadUnit(small(**given)), "top"), __name__, f"load_{rows}_{bus_bytes}", given)
+def test_load_fills_every_memory_like_golden(rows, bus_bytes, selection):
+    given = shape(rows, bus_bytes) | {"selection": selection}
+    name = f"load_{rows}_{bus_bytes}_{selection:d}"
+    run_cocotb(component_verilog(LoadUnit(small(**given)), "top"), __name__, name, given)

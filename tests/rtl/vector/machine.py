@@ -14,8 +14,8 @@ from rtl.harness import assert_equal
 from rtl.vector.floats import nasty_words
 
 
-def config_of(rows, lanes):
-    return CoreConfig("test", rows, rows, lanes, 4, 256, 256, 1024, 512)
+def config_of(rows, lanes, selection=False):
+    return CoreConfig("test", rows, rows, lanes, 4, 256, 256, 1024, 512, selection=selection)
 
 
 class Machine:
@@ -38,6 +38,8 @@ class Machine:
             "activation": self.golden.activation.view(np.uint8).copy(),
             "weight": self.golden.weight.view(np.uint8).copy(),
         }
+        if config.selection:
+            self.memories["index"] = self.golden.index.copy()
         self.tiles = deque()
         self.cycle = 0
         self.flags = 0
@@ -76,6 +78,8 @@ class Machine:
                 lanes = [lane for lane in range(self.config.rows) if mask >> lane & 1]
                 for n, word in enumerate(raw.reshape(side, -1)[: enable.bit_length()]):
                     self.memories[name][address + n, lanes] = word[lanes]
+        if self.config.selection and int(dut.index_write__enable.value):
+            self.memories["index"][int(dut.index_write__address.value)] = int(dut.index_write__data.value)
         self.flags |= int(dut.flags.value)
         self.stalled += int(dut.stalled.value)
         if int(dut.done.value):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from cocotb.triggers import RisingEdge
 from lockstep_isa.instructions import (
+    INDEX_ENTRIES,
     VECTOR,
     Destination,
     FirstAdd,
@@ -22,7 +23,9 @@ from lockstep_isa.instructions import (
 from lockstep_isa.tables import FUNCTIONS
 from lockstep_rtl.vector.timing import vector_cycles
 from lockstep_rtl.vector.unit import VectorUnit
+from rtl.axi_models import word_of
 from rtl.harness import parameters, run_cocotb, stalls, start
+from rtl.vector.floats import nasty_words
 from rtl.vector.machine import Machine, config_of
 
 TABLES = {
@@ -48,7 +51,7 @@ async def machine_of(dut, seed, probability=0.0):
     dut.table_write__enable.value = 0
     await start(dut)
     await RisingEdge(dut.clk)
-    return Machine(dut, config_of(given["rows"], given["lanes"]), seed, stalls(probability, seed))
+    return Machine(dut, config_of(given["rows"], given["lanes"], given["selection"]), seed, stalls(probability, seed))
 
 
 def float_bits(value):
@@ -74,6 +77,9 @@ def random_pass(random, config, function=None):
         columns = min(columns, 66)
     function = choose(Function, 0.2) if function is None else function
     maximum = choose(Maximum, 0.5)
+    selection = {}
+    if config.selection and random.random() < 0.3:
+        tiles, selection = 1, random_selection(random, rows, columns)
     to_stride = columns + upto(3)
     if destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED):
         to_stride = -(-columns // rows) * rows + upto(3)
@@ -113,7 +119,22 @@ def random_pass(random, config, function=None):
         mask=choose(Mask, 0.3),
         first_row=int(random.integers(-columns - 20, columns + 20)) % (1 << 20),
         window=int(random.choice([0, 0, 1, 2, rows, columns, 65535])),
+        **selection,
     )
+
+
+def random_selection(random, rows, columns):
+    """Fields of a selection among ``columns`` columns."""
+    select = int(random.choice([1, columns, random.integers(1, columns + 1)]))
+    lane, first = int(random.integers(0, rows)), int(random.choice([0, random.integers(0, select + 1)]))
+    return {
+        "select": select,
+        "select_to": int(random.integers(0, INDEX_ENTRIES - select + 1)),
+        "select_lane": lane,
+        "select_more_lanes": int(random.integers(0, rows - lane)),
+        "select_first": first,
+        "select_last": int(random.choice([0, random.integers(0, select - first + 1)])),
+    }
 
 
 async def prepare(machine, instruction):
@@ -258,6 +279,43 @@ async def reciprocals_of_bad_rows_raise_their_flags(dut):
         assert machine.flags == flags, f"1 / {value:#x} raises {machine.flags}, expected {flags}"
 
 
+@cocotb.test(skip=not parameters().get("selection"))
+async def a_selection_of_any_size_has_the_least_cycles_of_its_columns(dut):
+    """Few values, so that most are equal; a value that only one lane has; as many columns as there may be."""
+    machine = await machine_of(dut, 8, probability=0.3)
+    words = machine.golden.vector.view(np.uint32)
+    for columns in (1, 2, 3, 7, 64, 65, INDEX_ENTRIES):
+        for equal in (0xFFFFFFFF, 0xC0000003, 0xFF800000, 0):
+            words[:] = machine.memories["vector"] = nasty_words(machine.random, words.size).reshape(words.shape) & equal
+            fields = random_selection(machine.random, machine.config.rows, columns)
+            if columns == INDEX_ENTRIES:
+                fields |= {"select": fields["select"] % 300, "select_to": INDEX_ENTRIES - 300}
+                fields |= {"select_first": 0, "select_last": 0}
+            select = Instruction(VECTOR, source=Source.VECTOR, columns=columns, **fields)
+            cycles = await check(machine, select)
+            lanes, beat = machine.config.lanes, machine.config.rows // machine.config.lanes
+            beats = -(-columns // machine.config.columns_per_beat) * max(1, beat)
+            levels = (min(lanes, machine.config.rows) - 1).bit_length()
+            if fields["select"]:
+                assert cycles == 2 + beats + 1 + 57 + levels + 7 * (-(-columns // 2) + 1) + columns + 5
+
+
+@cocotb.test(skip=not parameters().get("selection"))
+async def lists_beyond_the_index_memory_are_told(dut):
+    machine = await machine_of(dut, 9)
+    inside = {"columns": 8, "select": 8, "select_to": INDEX_ENTRIES - 8}
+    for fields, beyond in ((inside, 0), (inside | {"select_to": INDEX_ENTRIES - 7}, 1), ({"columns": 1025}, 1)):
+        select = Instruction(VECTOR, source=Source.ACCUMULATOR, **{"select": 1, **fields})
+        machine.push_tiles(-(-select.columns // machine.config.columns))
+        dut.instruction__payload.value, dut.instruction__valid.value = word_of(select), 1
+        told = 0
+        machine.done_at = None
+        while machine.done_at is None:
+            await machine.step()
+            told += int(dut.select_beyond.value)
+        assert told == beyond, f"{fields}"
+
+
 SHAPES = [
     (4, 4, 120),
     (4, 2, 100),
@@ -271,5 +329,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("rows", "lanes", "passes"), SHAPES)
 def test_vector_unit_equals_golden(rows, lanes, passes):
-    given = {"rows": rows, "lanes": lanes, "passes": passes}
-    run_cocotb(lambda: VectorUnit(config_of(rows, lanes)), __name__, f"vector_unit_{rows}x{lanes}", given)
+    # The greatest shapes without, as their tests take longest.
+    selection = rows <= 4
+    given = {"rows": rows, "lanes": lanes, "passes": passes, "selection": selection}
+    run_cocotb(lambda: VectorUnit(config_of(rows, lanes, selection)), __name__, f"vector_unit_{rows}x{lanes}", given)
