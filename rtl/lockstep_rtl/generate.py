@@ -170,11 +170,15 @@ def core_verilog(config: CoreConfig) -> str:
 
     Raises :class:`lockstep_isa.config.ConfigurationError` for a configuration that the RTL does not build.
     """
-    from .core import Core
+    return _finished(_core_text(config))
 
-    require_buildable(config)
-    text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
-    return gate(_optimise(text)) + "".join(map(_library_module, WRITTEN))
+
+def simulated_verilog(config: CoreConfig) -> str:
+    """The same for a simulator in which memories begin as zeros.
+
+    Made :func:`without_zeros`: Yosys takes most of its time for them. Raises what :func:`core_verilog` raises.
+    """
+    return _finished(without_zeros(_core_text(config)))
 
 
 def without_zeros(text: str) -> str:
@@ -182,17 +186,16 @@ def without_zeros(text: str) -> str:
     return _ZEROS.sub("", text)
 
 
-def simulated_verilog(config: CoreConfig) -> str:
-    """Verilog of the whole core for a simulator in which memories begin as zeros.
-
-    Made as that of :func:`core_verilog` is, but :func:`without_zeros`: Yosys takes most of its time for them. Raises
-    what that one raises.
-    """
+def _core_text(config: CoreConfig) -> str:
+    """The core and its lane as Amaranth writes them."""
     from .core import Core
 
     require_buildable(config)
-    text = _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
-    return gate(_optimise(without_zeros(text))) + "".join(map(_library_module, WRITTEN))
+    return _convert(Core(config), TOP) + _library_module(lane_module(config.subwords))
+
+
+def _finished(text: str) -> str:
+    return gate(_optimise(text)) + "".join(map(_library_module, WRITTEN))
 
 
 def core_identity(config: CoreConfig) -> str:
