@@ -128,7 +128,7 @@ def key_importance(
         of = head // (heads // kv_heads)
         q8, sq = quantise_rows(q[:, head * d : (head + 1) * d])
         c = mul(sq, score_factor(scale, d))
-        z = mul(mul(int_to_float(matmul_int(q8, k8[:, of * d : (of + 1) * d].T)), sk[:, of]), c[:, None])
+        z = scores(q8, c, k8[:, of * d : (of + 1) * d], sk[:, of])
         m, n = exp2_parts(clamp_score(z))
         peak = np.where(seen, n, np.int32(MASKED_EXPONENT)).max(axis=1, initial=MASKED_EXPONENT)
         e = np.where(seen, scale2(m, n - peak[:, None]), np.float32(0))
@@ -155,6 +155,14 @@ def attention(
     check_tile(tile, len(k8))
     seen = np.ones((len(q), len(k8)), np.bool_) if mask is None else mask
     return _stream(q, k8, sk, v8, sv, seen, None, score_factor(scale, q.shape[1]), tile)
+
+
+def scores(q8: I8, c: F32, k8: I8, sk: F32) -> F32:
+    """Scores as exponents of two, float32[M, n], of q8: int8[M, d] and k8: int8[n, d] with scales sk: float32[n].
+
+    c : float32[M], the scales of the queries times :func:`score_factor`.
+    """
+    return mul(mul(int_to_float(matmul_int(q8, k8.T)), sk), c[:, None])
 
 
 def score_factor(scale: float | None, d: int) -> np.float32:
@@ -188,7 +196,7 @@ def _stream(
         at = slice(start, start + tile)
         r = np.flatnonzero(seen[:, at].any(axis=1))
         shown = seen[r, at]
-        z = mul(mul(int_to_float(matmul_int(q8[r], k8[at].T)), sk[at]), c[r, None])
+        z = scores(q8[r], c[r], k8[at], sk[at])
         m, n = exp2_parts(clamp_score(z if bias is None else add(z, bias[r, at])))
         n = np.where(shown, n, np.int32(MASKED_EXPONENT))
 

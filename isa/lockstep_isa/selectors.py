@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lockstep_isa.attention import Visible, attention_cached, check_tile, score_factor
-from lockstep_isa.numerics import F32, add, clamp_score, exp2_parts, int_to_float, mul, recip, rowsum, scale2
+from lockstep_isa.attention import Visible, attention_cached, check_tile, score_factor, scores
+from lockstep_isa.numerics import F32, add, clamp_score, exp2_parts, mul, recip, rowsum, scale2
 from lockstep_isa.quantisation import I8, matmul_int, quantise_rows
 
 #: Channels of a key that share a multiplier of its sketch, as in packed weights.
@@ -42,9 +42,9 @@ class Looked:
     seen: Visible
     factor: np.float32
 
-    def scores(self, q: npt.NDArray[np.integer], k: npt.NDArray[np.integer]) -> F32:
+    def scores(self, q: I8, k: I8) -> F32:
         """Exponents of two from other integers of the same scales: float32[M, n], -inf where a key is not seen."""
-        z = mul(mul(int_to_float(matmul_int(q, k.T)), self.sk), mul(self.sq, self.factor)[:, None])
+        z = scores(q, mul(self.sq, self.factor), k, self.sk)
         return np.where(self.seen, clamp_score(z), np.float32(-np.inf))
 
 
