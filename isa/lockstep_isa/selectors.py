@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lockstep_isa.attention import Visible, attention_cached, check_tile, score_factor, scores
-from lockstep_isa.numerics import F32, add, clamp_score, exp2_parts, mul, recip, rowsum, scale2
+from lockstep_isa.numerics import F32, add, clamp_score, exp2_parts, mul, recip, relu, rowsum, scale2
 from lockstep_isa.quantisation import I8, matmul_int, quantise_rows
+from lockstep_isa.sketch import POOL, sketch_rows
 
-#: Channels of a key that share a multiplier of its sketch, as in packed weights.
-SKETCH_GROUP = 32
+#: What blocks' scores are raised by; see :class:`Blocks`.
+LIFT = np.float32(512)
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,27 @@ class Looked:
 class Selector(Protocol):
     """Chooses keys.
 
-    ``select`` returns bool[M, n], a part of ``seen`` with at least one key in each row that sees any.
+    ``select`` gets the query heads that share keys, one or more, and returns bool[M, n] for each: a part of ``seen``
+    with at least one key in each row that sees any.
     """
 
-    def select(self, looked: Looked) -> Visible: ...
+    def select(self, heads: Sequence[Looked], /) -> list[Visible]: ...
 
 
-def sketch(values: I8, bits: int, group: int = SKETCH_GROUP) -> I8:
+class ForEachHead:
+    """Query heads that share keys choose each for themselves."""
+
+    def select(self, heads: Sequence[Looked], /) -> list[Visible]:
+        return [self.choose(looked) for looked in heads]
+
+    def choose(self, looked: Looked) -> Visible:
+        """What one head keeps."""
+        raise NotImplementedError
+
+
+def coarse(values: I8, bits: int, group: int) -> I8:
     """The same in fewer levels: those of a group along the last axis are multiples of an integer, at most
-    ``2^bits - 1`` of them, inside +-127. With 4 bits that is what packed int4 weights are to the array.
+    ``2^bits - 1`` of them, inside +-127.
     """
     most = (1 << bits - 1) - 1
     rows, depth = values.shape
@@ -82,62 +95,76 @@ def greatest(values: F32, count: int) -> Visible:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of keys whose best score of the sketch is greatest: what a core selects by itself.
+    """The blocks of keys that hold the best rows of the :mod:`sketch <lockstep_isa.sketch>`: what a core selects by
+    itself. Query heads that share keys choose together, by the best score of any of them.
 
     Attributes
     ----------
-    keys : kept, a multiple of ``block``. first, last : blocks that are always kept, those of the sinks and the query's
-    own. bits : of the sketch of keys.
+    keys : kept, a multiple of ``block``. block : a multiple of 4 keys. first, last : blocks that are always kept, those
+    of the sinks and the query's own.
+
+    A block of whose keys a query sees none is never kept. Scores are lifted by :data:`LIFT` and held at 0, which makes
+    the greatest magnitude of a block its best score.
     """
 
     keys: int
     block: int = 16
     first: int = 1
     last: int = 1
-    bits: int = 4
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.keys % self.block or self.keys < (self.first + self.last) * self.block:
+        if self.block < 1 or self.block % POOL:
+            raise ValueError(
+                f"a block of {self.block} keys is no multiple of the {POOL} that share a row of the sketch"
+            )
+        if self.keys % self.block or self.keys < (self.first + self.last) * self.block:
             raise ValueError(
                 f"{self.keys} keys are no whole blocks of {self.block}, or fewer than the {self.first + self.last} "
                 "blocks that are always kept"
             )
 
-    def select(self, looked: Looked) -> Visible:
-        scores = looked.scores(looked.q8, sketch(looked.k8, self.bits))
-        rows, keys = scores.shape
-        padded = np.pad(scores, ((0, 0), (0, -keys % self.block)), constant_values=-np.inf)
-        best = padded.reshape(rows, -1, self.block).max(axis=2)
-        # The block of the last key that a row sees.
-        own = (keys - 1 - np.argmax(looked.seen[:, ::-1], axis=1)) // self.block
-        number = np.arange(best.shape[1])
+    def select(self, heads: Sequence[Looked], /) -> list[Visible]:
+        keys, seen = len(heads[0].k8), heads[0].seen
+        best = np.max([self._best(looked) for looked in heads], axis=0)
+        count = -(-keys // self.block)
+        padded = np.pad(seen, ((0, 0), (0, -keys % self.block)))
+        holds = padded.reshape(len(seen), count, self.block).any(axis=2)
+        number = np.arange(count)
+        own = np.where(holds, number, 0).max(axis=1)
         forced = (number < self.first) | (number > own[:, None] - self.last)
-        best = np.where(forced & (number <= own[:, None]), np.float32(np.inf), best)
-        kept = greatest(best, self.keys // self.block)
-        return np.repeat(kept, self.block, axis=1)[:, :keys] & looked.seen
+        best = np.where(holds, np.where(forced, np.float32(np.inf), best), np.float32(-np.inf))
+        kept = np.repeat(greatest(best, self.keys // self.block), self.block, axis=1)[:, :keys] & seen
+        return [kept] * len(heads)
+
+    def _best(self, looked: Looked) -> F32:
+        """The best score of each block, lifted: float32[M, blocks]."""
+        rows, scales = sketch_rows(looked.k8, looked.sk)
+        z = relu(add(scores(looked.q8, mul(looked.sq, looked.factor), rows, scales), LIFT))
+        whole = np.pad(z, ((0, 0), (0, -z.shape[1] % (self.block // POOL))))
+        return whole.reshape(len(z), -1, self.block // POOL).max(axis=2)
 
 
 @dataclass(frozen=True)
-class Sinks:
+class Sinks(ForEachHead):
     """The first ``first`` keys and the last ``last`` (StreamingLLM, Xiao et al., 2023, arXiv:2309.17453)."""
 
     first: int
     last: int
 
-    def select(self, looked: Looked) -> Visible:
+    def choose(self, looked: Looked) -> Visible:
         number = np.cumsum(looked.seen, axis=1)
         return looked.seen & ((number <= self.first) | (number > number[:, -1:] - self.last))
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(ForEachHead):
     """Candidates from the ``rounds`` greatest and least products of single channels (A3, Ham et al., 2020,
     arXiv:2002.10941): a key whose products among them have a positive sum.
     """
 
     rounds: int
 
-    def select(self, looked: Looked) -> Visible:
+    def choose(self, looked: Looked) -> Visible:
         kept = np.zeros(looked.seen.shape, np.bool_)
         for row, seen in enumerate(looked.seen):
             keys = np.flatnonzero(seen)
@@ -157,7 +184,7 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class SignHashes:
+class SignHashes(ForEachHead):
     """Keys whose estimated score comes within ``margin`` exponents of two of the best: lengths are exact, cosines are
     estimated from the signs of ``bits`` random projections (ELSA, Ham et al., ISCA 2021).
     """
@@ -166,7 +193,7 @@ class SignHashes:
     bits: int = 64
     seed: int = 0
 
-    def select(self, looked: Looked) -> Visible:
+    def choose(self, looked: Looked) -> Visible:
         depth = looked.q8.shape[1]
         planes = _planes(self.bits, depth, self.seed)
         hashes = [np.where(matmul_int(x, planes.T) >= 0, 1, -1) for x in (looked.q8, looked.k8)]
@@ -178,7 +205,7 @@ class SignHashes:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Predicted(ForEachHead):
     """Keys whose probability, from ``bits`` of queries and keys, is at least ``threshold`` (Sanger, Lu et al., MICRO
     2021).
     """
@@ -186,9 +213,9 @@ class Predicted:
     threshold: float
     bits: int = 4
 
-    def select(self, looked: Looked) -> Visible:
+    def choose(self, looked: Looked) -> Visible:
         depth = looked.q8.shape[1]
-        scores = looked.scores(sketch(looked.q8, self.bits, depth), sketch(looked.k8, self.bits, depth))
+        scores = looked.scores(coarse(looked.q8, self.bits, depth), coarse(looked.k8, self.bits, depth))
         m, n = exp2_parts(np.where(looked.seen, scores, np.float32(0)))
         peak = np.where(looked.seen, n, np.int32(-32000)).max(axis=1, initial=-32000)
         e = np.where(looked.seen, scale2(m, n - peak[:, None]), np.float32(0))
@@ -197,7 +224,7 @@ class Predicted:
 
 
 @dataclass(frozen=True)
-class Rounds:
+class Rounds(ForEachHead):
     """Keys that survive rounds of more and more bits (Energon, Zhou et al., 2021, arXiv:2110.09310): in each,
     those whose score is at least ``alpha * greatest + (1 - alpha) * mean`` of what is left, or with a negative
     ``alpha`` ``-alpha * least + (1 + alpha) * mean``.
@@ -205,11 +232,11 @@ class Rounds:
 
     rounds: tuple[tuple[int, float], ...] = ((2, 0.0), (4, 0.0))
 
-    def select(self, looked: Looked) -> Visible:
+    def choose(self, looked: Looked) -> Visible:
         kept, depth = looked.seen, looked.q8.shape[1]
         scores = np.zeros(kept.shape, np.float32)
         for bits, alpha in self.rounds:
-            scores = looked.scores(looked.q8, sketch(looked.k8, bits, depth)).astype(np.float64)
+            scores = looked.scores(looked.q8, coarse(looked.k8, bits, depth)).astype(np.float64)
             count = np.maximum(1, kept.sum(axis=1, keepdims=True))
             mean = np.where(kept, scores, 0).sum(axis=1, keepdims=True) / count
             most = np.where(kept, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
@@ -271,17 +298,18 @@ def attention_selected(
     d = k8.shape[1] // kv_heads
     heads = q.shape[1] // d
     factor = score_factor(scale, d)
-    out, count = np.empty((len(q), heads, d), np.float32), 0
-    for head in range(heads):
-        of = head // (heads // kv_heads)
-        at = slice(of * d, (of + 1) * d)
-        part = q[:, head * d : (head + 1) * d]
-        q8, sq = quantise_rows(part)
-        kept = selector.select(Looked(q8, sq, k8[:, at], sk[:, of], seen, factor))
-        count += int(kept.sum())
-        for row, chosen in enumerate(kept):
-            own = np.flatnonzero(chosen)
-            operands = np.ascontiguousarray(k8[own, at]), sk[own, of], np.ascontiguousarray(v8[own, at]), sv[own, of]
-            last = np.array([len(own) - 1])
-            out[row, head] = attend(part[row : row + 1], last, *operands, tile=tile, scale=scale)[0]
+    out, count, group = np.empty((len(q), heads, d), np.float32), 0, heads // kv_heads
+    for kv_head in range(kv_heads):
+        at = slice(kv_head * d, (kv_head + 1) * d)
+        own_heads = range(kv_head * group, (kv_head + 1) * group)
+        parts = [q[:, head * d : (head + 1) * d] for head in own_heads]
+        looked = [Looked(*quantise_rows(part), k8[:, at], sk[:, kv_head], seen, factor) for part in parts]
+        for head, part, kept in zip(own_heads, parts, selector.select(looked), strict=True):
+            count += int(kept.sum())
+            for row, chosen in enumerate(kept):
+                own = np.flatnonzero(chosen)
+                keys = np.ascontiguousarray(k8[own, at]), sk[own, kv_head]
+                values = np.ascontiguousarray(v8[own, at]), sv[own, kv_head]
+                last = np.array([len(own) - 1])
+                out[row, head] = attend(part[row : row + 1], last, *keys, *values, tile=tile, scale=scale)[0]
     return out.reshape(len(q), -1), count / max(1, heads * int(seen.sum()))

@@ -12,9 +12,10 @@ stand in front of what they describe:
 
     for each group of G along K (int4):    a word of multipliers
         for each 4 kept values (N:M):      a word of 2-bit positions in their groups of M, the first in the low bits
-            the values                     int8: one in a word; int4: two, the first in the low nibble
+            the values                     int8: one in a word; int4: two, as first + 16 * second modulo 256
 
-Without N:M all values of a group stand together; without int4 there is one group, the whole of K.
+Without N:M all values of a group stand together; without int4 there is one group, the whole of K. A byte of two int4 is
+their sum, so that a core makes it by arithmetic: the first value is the low nibble's, the second what is left.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def pack(w: I8, columns: int, k: U8 | None = None, pattern: Pattern | None = Non
     if k is not None:
         k = np.pad(k, fill, constant_values=1)
         expand(w, k)
-        body = body[..., 0::2] & np.uint8(15) | body[..., 1::2] << np.uint8(4)
+        body = body[..., 0::2] + (body[..., 1::2] << np.uint8(4))
     if positions is not None:
         fours = positions.reshape(*body.shape[:3], PER_INDEX_WORD) << np.arange(0, 8, 2, dtype=np.uint8)
         body = np.concatenate([np.bitwise_or.reduce(fours, axis=3, keepdims=True), body], axis=3)
@@ -162,6 +163,12 @@ def pack(w: I8, columns: int, k: U8 | None = None, pattern: Pattern | None = Non
     if k is not None:
         body = np.concatenate([k[..., None], body], axis=2)
     return np.ascontiguousarray(body.reshape(-1, columns, words).swapaxes(1, 2))
+
+
+def _two_int4(byte: U8) -> tuple[I8, I8]:
+    """Both values of bytes ``first + 16 * second``."""
+    first = (byte << np.uint8(4)).view(np.int8) >> np.int8(4)
+    return first, (byte - first.view(np.uint8)).view(np.int8) >> np.int8(4)
 
 
 def stream(words: U8, length: int, group: int | None = None, pattern: Pattern | None = None) -> npt.NDArray[np.int16]:
@@ -185,7 +192,7 @@ def stream(words: U8, length: int, group: int | None = None, pattern: Pattern | 
         body = fours[:, :, 1:].reshape(groups, -1, words.shape[1])
     values: npt.NDArray[np.int16] = body.view(np.int8).astype(np.int16)
     if k is not None:
-        values = np.stack([body << np.uint8(4), body & np.uint8(0xF0)], axis=2).view(np.int8).astype(np.int16) >> 4
+        values = np.stack(_two_int4(body), axis=2).astype(np.int16)
         values = (values.reshape(groups, -1, words.shape[1]) * k).astype(np.int8).astype(np.int16)
     values = values.reshape(-1, words.shape[1])
     if pattern is None:
@@ -215,8 +222,7 @@ def unpack(
         positions = body[..., :1] >> np.arange(0, 8, 2, dtype=np.uint8) & np.uint8(3)
         body = body[..., 1:]
     if group is not None:
-        nibbles = np.stack([body & np.uint8(15), body >> np.uint8(4)], axis=-1)
-        body = (nibbles ^ np.uint8(8)) - np.uint8(8)
+        body = np.stack(_two_int4(body), axis=-1).view(np.uint8)
     values = body.reshape(channels, -1).view(np.int8)
     if pattern is None or positions is None:
         return values, k

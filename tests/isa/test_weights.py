@@ -65,8 +65,8 @@ def decode(words: np.ndarray, channel: int, length: int, group: int | None, patt
                 else:
                     if i % 2 == 0:
                         held = next(stream)
-                    value = held >> 4 * (i % 2) & 15
-                    value -= 16 * (value > 7)
+                    value = (held & 15) - 16 * (held & 15 > 7)
+                    held = (held - value) // 16 % 16
                 at = start + (first + i) // n * m + (index >> 2 * i & 3)
                 if value:
                     result[at] = value * factor
@@ -108,11 +108,13 @@ def test_words_of_128_inputs(group: int | None, pattern: Pattern | None, words: 
     assert words_per_tile(128, group, pattern) == words
 
 
-def test_the_first_value_is_in_the_low_nibble_and_the_first_position_in_the_low_bits() -> None:
+def test_two_values_are_a_sum_and_the_first_position_is_in_the_low_bits() -> None:
     w = np.zeros((1, 32), np.int8)
     w[0, [1, 3, 4, 6]] = 5, -8, 7, -1
     words = pack(w, 1, np.array([[3]], np.uint8), (2, 4))
-    assert words[0, :4, 0].tolist() == [3, 0b10_00_11_01, 0x85, 0xF7]
+    assert words[0, :4, 0].tolist() == [3, 0b10_00_11_01, 5 - 8 * 16 + 256, 7 - 16 + 256]
+    w[0, [1, 3, 4, 6]] = -5, 3, -8, -8
+    assert pack(w, 1, np.array([[3]], np.uint8), (2, 4))[0, [2, 3], 0].tolist() == [-5 + 3 * 16, 256 - 8 * 17 % 256]
 
 
 def test_int4_times_multiplier() -> None:

@@ -167,7 +167,8 @@ class WeightDecoder(wiring.Component):
             positions = Signal(4 * _POSITION_BITS, name=f"next_positions{c}")
             m.d.comb += positions.eq(Mux(positions_due, beside, waiting))
 
-            lower, upper = byte[:4], byte[4:]
+            # The byte is lower + 16 * upper: a lower one below 0 has borrowed.
+            lower, upper = byte[:4], (byte[4:] + byte[3])[:4]
             first = Mux(one_of_four & place[0], upper, lower)
             products = [(n.as_signed() * multiplier)[:8] for n in (first, upper)]
             picks = [self.picks.word_select(n * columns + c, _POSITION_BITS) for n in range(PACKED_TOP)]

@@ -50,8 +50,10 @@ struct WeightFormat {
                 for (uint32_t n = 0; n < together; n++) {
                     Row value;
                     for (int c = 0; c < Channels; c++) {
-                        const int8_t nibble = int8_t(n % 2 ? word[c] & 0xF0 : word[c] << 4) >> 4;
-                        value[c] = group ? int8_t(nibble * multiplier[c]) : int8_t(word[c]);
+                        // A byte is first + 16 * second.
+                        const int8_t first_value = int8_t(word[c] << 4) >> 4;
+                        const int8_t int4 = n % 2 ? int8_t(word[c] - first_value) >> 4 : first_value;
+                        value[c] = group ? int8_t(int4 * multiplier[c]) : int8_t(word[c]);
                     }
                     if (!group || n % 2) word += Channels;
                     Row* four = rows + first + (v + n) / kept * 4;
