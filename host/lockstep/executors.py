@@ -18,7 +18,7 @@ from lockstep_isa.config import CoreConfig
 if TYPE_CHECKING:
     from lockstep_sim.timeline import Timeline
 
-    from lockstep.eviction import EvictionPolicy
+    from lockstep.cache_policy import CachePolicy
     from lockstep.graph import Graph
     from lockstep.model import Executor
     from lockstep.session import Session
@@ -99,20 +99,21 @@ class OpenExecutor:
         """``float32[tokens, features]`` for each sequence, given as arrays by input name without the batch."""
         return self._executor.run(graph, sequences)
 
-    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
+    def open_session(self, graph: Graph, capacity: int, policy: CachePolicy | None = None) -> Session:
         """One sequence of a causal language model with its key-value cache, with room for ``capacity`` tokens.
 
-        eviction : how they fit a smaller cache; one for all of them unless given.
+        policy : how the cache is treated; every token stays and counts unless given.
 
         Raises ``ModelError`` if this executor keeps no caches, the graph cannot be run piece by piece, or its cache
-        can give up no tokens, and ``SequenceLengthError`` if the model has no positions for so many tokens.
+        cannot be treated so, and ``SequenceLengthError`` if the model has no positions for so many tokens.
         """
+        from lockstep.cache_policy import WHOLE
         from lockstep.errors import ModelError
         from lockstep.model import GeneratingExecutor
 
         if not isinstance(self._executor, GeneratingExecutor):
             raise ModelError(f"'{self.uri}' keeps no key-value cache; generate on {' or '.join(HOSTS)}")
-        return self._executor.open_session(graph, capacity, eviction)
+        return self._executor.open_session(graph, capacity, policy or WHOLE)
 
     @property
     def cycles(self) -> int | None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.compiler.packing import expanded
 from lockstep.errors import InputError, ModelError, SequenceLengthError, TokenizerError
-from lockstep.eviction import EvictionPolicy
 from lockstep.executors import OpenExecutor
 from lockstep.graph import Add, LayerNorm, RMSNorm
 from lockstep.run_report import Phase, Report
@@ -48,7 +48,7 @@ class Options:
     sampling : how they are chosen.
     stop : strings that end the text; it stops in front of them.
     context : most tokens, prompt and new ones; none for as many as are needed.
-    eviction : how they fit a cache of fewer tokens; none for a cache that holds all of them.
+    policy : how the cache is treated.
     end_tokens : tokens that end the text.
     """
 
@@ -56,7 +56,7 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     context: int | None = None
-    eviction: EvictionPolicy | None = None
+    policy: CachePolicy = WHOLE
     end_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class Generator:
         self.model = model
         self.executor = executor
         self._session: Session | None = None
-        self._eviction: EvictionPolicy | None = None
+        self._policy = WHOLE
         self._ids = np.zeros(0, np.int64)
 
     def stream(self, prompt: Prompt, options: Options) -> Stream:
@@ -134,7 +134,7 @@ class Generator:
         """
         ids = prompt_ids(self.model, prompt)
         context, most = room(self.model, len(ids), options)
-        self._prepare(ids, context, options.eviction)
+        self._prepare(ids, context, options.policy)
         return Stream(self, ids, replace(options, max_new_tokens=most))
 
     def close(self) -> None:
@@ -150,13 +150,13 @@ class Generator:
         self._ids = np.concatenate([self._ids[: self._session.length - len(ids)], ids])
         return logits
 
-    def _prepare(self, ids: np.ndarray, context: int, eviction: EvictionPolicy | None) -> None:
+    def _prepare(self, ids: np.ndarray, context: int, policy: CachePolicy) -> None:
         """A session for ``context`` tokens, which has kept what it can use of ``ids`` and nothing else."""
-        if self._session is not None and (self._session.capacity < context or self._eviction != eviction):
+        if self._session is not None and (self._session.capacity < context or self._policy != policy):
             self.close()
         if self._session is None:
-            self._session = self.executor.open_session(self.model.graph, context, eviction)
-            self._eviction = eviction
+            self._session = self.executor.open_session(self.model.graph, context, policy)
+            self._policy = policy
         # The last token is always computed, since its logits are wanted.
         had = self._ids[: min(self._session.length, len(ids) - 1)]
         differ = np.flatnonzero(had != ids[: len(had)])

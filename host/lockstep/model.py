@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from lockstep.bundled import BUNDLED
+from lockstep.cache_policy import WHOLE, CachePolicy, asked_policy
 from lockstep.capture import EXAMPLE_TOKENS, capture, used_parameters
 from lockstep.checkpoint import find_folder, load_checkpoint
 from lockstep.errors import CaptureError, FallbackError, InputError, ModelError, PrescaleError, TokenizerError
 from lockstep.evaluate import run_reference
-from lockstep.eviction import EvictionPolicy, asked_eviction
 from lockstep.executors import OpenExecutor, check_uri
 from lockstep.generation import (
     NEW_TOKENS,
@@ -60,10 +60,8 @@ class Executor(Protocol):
 class GeneratingExecutor(Executor, Protocol):
     """An executor that also keeps key-value caches."""
 
-    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
-        """A session of a causal language model with room for ``capacity`` tokens, in a smaller cache if ``eviction``
-        says so.
-        """
+    def open_session(self, graph: Graph, capacity: int, policy: CachePolicy = WHOLE) -> Session:
+        """A session of a causal language model with room for ``capacity`` tokens, with a cache as ``policy`` says."""
         ...
 
 
@@ -79,8 +77,8 @@ class HostExecutor:
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         return [run_reference(graph, inputs, self.operations) for inputs in sequences]
 
-    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
-        return HostSession(graph, capacity, self.operations, eviction)
+    def open_session(self, graph: Graph, capacity: int, policy: CachePolicy = WHOLE) -> Session:
+        return HostSession(graph, capacity, self.operations, policy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +179,7 @@ class Model:
         context: int | None = None,
         evict: str | None = None,
         keep: int | None = None,
+        select: int | None = None,
     ) -> Options:
         """What :meth:`generate` takes, with the model's defaults in place of what is not given; raises
         ``InputError`` for values that make no sense.
@@ -193,7 +192,7 @@ class Model:
         if stops:
             _ = self.tokenizer  # without one, a stop string would be overlooked
         sampling = defaults.chosen(temperature, top_k, top_p, seed)
-        return Options(max_new_tokens, sampling, stops, context, asked_eviction(evict, keep), ends)
+        return Options(max_new_tokens, sampling, stops, context, asked_policy(evict, keep, select), ends)
 
     @overload
     def generate(self, prompt: str | Sequence[int] | np.ndarray | Sequence[Message], **options: Any) -> Generation: ...
@@ -214,6 +213,7 @@ class Model:
         stop : a string or several, in front of which the text ends.
         context : most tokens, prompt and new ones; as many as are needed if not given.
         keep : tokens that the cache keeps, and evict : by which policy; see :func:`lockstep.eviction.eviction`.
+        select : keys that each query attends to; see :func:`lockstep.cache_policy.asked_policy`.
 
         Raises
         ------

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from lockstep_hls import kernels
 
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.evaluate import check_inputs, run_reference
-from lockstep.eviction import EvictionPolicy, Slots
+from lockstep.eviction import Slots
 from lockstep.graph import Constant, Graph, Input, Value
 from lockstep.graph_plan import GraphPlan, can_plan, is_integer, new_caches, row_indices
 from lockstep.session import CacheRows, HostSession, Logits, Session, check_graph, checked_ids
@@ -36,11 +37,11 @@ class NativeExecutor:
     def run(self, graph: Graph, sequences: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         return [_run(graph, inputs) for inputs in sequences]
 
-    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> Session:
-        check_graph(graph, capacity, eviction)
-        if eviction is None and can_plan(graph):
+    def open_session(self, graph: Graph, capacity: int, policy: CachePolicy = WHOLE) -> Session:
+        check_graph(graph, capacity, policy)
+        if policy == WHOLE and can_plan(graph):
             return NativeSession(graph, capacity)
-        return HostSession(graph, capacity, kernels, eviction)
+        return HostSession(graph, capacity, kernels, policy)
 
 
 def _run(graph: Graph, inputs: Mapping[str, Any]) -> np.ndarray:

@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from lockstep_isa.attention import key_importance, visible
 from lockstep_isa.numerics import add
-from lockstep_isa.selectors import Selector, attention_selected
+from lockstep_isa.selectors import attention_selected
 
+from lockstep.cache_policy import WHOLE, CachePolicy, check_policy
 from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.evaluate import Operations, attend, quantise_heads, run_node
-from lockstep.eviction import EvictionPolicy, Piece, Slots, check_eviction
+from lockstep.eviction import Piece, Slots
 from lockstep.graph import (
     Attention,
     Constant,
@@ -112,14 +113,13 @@ class HostSession:
     Parameters
     ----------
     graph : the contract stage of a causal language model.
-    capacity : the most tokens of the sequence. eviction : how it fits a smaller cache; one with a slot for each
-        unless given. A slot has 2 * kv_heads * (head_dim + 4) bytes an attention node.
-    selector : chooses the keys that each query attends to; all that are there unless given.
+    capacity : the most tokens of the sequence. policy : how its cache is treated. A slot has
+        2 * kv_heads * (head_dim + 4) bytes an attention node.
 
     Raises
     ------
     ModelError
-        if the graph cannot be run piece by piece, its cache can give up no tokens, or its keys cannot be chosen.
+        if the graph cannot be run piece by piece, or its cache not be treated so.
     SequenceLengthError
         if the model has no positions for ``capacity`` tokens.
     """
@@ -129,14 +129,11 @@ class HostSession:
         graph: Graph,
         capacity: int,
         operations: Operations | Any,
-        eviction: EvictionPolicy | None = None,
-        selector: Selector | None = None,
+        policy: CachePolicy = WHOLE,
     ) -> None:
-        check_graph(graph, capacity, eviction)
-        if selector is not None and graph.of(PositionBias):
-            raise ModelError(f"{graph.source} adds a bias on positions to its scores; its keys cannot be chosen")
-        self._selector = selector
-        self.slots = Slots(capacity, eviction)
+        check_graph(graph, capacity, policy)
+        self._selector = policy.selector
+        self.slots = Slots(capacity, policy.eviction)
         self.length = 0
         self.capacity = capacity
         self._graph = graph
@@ -262,8 +259,8 @@ def _last_rows(value: Any, rows: int) -> Any:
     return value if len(value) <= rows else value[-rows:]
 
 
-def check_graph(graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> None:
-    """Raise ``ModelError`` unless ``graph`` can be run piece by piece, and its cache give up tokens where it must, and
+def check_graph(graph: Graph, capacity: int, policy: CachePolicy = WHOLE) -> None:
+    """Raise ``ModelError`` unless ``graph`` can be run piece by piece, and its cache be treated as asked, and
     ``SequenceLengthError`` unless it has positions for ``capacity`` tokens.
     """
     if not graph.causal:
@@ -285,8 +282,7 @@ def check_graph(graph: Graph, capacity: int, eviction: EvictionPolicy | None = N
         raise SequenceLengthError(
             f"a session of {capacity} tokens is not possible: the model has positions for 1 to {graph.max_tokens}"
         )
-    if eviction is not None:
-        check_eviction(graph, eviction)
+    check_policy(graph, policy)
 
 
 def checked_ids(session: Session, graph: Graph, token_ids: np.ndarray) -> np.ndarray:

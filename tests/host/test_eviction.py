@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
+from lockstep.cache_policy import CachePolicy
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.errors import InputError, ModelError, SequenceLengthError
 from lockstep.eviction import HeavyHitters, Slots, Streaming, TokenPruning, asked_eviction, eviction
@@ -33,6 +34,10 @@ def graph(shape: LlamaShape = SHAPE) -> Graph:
     return llama_graph(shape, random_weights(shape))
 
 
+def policy(name: str, budget: int = BUDGET) -> CachePolicy:
+    return CachePolicy(eviction(name, budget))
+
+
 def in_pieces(session: Session, cuts: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([session.extend(part, "all") for part in np.split(IDS, list(cuts))])
 
@@ -42,8 +47,7 @@ def expected() -> dict[str, np.ndarray]:
     """The logits of golden, by policy."""
     model = graph()
     return {
-        name: HostExecutor(operations).open_session(model, TOKENS, eviction(name, BUDGET)).extend(IDS, "all")
-        for name in NAMES
+        name: HostExecutor(operations).open_session(model, TOKENS, policy(name)).extend(IDS, "all") for name in NAMES
     }
 
 
@@ -51,7 +55,7 @@ def expected() -> dict[str, np.ndarray]:
 def test_the_host_has_the_bits_of_golden_however_a_text_is_cut(name: str, expected: dict[str, np.ndarray]) -> None:
     model = graph()
     for cuts in ((), (1, 2, 19, 30), (21,), (22, 23)):
-        session = NativeExecutor().open_session(model, TOKENS, eviction(name, BUDGET))
+        session = NativeExecutor().open_session(model, TOKENS, policy(name))
         assert_same_bits(in_pieces(session, cuts), expected[name])
 
 
@@ -60,7 +64,7 @@ def test_the_host_has_the_bits_of_golden_however_a_text_is_cut(name: str, expect
 def test_cores_have_the_bits_of_golden(name: str, core: str, expected: dict[str, np.ndarray]) -> None:
     model = graph()
     with open_device(f"fast:{core}") as device:
-        session = DeviceExecutor(device).open_session(model, TOKENS, eviction(name, BUDGET))
+        session = DeviceExecutor(device).open_session(model, TOKENS, policy(name))
         for cuts in ((), (1, 2, 19, 30)):
             session.truncate(0)
             assert_same_bits(in_pieces(session, cuts), expected[name])
@@ -72,7 +76,7 @@ def test_the_rtl_has_the_bits_of_golden_in_the_predicted_time(expected: dict[str
         counted: list[int] = []
         with open_device(uri) as device:
             executor = DeviceExecutor(device, lambda c, counted=counted: counted.append(c.cycles))
-            session = executor.open_session(model, TOKENS, eviction("h2o", BUDGET))
+            session = executor.open_session(model, TOKENS, policy("h2o"))
             assert_same_bits(in_pieces(session, ()), expected["h2o"])
         cycles[uri] = sum(counted)
     assert cycles["fast:tiny"] == pytest.approx(cycles["rtl:tiny"], rel=0.03)
@@ -82,7 +86,7 @@ def test_a_cache_with_room_for_all_has_the_bits_of_one_without_a_policy() -> Non
     model = graph()
     wanted = HostSession(model, TOKENS, kernels).extend(IDS, "all")
     for name in NAMES:
-        found = HostSession(model, TOKENS, kernels, eviction(name, TOKENS)).extend(IDS, "all")
+        found = HostSession(model, TOKENS, kernels, policy(name, TOKENS)).extend(IDS, "all")
         assert_same_bits(found, wanted)
 
 
@@ -99,7 +103,8 @@ def test_a_window_as_long_as_what_is_kept_sees_what_streaming_keeps() -> None:
         ),
     )
     wanted = HostSession(windowed, TOKENS, kernels).extend(IDS, "all")
-    found = HostSession(llama_graph(shape, weights), TOKENS, kernels, Streaming(kept, sinks=0)).extend(IDS, "all")
+    streaming = CachePolicy(Streaming(kept, sinks=0))
+    found = HostSession(llama_graph(shape, weights), TOKENS, kernels, streaming).extend(IDS, "all")
     close = np.abs(found - wanted).max(axis=1) / np.abs(wanted).max(axis=1)
     assert close.max() < 0.02
     assert not np.array_equal(found, HostSession(llama_graph(shape, weights), TOKENS, kernels).extend(IDS, "all"))
@@ -146,7 +151,7 @@ def test_what_a_token_got_leaves_with_it() -> None:
 
 
 def test_a_session_that_gave_up_tokens_keeps_all_or_none() -> None:
-    session = HostSession(graph(), TOKENS, kernels, Streaming(10))
+    session = HostSession(graph(), TOKENS, kernels, CachePolicy(Streaming(10)))
     session.extend(IDS[:8])
     session.truncate(5)
     session.extend(IDS[5:20])
@@ -177,11 +182,11 @@ def test_policies_that_make_no_sense_are_refused(ask: Callable[[], object], mess
 def test_models_whose_keys_hang_on_their_place_are_refused() -> None:
     windowed = graph(LlamaShape(61, 32, 48, 2, 4, 2, 100, window=9))
     with pytest.raises(ModelError, match="sees the last 9 tokens only"):
-        HostSession(windowed, TOKENS, kernels, Streaming(10))
+        HostSession(windowed, TOKENS, kernels, CachePolicy(Streaming(10)))
     tiled = graph(LlamaShape(61, 32, 48, 1, 4, 2, 100, tile=16))
     with pytest.raises(ModelError, match="met in several tiles of 16 keys"):
-        HostSession(tiled, TOKENS, kernels, HeavyHitters(20))
-    HostSession(tiled, TOKENS, kernels, Streaming(20)).extend(IDS)
+        HostSession(tiled, TOKENS, kernels, CachePolicy(HeavyHitters(20)))
+    HostSession(tiled, TOKENS, kernels, CachePolicy(Streaming(20))).extend(IDS)
 
 
 def test_a_core_that_writes_two_tokens_in_a_beat_says_so() -> None:
@@ -194,4 +199,4 @@ def test_a_core_that_writes_two_tokens_in_a_beat_says_so() -> None:
 
 def test_a_core_without_selection_says_so() -> None:
     with open_device("fast:ulx3s") as device, pytest.raises(ModelError, match="'ulx3s' cannot replace a token"):
-        DeviceExecutor(device).open_session(graph(), TOKENS, Streaming(10))
+        DeviceExecutor(device).open_session(graph(), TOKENS, CachePolicy(Streaming(10)))

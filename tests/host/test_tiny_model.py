@@ -10,6 +10,7 @@ import torch
 from bytelm.tokenizer import BOS
 from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
 from lockstep.bundled import BUNDLED
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.checkpoint import find_folder
 from lockstep.evaluate import run_float
 from lockstep.eviction import EvictionPolicy, eviction
@@ -135,12 +136,12 @@ def test_int8_costs_less_than_a_hundredth_of_a_bit(tiny: Model) -> None:
 def test_a_quarter_of_the_keys_costs_little(tiny: Model, kept: EvictionPolicy | Selector, most: float) -> None:
     """Beside all keys, over the first quarter of a window too, in which all are kept."""
     text = (find_folder("tiny") / "heldout.txt").read_bytes()
-    options = {"selector": kept} if hasattr(kept, "select") else {"eviction": kept}
+    policy = CachePolicy(selector=kept) if hasattr(kept, "select") else CachePolicy(kept)
     found, whole = [], []
     for start in range(0, FEW * WINDOW, WINDOW):
         ids = np.array([BOS, *text[start : start + WINDOW]])
-        for scores, asked in ((whole, {}), (found, options)):
-            logits = HostSession(tiny.graph, WINDOW, kernels, **asked).extend(ids[:-1], "all")
+        for scores, asked in ((whole, WHOLE), (found, policy)):
+            logits = HostSession(tiny.graph, WINDOW, kernels, asked).extend(ids[:-1], "all")
             scores.append(bits_per_byte(logits, ids[1:]))
     cost = np.mean(found) - np.mean(whole)
     print(f"{kept}: {cost:+.4f} bits per byte to {np.mean(whole):.4f}")

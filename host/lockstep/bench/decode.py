@@ -13,6 +13,7 @@ import numpy as np
 from lockstep_driver import Counters, Device
 from lockstep_isa import operations
 
+from lockstep.cache_policy import CachePolicy
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.eviction import EvictionPolicy, asked_eviction
 from lockstep.graph import Attention, Graph, Value
@@ -146,7 +147,7 @@ def _token(
     held = context if policy is None else policy.budget
     caches = random_cache(graph, held, sizes.seed)
     token = np.array([sizes.seed % EMBEDDINGS])
-    reference = HostSession(graph, context + 1, operations, policy)
+    reference = HostSession(graph, context + 1, operations, CachePolicy(policy))
     reference.restore(context, caches)
     expected = reference.extend(token)
     # What makes room is there no more when the new token is.
@@ -177,7 +178,7 @@ def _decode(
     counted: list[Counters] = []
     executor = DeviceExecutor(device, counted.append)
     try:
-        session = executor.open_session(graph, context + 1, policy)
+        session = executor.open_session(graph, context + 1, CachePolicy(policy))
         session.restore(context, caches)
         values = session.extend(token)
         session.close()

@@ -33,6 +33,10 @@ EvictOption = Annotated[
     str | None,
     typer.Option(help="Which token leaves a full cache: streaming (or streaming:SINKS), h2o (or h2o:RECENT), spatten."),
 ]
+SelectOption = Annotated[
+    int | None,
+    typer.Option(help="Keys that each token attends to, in blocks of 16 that the core chooses; all by default."),
+]
 ClockOption = Annotated[float, typer.Option(help="Clock of the core in MHz, for tokens per second.")]
 
 
@@ -55,6 +59,7 @@ def generate(
     context: ContextOption = None,
     keep: KeepOption = None,
     evict: EvictOption = None,
+    select: SelectOption = None,
     clock: ClockOption = 50.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,6 +76,7 @@ def generate(
         "context": context,
         "keep": keep,
         "evict": evict,
+        "select": select,
         **sampling,
     }
     with _opened(model, device, clock, asked) as (generator, options):
@@ -96,6 +102,7 @@ def chat(
     context: ContextOption = None,
     keep: KeepOption = None,
     evict: EvictOption = None,
+    select: SelectOption = None,
     clock: ClockOption = 50.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,7 +113,8 @@ def chat(
     """
     turns: list[dict[str, Any]] = []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    asked = {"max_new_tokens": max_new_tokens, "context": context, "keep": keep, "evict": evict, **sampling}
+    cache = {"keep": keep, "evict": evict, "select": select}
+    asked = {"max_new_tokens": max_new_tokens, "context": context, **cache, **sampling}
     with _opened(model, device, clock, asked, whole_context=True) as (generator, options):
         conversation = Conversation(generator)
         if not conversation.templated:

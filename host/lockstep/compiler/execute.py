@@ -11,9 +11,9 @@ from lockstep_driver import Counters, Device, LoadedProgram
 from lockstep_isa.numerics import mul
 from lockstep_isa.program import Program
 
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.errors import ModelError
 from lockstep.evaluate import check_inputs, host_node
-from lockstep.eviction import EvictionPolicy
 from lockstep.graph import Attention, Experts, Graph, Node, PositionBias, Value
 
 from .allocation import CapacityError
@@ -94,9 +94,9 @@ class DeviceExecutor:
         finally:
             session.close()
 
-    def open_session(self, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None) -> DeviceSession:
+    def open_session(self, graph: Graph, capacity: int, policy: CachePolicy = WHOLE) -> DeviceSession:
         """A sequence of ``graph`` with a key-value cache for ``capacity`` tokens; see :class:`DeviceSession`."""
-        return DeviceSession(self, graph, capacity, eviction)
+        return DeviceSession(self, graph, capacity, policy)
 
     def image(self, graph: Graph) -> Image:
         """The parameters of ``graph`` in device memory."""

@@ -9,8 +9,9 @@ import numpy as np
 from lockstep_driver import Buffer
 from lockstep_isa.numerics import add
 
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.errors import ModelError
-from lockstep.eviction import EvictionPolicy, Piece, Slots
+from lockstep.eviction import Piece, Slots
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
 from lockstep.session import CacheRows, check_graph, checked_ids
 
@@ -37,16 +38,14 @@ class DeviceSession:
     Parameters
     ----------
     executor : holds the device and the parameters in its memory. graph : a causal language model, contract stage.
-    capacity : most tokens. eviction : how they fit a smaller cache; one with a slot for each unless given.
+    capacity : most tokens. policy : how its cache is treated.
 
     Raises :class:`ModelError` for a graph that cannot be run piece by piece, :class:`OutOfDeviceMemory` and
     :class:`CapacityError` for what does not fit.
     """
 
-    def __init__(
-        self, executor: DeviceExecutor, graph: Graph, capacity: int, eviction: EvictionPolicy | None = None
-    ) -> None:
-        check_graph(graph, capacity, eviction)
+    def __init__(self, executor: DeviceExecutor, graph: Graph, capacity: int, policy: CachePolicy = WHOLE) -> None:
+        check_graph(graph, capacity, policy)
         if biases := graph.of(PositionBias):
             raise ModelError(
                 f"{graph.source} adds a bias on positions to its scores ({biases[0].heads} heads), which cores "
@@ -54,7 +53,7 @@ class DeviceSession:
             )
         self._executor, self._graph = executor, graph
         device = executor.device
-        if eviction is not None and not device.config.selection:
+        if policy.eviction is not None and not device.config.selection:
             raise ModelError(
                 f"core '{device.config.name}' cannot replace a token in its cache: it lacks 'selection'; generate "
                 "without an eviction policy, or on another core"
@@ -67,7 +66,7 @@ class DeviceSession:
             )
         self._rows = device.config.rows
         self.capacity = capacity
-        self.slots = Slots(capacity, eviction)
+        self.slots = Slots(capacity, policy.eviction)
         self._held = rounded_capacity(device.config, self.slots.held, min(node.tile for node in graph.of(Attention)))
         self._stages = split(graph)
         self._features = feature_counts(graph)
