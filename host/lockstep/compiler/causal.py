@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lockstep_isa.attention import score_factor
 from lockstep_isa.instructions import (
     LOAD,
     MATRIX,
@@ -33,19 +32,10 @@ from lockstep.graph import Attention
 
 from .append import CacheAppend
 from .context import Context, LayerCache, Section, Window
-from .heads import head_scales, round_heads, varying
+from .heads import QuantisedQueries, quantised_queries, varying
 from .lowering import Lowering
 from .onchip import Panels, head_groups
-from .passes import RECIPROCAL, SLOTS, Softmax, scaling
-
-
-@dataclass(frozen=True)
-class _Quantised:
-    """Per head and row tile: words of 8-bit values, ``head_words`` a head, and one PARAMETER word of scales each."""
-
-    start: int
-    head_words: int
-    scales: int
+from .passes import RECIPROCAL, SLOTS, Softmax
 
 
 @dataclass(frozen=True)
@@ -148,7 +138,7 @@ class CausalAttentionLowering:
             VECTOR   softmax 0, softmax 1, drain 0, softmax 2, drain 1, ...
         """
         low = self.low
-        queries, factors = self._queries(q)
+        queries = quantised_queries(low, self.node, q)
         state = self._state()
         turns = self._turns()
         scored = None if (turn := next(turns, None)) is None else self._score(turn, queries)
@@ -165,7 +155,7 @@ class CausalAttentionLowering:
                 and (following.tile is not None or self._room_for_tile())
             )
             next_scored = self._score(following, queries) if following is not None and ready else None
-            met = self._soften(scored, factors, state)
+            met = self._soften(scored, queries.factors, state)
             if before is not None:
                 self._drain(before, state)
             before = met
@@ -181,24 +171,9 @@ class CausalAttentionLowering:
         self._drain(before, state)
         self._finish(state, into)
         self._store_credit()
-        low.activations.give(queries.start)
-        low.parameters.give(queries.scales)
-        low.parameters.give(factors)
+        queries.free(low)
 
     # --- Operands ----------------------------------------------------------------------------------------------
-
-    def _queries(self, q: Panels) -> tuple[_Quantised, int]:
-        """Queries as left operands, and PARAMETER words of the factors that turn scores into exponents of 2."""
-        low, node = self.low, self.node
-        scale, inverse = head_scales(low, q, node.heads)
-        words = self.tiles * node.head_dim
-        start = low.activations.take(node.heads * words)
-        round_heads(low, q, node.heads, inverse, Destination.ACTIVATION, start, words)
-        low.parameters.give(inverse)
-        count = node.heads * self.tiles
-        factors = low.parameters.take(count)
-        low.scalars(scale, factors, count, **scaling(score_factor(node.scale, node.head_dim)))
-        return _Quantised(start, words, scale), factors
 
     def _load(self, kv_head: int, section: Section) -> _Tile:
         """One tile of keys and values of a head, with their scales."""
@@ -283,7 +258,7 @@ class CausalAttentionLowering:
                 for number in range(self.group):
                     yield _Turn(section, kv_head * self.group + number, shared, number == self.group - 1)
 
-    def _score(self, turn: _Turn, queries: _Quantised) -> _Turn:
+    def _score(self, turn: _Turn, queries: QuantisedQueries) -> _Turn:
         """Queries times keys."""
         d = self.node.head_dim
         if turn.tile is None:

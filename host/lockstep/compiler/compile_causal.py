@@ -15,6 +15,7 @@ from .context import CausalRun, Context
 from .image import Image
 from .onchip import Panels, rows_of
 from .rotary import ColumnAngles, PanelAngles
+from .selected import SelectedAttentionLowering
 from .shapes import Binding
 from .stages import Stage
 
@@ -49,7 +50,7 @@ class CausalStageCompiler(StageCompiler):
         super().__init__(config, graph, stage, image, (run.tiles * config.rows,), bindings, _WEIGHT_RING)
         self.run = run
         self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single, run.positions)
-        self.attentions: dict[Value, CausalAttentionLowering] = {}
+        self.attentions: dict[Value, CausalAttentionLowering | SelectedAttentionLowering] = {}
         self.appended: set[Value] = set()
         self.low.widen_ring()
         # The last product before an attention: behind it, queries are made ready and the bus is free.
@@ -150,13 +151,17 @@ class CausalStageCompiler(StageCompiler):
                 if value == reader.k:
                     attention.append.keys(panels)
 
-    def _cached(self, node: Attention) -> CausalAttentionLowering:
+    def _cached(self, node: Attention) -> CausalAttentionLowering | SelectedAttentionLowering:
         if node.value not in self.attentions:
-            cache = self.run.caches[node.value]
-            self.attentions[node.value] = CausalAttentionLowering(
-                self.low, self.context, node, cache, self.run.importance.get(node.value)
-            )
+            self.attentions[node.value] = self._lowering(node)
         return self.attentions[node.value]
+
+    def _lowering(self, node: Attention) -> CausalAttentionLowering | SelectedAttentionLowering:
+        run, cache = self.run, self.run.caches[node.value]
+        if run.blocks is not None:
+            sketch = run.sketches[node.value]
+            return SelectedAttentionLowering(self.low, self.context, node, cache, sketch, run.blocks)
+        return CausalAttentionLowering(self.low, self.context, node, cache, run.importance.get(node.value))
 
     def _attention(self, node: Attention) -> None:
         attention = self._cached(node)

@@ -22,6 +22,7 @@ import numpy as np
 from lockstep_driver import Buffer, Device
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.config import CoreConfig
+from lockstep_isa.selectors import Blocks
 
 from lockstep.eviction import Piece
 from lockstep.graph import Attention, Graph
@@ -45,6 +46,15 @@ def cache_bytes(config: CoreConfig, node: Attention, capacity: int) -> tuple[int
     """Bytes of the keys or the values, and of the scales of either, of one attention."""
     width = -(-node.head_dim // config.rows) * config.rows
     return node.kv_heads * capacity * width, node.kv_heads * capacity * 4
+
+
+@dataclass(frozen=True)
+class LayerSketch:
+    """Where the sketch of one attention's keys lies: byte addresses of words and scales, and panels of a head."""
+
+    words: int
+    scales: int
+    panels: int
 
 
 class Cache:
@@ -157,6 +167,18 @@ class Window:
     scales: int
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Operand numbers of what a token chooses its keys from: blocks of keys, rows of their sketch and panels of those;
+    and the row in lane 0, counted from the first key of the token's own block.
+    """
+
+    blocks: int
+    rows: int
+    panels: int
+    row: int
+
+
 class Context:
     """The operands of one program: declared while it is built, valued when it runs.
 
@@ -234,6 +256,20 @@ class Context:
             self._windows[key] = self._window(size, tile, head_dim)
         return self._windows[key]
 
+    def chosen(self, least: int, block: int, block_rows: int) -> Chosen:
+        """Blocks of ``block`` keys, ``least`` or more, whose sketch has ``block_rows`` rows."""
+        rows, most = self.config.rows, -(-self.capacity // block)
+
+        def operand(name: str, of: Callable[[int], int]) -> int:
+            return self.operand(f"chosen_{name}", of(least), of(most), lambda at: of(-(-at.seen // block)))
+
+        return Chosen(
+            operand("blocks", lambda blocks: blocks),
+            operand("rows", lambda blocks: blocks * block_rows),
+            operand("panels", lambda blocks: -(-blocks * block_rows // rows)),
+            self.operand("chosen_row", 0, block - rows, lambda at: at.aligned % block) if rows < block else 0,
+        )
+
     def _window(self, size: int | None, tile: int, head_dim: int) -> Window:
         rows, most = self.config.rows, self.tiles * self.config.rows
         prefix = "" if size is None else f"window{size}_"
@@ -306,6 +342,7 @@ class CausalRun:
     positions : tokens of the sequence.
     importance : where the attention that slots get is left, float32[tiles, capacity, R], by the attention's value;
         empty where nobody asks.
+    blocks : how many keys a token attends to, if it chooses them; sketches : where their sketches lie.
     """
 
     capacity: int
@@ -315,6 +352,8 @@ class CausalRun:
     logits: Literal["last", "all", "none"]
     positions: int = 0
     importance: Mapping[int, int] = field(default_factory=dict)
+    blocks: Blocks | None = None
+    sketches: Mapping[int, LayerSketch] = field(default_factory=dict)
 
 
 def rounded_capacity(config: CoreConfig, tokens: int, least_tile: int) -> int:

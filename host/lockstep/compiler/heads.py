@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from lockstep_isa.attention import score_factor
 from lockstep_isa.instructions import Destination, Maximum, Source, selector
+
+from lockstep.graph import Attention
 
 from .lowering import Lowering
 from .onchip import Panels, head_groups
-from .passes import rounding
+from .passes import rounding, scaling
 
 
 def varying(name: str, value: int, operand: int) -> dict[str, int]:
@@ -54,3 +59,34 @@ def round_heads(
             to_stride=head_words if x.tiles == 1 else words,
             **fields,
         )
+
+
+@dataclass(frozen=True)
+class QuantisedQueries:
+    """Queries as left operands: ACTIVATION words from ``start``, ``head_words`` a head; one PARAMETER word per head and
+    row tile of their scales, and of the factors that turn their scores into exponents of 2.
+    """
+
+    start: int
+    head_words: int
+    scales: int
+    factors: int
+
+    def free(self, low: Lowering) -> None:
+        """They are not needed any more."""
+        low.activations.give(self.start)
+        low.parameters.give(self.scales)
+        low.parameters.give(self.factors)
+
+
+def quantised_queries(low: Lowering, node: Attention, q: Panels) -> QuantisedQueries:
+    """Queries, quantised head by head."""
+    scale, inverse = head_scales(low, q, node.heads)
+    words = q.tiles * node.head_dim
+    start = low.activations.take(node.heads * words)
+    round_heads(low, q, node.heads, inverse, Destination.ACTIVATION, start, words)
+    low.parameters.give(inverse)
+    count = node.heads * q.tiles
+    factors = low.parameters.take(count)
+    low.scalars(scale, factors, count, **scaling(score_factor(node.scale, node.head_dim)))
+    return QuantisedQueries(start, words, scale, factors)

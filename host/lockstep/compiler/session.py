@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lockstep_driver import Buffer
 from lockstep_isa.numerics import add
+from lockstep_isa.selectors import Blocks
 
 from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.errors import ModelError
@@ -21,6 +23,7 @@ from .context import Cache, CausalRun, Context, rounded_capacity
 from .layout import from_panels, to_panels
 from .placed import Placed, place
 from .shapes import feature_counts
+from .sketch import BLOCK, Sketches, check_sketch
 from .stages import Stage, split
 
 if TYPE_CHECKING:
@@ -64,6 +67,14 @@ class DeviceSession:
                 "append a single one to a cache; run causal models on a core with a bus of at most "
                 f"{device.config.rows} bytes"
             )
+        blocks = policy.selector
+        if blocks is not None:
+            if not isinstance(blocks, Blocks) or blocks.block != BLOCK:
+                raise ModelError(f"cores choose keys in blocks of {BLOCK}, not by {blocks}; choose so on cpu")
+            check_sketch(device.config, graph)
+            check_tiles(graph, blocks)
+        # Where all keys are kept, none are chosen.
+        self._blocks = blocks if blocks is not None and blocks.keys < capacity else None
         self._rows = device.config.rows
         self.capacity = capacity
         self.slots = Slots(capacity, policy.eviction)
@@ -72,8 +83,9 @@ class DeviceSession:
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
         self._cache = Cache(device, graph, self._held)
+        self._sketches: Sketches | None = None
         self._importance: dict[Value, Buffer] = {}
-        self._programs: dict[tuple[int, int, bool, Logits], tuple[Placed, Context]] = {}
+        self._programs: dict[tuple[int, int, bool, Logits, bool], tuple[Placed, Context]] = {}
         self._most = min(MOST_TILES, self._held // self._rows)
         self._ids = np.zeros(capacity, np.int64)
         self.length = 0
@@ -83,6 +95,9 @@ class DeviceSession:
                 size = self._most * self._held * device.config.vector_word_bytes
                 for node in graph.of(Attention):
                     self._importance[node.value] = device.allocate(size)
+            if self._blocks is not None:
+                self._sketches = Sketches(device, self._image, graph, self._held, self._cache.layers)
+                self._program(0, 1, True, "last", True)
             self._program(0, 1, True, "last")
         except Exception:
             self.close()
@@ -95,7 +110,7 @@ class DeviceSession:
         self._ids[self.length : end] = ids
         results, first = [], self.length
         while first < end:
-            piece = self.slots.place(first, end - first)
+            piece = self.slots.place(first, self._together(first, end - first))
             results += self._extend(piece, logits, piece.first + piece.count == end)
             first += piece.count
             if first > self.slots.held or self.slots.weighs:
@@ -104,6 +119,12 @@ class DeviceSession:
         # Not before everything ran: an error leaves the sequence as it was.
         self.length = end
         return np.concatenate(results)
+
+    def _together(self, first: int, count: int) -> int:
+        """How many of the tokens from position ``first`` on can share a turn: those that choose their keys cannot."""
+        if self._blocks is None or count == 1:
+            return count
+        return max(1, min(count, self._blocks.keys - first))
 
     def _extend(self, piece: Piece, logits: Literal["last", "all"], is_last: bool) -> list[np.ndarray]:
         """The logits of new tokens that share a turn, as far as they are wanted."""
@@ -130,6 +151,8 @@ class DeviceSession:
         """Forget the tokens from position ``length`` on; all or none where a token has been given up."""
         self.slots.check_truncation(self.length, length)
         self.length = length
+        if self._sketches is not None:
+            self._sketches.truncate(length)
 
     def restore(self, length: int, caches: Mapping[Value, CacheRows]) -> None:
         """Begin behind ``length`` tokens whose keys and values are given, by the value of their attention node: of the
@@ -140,6 +163,8 @@ class DeviceSession:
         for value, rows in caches.items():
             self._cache.write(value, rows)
         self.length = length
+        if self._sketches is not None:
+            self._sketches.truncate(0)
 
     def close(self) -> None:
         """Free what the sequence holds in device memory."""
@@ -152,6 +177,8 @@ class DeviceSession:
         for buffer in self._importance.values():
             self._executor.device.free(buffer)
         self._importance.clear()
+        if self._sketches is not None:
+            self._sketches.close()
         self._cache.close()
 
     # --- One run of one program ----------------------------------------------------------------------------------
@@ -160,6 +187,9 @@ class DeviceSession:
         first, count, lane = piece.first, piece.count, piece.slot % self._rows
         values: dict[Value, Any] = {}
         result = None
+        chooses = self._blocks is not None and piece.seen > self._blocks.keys
+        if chooses and self._sketches is not None:
+            self._sketches.make(piece.slot // BLOCK, self._executor.launch)
         for number, stage in enumerate(self._stages):
             for node in stage.host:
                 if isinstance(node, Input):
@@ -172,7 +202,7 @@ class DeviceSession:
                     values[node.value] = self._executor.host_value(self._graph, node, [values[v] for v in node.inputs])
             if not stage.device:
                 continue
-            placed, context = self._program(number, tiles, count == 1, wanted)
+            placed, context = self._program(number, tiles, count == 1, wanted, chooses)
             self._write(stage, placed, values, lane, count, tiles)
             self._executor.launch(placed.loaded, context.values(piece))
             for value in stage.outputs:
@@ -206,13 +236,15 @@ class DeviceSession:
             return raw[-1, :, (lane + count - 1) % self._rows][None].copy()
         return from_panels(raw, tiles * self._rows)[lane : lane + count]
 
-    def _program(self, number: int, tiles: int, single: bool, wanted: Logits) -> tuple[Placed, Context]:
-        key = (number, tiles, single, wanted)
+    def _program(
+        self, number: int, tiles: int, single: bool, wanted: Logits, chooses: bool = False
+    ) -> tuple[Placed, Context]:
+        key = (number, tiles, single, wanted, chooses)
         if key not in self._programs:
-            self._programs[key] = self._compile(self._stages[number], tiles, single, wanted)
+            self._programs[key] = self._compile(self._stages[number], tiles, single, wanted, chooses)
         return self._programs[key]
 
-    def _compile(self, stage: Stage, tiles: int, single: bool, wanted: Logits) -> tuple[Placed, Context]:
+    def _compile(self, stage: Stage, tiles: int, single: bool, wanted: Logits, chooses: bool) -> tuple[Placed, Context]:
         device, graph = self._executor.device, self._graph
         output = next(node for node in graph if node.value == graph.output)
         last = wanted != "all" and isinstance(output, Linear)
@@ -222,9 +254,21 @@ class DeviceSession:
         }
         importance = {value: buffer.address for value, buffer in self._importance.items()}
         run = CausalRun(self._held, tiles, single, self._cache.layers, wanted, self.capacity, importance)
+        if chooses and self._sketches is not None:
+            run = replace(run, blocks=self._blocks, sketches=self._sketches.layers)
         placed, compiler = place(
             device,
             shapes,
             lambda bindings: CausalStageCompiler(device.config, graph, stage, self._image, bindings, run),
         )
         return placed, compiler.context
+
+
+def check_tiles(graph: Graph, blocks: Blocks) -> None:
+    """Raise :class:`ModelError` where the keys that a token keeps are met in several tiles."""
+    for node in graph.of(Attention):
+        if blocks.keys > node.tile:
+            raise ModelError(
+                f"{blocks.keys} keys are met in several tiles of {node.tile}, and a core meets those that it chooses "
+                "in one; keep fewer"
+            )
