@@ -103,6 +103,31 @@ def test_packed_weights_are_compared_and_have_a_limit_of_their_own(
         assert one[figure] < dense[figure], figure
 
 
+def test_chosen_keys_cost_as_much_as_their_bytes(cli: Command) -> None:
+    case = (
+        "bench",
+        "decode",
+        "--shape",
+        "llama-160m",
+        "--layers",
+        1,
+        "--context",
+        300,
+        "--device",
+        "fast:laptop",
+        "--json",
+    )
+    (one,) = cli(*case, "--select", 64).json
+    assert one["identical"]
+    assert one["parameters"]["select"] == 64
+    assert one["attention_speedup"] > 2
+    # 12 heads of 64 channels: 64 keys with values and scales, 19 blocks of 4 rows of 34 + 4 bytes.
+    expected = 12 * (64 * 2 * 68 + 19 * 4 * 38) - 12 * 2 * 68
+    share = 1 - 28 / 780  # what refresh leaves
+    assert one["attention_limit_cycles"] == pytest.approx(expected / 16 / share)
+    assert 0 < one["sketch_cycles"] < 0.1 * one["attention_cycles"]
+
+
 def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
     found = cli("bench", "minilm", "--tokens", 20, "--reference", "cpu", "--device", "fast:laptop", "--json").json
     (one,) = found
@@ -127,6 +152,8 @@ def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
         (("decode", "--shape", "llama-tiny", "--kv-heads", 3), ("3 heads", "the 4 of queries", "one of 1, 2, 4")),
         (("decode", "--shape", "llama-tiny", "--kv-heads", 0), ("--kv-heads", "one of 1, 2, 4")),
         (("decode", "--shape", "llama-tiny", "--shape", "gpt2-medium", "--kv-heads", 4), ("gpt2-medium", "llama-1b")),
+        (("decode", "--select", 40), ("40 keys", "whole blocks of 16")),
+        (("decode", "--select", 64, "--keep", 64), ("(keep)", "(select)", "one of them")),
         (("gemm", "--core", "tiny"), ("--device", "one of them")),
         (("gemm", "--weights", "int3"), ("'int3'", "int8, int4")),
         (("decode", "--sparsity", "3:4"), ("'3:4'", "none, 2:4, 1:4")),

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from lockstep_driver import Counters, Device
 from lockstep_isa import operations
+from lockstep_isa.selectors import Blocks
 
-from lockstep.cache_policy import CachePolicy
+from lockstep.cache_policy import WHOLE, CachePolicy, asked_policy
 from lockstep.compiler.execute import DeviceExecutor
-from lockstep.eviction import EvictionPolicy, asked_eviction
+from lockstep.compiler.sketch import BLOCK
 from lockstep.graph import Attention, Graph, Value
 from lockstep.quantisation.formats import Format
 from lockstep.session import CacheRows, HostSession
@@ -118,53 +120,85 @@ def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
 
 
 def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: Bench) -> Measurement:
-    policy = asked_eviction(sizes.evict, sizes.keep)
-    if policy is None or policy.budget >= context:
-        return _token(name, graph, context, None, sizes, bench)
-    bare, full = (_token(name, graph, tokens, None, sizes, bench) for tokens in (0, context))
-    kept = _token(name, graph, context, policy, sizes, bench)
+    policy = asked_policy(sizes.evict, sizes.keep, sizes.select)
+    kept = _most_kept(policy)
+    if kept is None or kept >= context:
+        return _token(name, graph, context, WHOLE, sizes, bench).token
+    bare, full = (_token(name, graph, tokens, WHOLE, sizes, bench).token for tokens in (0, context))
+    found = _token(name, graph, context, policy, sizes, bench)
     for other in (bare, full):
         if not other.identical:
             raise BenchError(f"{other.differences:,} values of a whole cache are not golden's on {bench.uri}")
-    before, after = (run.cycles - bare.cycles for run in (full, kept))
-    bytes_before, bytes_after = (run.bytes - bare.bytes for run in (full, kept))
+    # A token pays its share of the block of keys that it completes.
+    sketch = sum(found.sketch_cycles) / max(1, len(found.sketch_cycles)) / BLOCK
+    before, after = full.cycles - bare.cycles, found.token.cycles - bare.cycles + sketch
+    bytes_before, bytes_after = (run.bytes - bare.bytes for run in (full, found.token))
+    cached = found.token.limit.cycles - bare.limit.cycles
     figures = {
         "full_cycles": full.cycles,
         "full_attention_cycles": before,
         "attention_cycles": after,
         "attention_speedup": before / after,
+        "attention_limit_cycles": cached,
+        "attention_ratio": after / cached,
         "full_cache_bytes": bytes_before,
         "cache_bytes": bytes_after,
         "cache_bytes_ratio": bytes_before / bytes_after,
     }
-    return dataclasses.replace(kept, figures=figures)
+    if found.sketch_cycles:
+        figures["sketch_cycles"] = sketch
+    return dataclasses.replace(found.token, figures=figures)
 
 
-def _token(
-    name: str, graph: Graph, context: int, policy: EvictionPolicy | None, sizes: DecodeSizes, bench: Bench
-) -> Measurement:
-    """One token behind ``context`` others, of which the cache keeps as many as the policy says."""
-    held = context if policy is None else policy.budget
+def _most_kept(policy: CachePolicy) -> int | None:
+    """Keys that a token attends to at most; none for all."""
+    if policy.eviction is not None:
+        return policy.eviction.budget
+    return policy.selector.keys if isinstance(policy.selector, Blocks) else None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One token, and the cycles of each block of keys that was sketched in front of it."""
+
+    token: Measurement
+    sketch_cycles: list[int]
+
+
+def _token(name: str, graph: Graph, context: int, policy: CachePolicy, sizes: DecodeSizes, bench: Bench) -> _Decoded:
+    """One token behind ``context`` others, with a cache as the policy says."""
+    held = context if policy.eviction is None else policy.eviction.budget
     caches = random_cache(graph, held, sizes.seed)
     token = np.array([sizes.seed % EMBEDDINGS])
-    reference = HostSession(graph, context + 1, operations, CachePolicy(policy))
+    reference = HostSession(graph, context + 1, operations, policy)
     reference.restore(context, caches)
     expected = reference.extend(token)
     # What makes room is there no more when the new token is.
-    seen = held if policy is None else held - 1
+    seen = held if policy.eviction is None else held - 1
+    chosen = policy.selector.keys if isinstance(policy.selector, Blocks) else None
     needed = decode_bytes(bench.config, graph, seen)
-    optional = {"kv_heads": sizes.kv_heads, "keep": None if policy is None else held, "evict": policy and sizes.evict}
-    given = {field: value for field, value in optional.items() if value is not None}
+    asked: dict[str, object] = {"kv_heads": sizes.kv_heads}
+    if policy != WHOLE:
+        asked |= {"keep": sizes.keep, "evict": sizes.evict, "select": sizes.select}
+    given = {field: value for field, value in asked.items() if value is not None}
     packed = names_of(format_of(sizes.weights, sizes.sparsity))
-    return bench.measure(
+    sketch_cycles: list[int] = []
+
+    def work(device: Device) -> Ran:
+        *sketches, ran = _decode(device, graph, context, caches, token, policy)
+        sketch_cycles[:] = [counters.cycles for counters in sketches]
+        return ran
+
+    found = bench.measure(
         "decode",
         {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **given, **packed},
-        decode_limit(bench.config, bench.parsed.timing, graph, seen),
-        lambda device: _decode(device, graph, context, caches, token, policy),
+        decode_limit(bench.config, bench.parsed.timing, graph, seen, chosen),
+        work,
         [expected],
-        # Programs, tables and buffers are small beside weights and the rounded cache.
+        # Programs, tables and buffers are small beside weights and the rounded cache with its sketch.
         memory_bytes=needed.weights + 2 * needed.cache + (8 << 20) + needed.weights // 8,
     )
+    return _Decoded(found, sketch_cycles)
 
 
 def _decode(
@@ -173,16 +207,17 @@ def _decode(
     context: int,
     caches: Mapping[Value, CacheRows],
     token: np.ndarray,
-    policy: EvictionPolicy | None,
-) -> Ran:
+    policy: CachePolicy,
+) -> tuple[*tuple[Counters, ...], Ran]:
+    """Counters of the programs in front of the token's, and what that one left."""
     counted: list[Counters] = []
     executor = DeviceExecutor(device, counted.append)
     try:
-        session = executor.open_session(graph, context + 1, CachePolicy(policy))
+        session = executor.open_session(graph, context + 1, policy)
         session.restore(context, caches)
         values = session.extend(token)
         session.close()
     finally:
         executor.close()
-    (counters,) = counted
-    return Ran([values], counters)
+    *before, counters = counted
+    return *before, Ran([values], counters)

@@ -13,6 +13,7 @@ from lockstep_isa.config import CoreConfig
 from lockstep_sim.core import MemoryTiming
 
 from lockstep.compiler.packing import Packing, packing
+from lockstep.compiler.sketch import BLOCK, BLOCK_ROWS, panel_words
 from lockstep.graph import Attention, Graph, Linear
 
 
@@ -95,21 +96,29 @@ def array_limit(config: CoreConfig, graph: Graph, lengths: Sequence[int]) -> Lim
     )
 
 
-def decode_slots(config: CoreConfig, graph: Graph, context: int) -> int:
-    """Cycles in which the array is busy with one token behind ``context`` others."""
+def decode_slots(config: CoreConfig, graph: Graph, context: int, chosen: int | None = None) -> int:
+    """Cycles in which the array is busy with one token behind ``context`` others; ``chosen`` as for
+    :func:`decode_bytes`.
+    """
     total = 0
     for linear in graph.of(Linear):
         outputs, depth = graph.tensors[linear.weight].shape
         total += mac_slots(config, 1, outputs, depth, _form(config, graph, linear).rate)
     for node in graph.of(Attention):
-        scores = mac_slots(config, 1, context + 1, node.head_dim)
-        total += node.heads * (scores + mac_slots(config, 1, node.head_dim, context + 1))
+        keys = context + 1
+        if chosen is not None and chosen < keys:
+            keys, rows = chosen, sketch_rows(context)
+            total += node.heads * mac_slots(config, 1, rows, node.head_dim, 2)
+        scores = mac_slots(config, 1, keys, node.head_dim)
+        total += node.heads * (scores + mac_slots(config, 1, node.head_dim, keys))
     return total
 
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """What one token behind ``context`` others must read: weights, and int8 keys and values with their scales."""
+    """What one token behind ``context`` others must read: weights, and int8 keys and values with their scales, and
+    the sketch of keys, where it is chosen from.
+    """
 
     weights: int
     cache: int
@@ -124,21 +133,35 @@ def _form(config: CoreConfig, graph: Graph, linear: Linear) -> Packing:
     return packing(config, length, graph.stored.get(linear.weight))
 
 
-def decode_bytes(config: CoreConfig, graph: Graph, context: int) -> DecodeBytes:
-    """Bytes of the weights as the core takes them, and of keys and values of ``context`` tokens and the new one."""
-    weights = sum(len(graph.tensors[node.weight]) * _form(config, graph, node).words for node in graph.of(Linear))
-    per_token = sum(2 * node.kv_heads * (node.head_dim + 4) for node in graph.of(Attention))
-    return DecodeBytes(weights, per_token * (context + 1))
+def sketch_rows(context: int) -> int:
+    """Rows of the sketch that one token behind ``context`` others scores."""
+    return ceil_div(context + 1, BLOCK) * BLOCK_ROWS
 
 
-def decode_limit(config: CoreConfig, timing: MemoryTiming, graph: Graph, context: int) -> Limit:
-    """Every weight and every cached key and value over the bus once, at the rate that refresh leaves; or through the
-    array, where packed weights make that longer.
+def decode_bytes(config: CoreConfig, graph: Graph, context: int, chosen: int | None = None) -> DecodeBytes:
+    """Bytes of the weights as the core takes them, and of keys and values of ``context`` tokens and the new one.
+
+    chosen : keys and values that are read if the token chooses them by a sketch, whose bytes count then.
     """
-    needed = decode_bytes(config, graph, context)
+    weights = sum(len(graph.tensors[node.weight]) * _form(config, graph, node).words for node in graph.of(Linear))
+    keys = context + 1 if chosen is None else min(chosen, context + 1)
+    cache = sum(2 * node.kv_heads * (node.head_dim + 4) * keys for node in graph.of(Attention))
+    if keys <= context:
+        row = [node.kv_heads * (panel_words(node.head_dim) + 4) for node in graph.of(Attention)]
+        cache += sum(row) * sketch_rows(context)
+    return DecodeBytes(weights, cache)
+
+
+def decode_limit(
+    config: CoreConfig, timing: MemoryTiming, graph: Graph, context: int, chosen: int | None = None
+) -> Limit:
+    """Every weight and every cached key and value that counts over the bus once, at the rate that refresh leaves; or
+    through the array, where packed weights make that longer. ``chosen`` as for :func:`decode_bytes`.
+    """
+    needed = decode_bytes(config, graph, context, chosen)
     interval, rest = timing.refresh_interval, timing.refresh_cycles
     share = 1 - rest / interval if interval else 1.0
-    cycles, slots = needed.total / (config.bus_bytes * share), decode_slots(config, graph, context)
+    cycles, slots = needed.total / (config.bus_bytes * share), decode_slots(config, graph, context, chosen)
     if graph.stored and slots > cycles:
         return Limit(
             slots,
@@ -147,6 +170,7 @@ def decode_limit(config: CoreConfig, timing: MemoryTiming, graph: Graph, context
         )
     return Limit(
         cycles,
-        "(weight bytes + bytes of keys, values and their scales) / (bus bytes a cycle * share that refresh leaves)",
+        "(weight bytes + bytes of keys, values, their scales" + (", sketch" if chosen else "") + ") / (bus bytes a "
+        "cycle * share that refresh leaves)",
         f"({needed.weights:,} + {needed.cache:,}) / ({config.bus_bytes} * {share:.4f})",
     )
