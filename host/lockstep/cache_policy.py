@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from lockstep_isa.selectors import Blocks, Selector
+from lockstep_isa.selectors import Blocks, Greedy, Predicted, Rounds, Selector, SignHashes, Sinks
 from lockstep_isa.sketch import GROUP
 
 from lockstep.errors import InputError, ModelError
@@ -30,11 +32,47 @@ class CachePolicy:
 WHOLE = CachePolicy()
 
 
-def asked_policy(evict: str | None = None, keep: int | None = None, select: int | None = None) -> CachePolicy:
+#: Keys at the beginning that ``sinks`` keeps.
+SINKS = 4
+#: Name -> what is made of the number behind it, and what that is.
+SELECTORS: dict[str, tuple[Callable[[float], Selector], str]] = {
+    "blocks": (lambda keys: Blocks(int(keys)), "keys, in blocks of 16"),
+    "sinks": (lambda keys: Sinks(SINKS, int(keys) - SINKS), f"keys, the first {SINKS} and the last ones"),
+    "a3": (lambda rounds: Greedy(int(rounds)), "greatest and least products that are looked at"),
+    "elsa": (SignHashes, "exponents of two below the best estimated score"),
+    "sanger": (Predicted, "least predicted probability"),
+    "energon": (lambda alpha: Rounds(((2, alpha), (4, alpha))), "border between mean and greatest score, 0 to 1"),
+}
+
+
+def selector(name: str) -> Selector:
+    """The selector called ``NAME:NUMBER``, one of :data:`SELECTORS`; a number alone is that of ``blocks``.
+
+    Raises :class:`InputError` for an unknown name, or a number that makes no sense.
+    """
+    base, _, number = name.rpartition(":")
+    base = base or "blocks"
+    if base not in SELECTORS:
+        raise InputError(f"'{name}' selects no keys; give how many, or one of {', '.join(SELECTORS)} with its number")
+    make, meaning = SELECTORS[base]
+    try:
+        value = float(number)
+    except ValueError:
+        raise InputError(f"'{number}' is no number for '{base}'; give {base}:NUMBER, the {meaning}") from None
+    whole = base in ("blocks", "sinks", "a3")
+    if not math.isfinite(value) or value < 0 or (whole and value != int(value)) or (base == "sinks" and value <= SINKS):
+        raise InputError(f"'{number}' makes no sense for '{base}'; give {base}:NUMBER, the {meaning}")
+    try:
+        return make(value)
+    except ValueError as error:
+        raise InputError(f"{error}; give select a greater number of whole blocks") from None
+
+
+def asked_policy(evict: str | None = None, keep: int | None = None, select: int | str | None = None) -> CachePolicy:
     """The policy that somebody asks for.
 
     evict, keep : as for :func:`lockstep.eviction.asked_eviction`.
-    select : keys that a query attends to, in blocks of 16 that the core chooses; none for all.
+    select : keys that a query attends to; see :func:`selector`; none for all.
 
     Raises :class:`InputError` for what makes no sense.
     """
@@ -43,10 +81,14 @@ def asked_policy(evict: str | None = None, keep: int | None = None, select: int 
         return CachePolicy(eviction)
     if eviction is not None:
         raise InputError("keys are either given up (keep) or chosen anew for each token (select); give one of them")
-    try:
-        return CachePolicy(selector=Blocks(select))
-    except ValueError as error:
-        raise InputError(f"{error}; give select a greater number of whole blocks") from None
+    return CachePolicy(selector=selector(str(select)))
+
+
+def hosted(policy: CachePolicy) -> tuple[tuple[str, str], ...]:
+    """What runs on the host where a model runs on a core, with the reason."""
+    if policy.selector is None or isinstance(policy.selector, Blocks):
+        return ()
+    return (("attention", f"cores choose blocks of keys, not by {policy.selector}"),)
 
 
 def check_policy(graph: Graph, policy: CachePolicy) -> None:

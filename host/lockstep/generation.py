@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lockstep.cache_policy import WHOLE, CachePolicy
+from lockstep.cache_policy import WHOLE, CachePolicy, hosted
 from lockstep.compiler.packing import expanded
 from lockstep.errors import InputError, ModelError, SequenceLengthError, TokenizerError
 from lockstep.executors import OpenExecutor
@@ -209,6 +209,7 @@ class Stream:
             self._decode,
             model.report().fallbacks,
             expanded(model.graph, executor.config),
+            () if executor.config is None else hosted(self._options.policy),
         )
         seed = sampling.seed if sampling.draws else None
         return Generation("".join(self._text), tuple(self._tokens), self._finish, report, seed)

@@ -179,7 +179,7 @@ class Model:
         context: int | None = None,
         evict: str | None = None,
         keep: int | None = None,
-        select: int | None = None,
+        select: int | str | None = None,
     ) -> Options:
         """What :meth:`generate` takes, with the model's defaults in place of what is not given; raises
         ``InputError`` for values that make no sense.
@@ -213,7 +213,7 @@ class Model:
         stop : a string or several, in front of which the text ends.
         context : most tokens, prompt and new ones; as many as are needed if not given.
         keep : tokens that the cache keeps, and evict : by which policy; see :func:`lockstep.eviction.eviction`.
-        select : keys that each query attends to; see :func:`lockstep.cache_policy.asked_policy`.
+        select : keys that each query attends to; see :func:`lockstep.cache_policy.selector`.
 
         Raises
         ------

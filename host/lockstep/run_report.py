@@ -67,6 +67,7 @@ class Report:
     decode : one pass per new token behind the first.
     fallbacks : parts of the model that PyTorch runs on the CPU, with the reasons.
     expanded : weights of fewer bits that the core takes as dense int8, with the reasons.
+    hosted : parts that a core could run, and that the host does, with the reasons.
     """
 
     device: str
@@ -76,6 +77,7 @@ class Report:
     decode: Phase
     fallbacks: tuple[tuple[str, str], ...] = ()
     expanded: tuple[tuple[str, str], ...] = ()
+    hosted: tuple[tuple[str, str], ...] = ()
 
     @property
     def total(self) -> Phase:
@@ -129,6 +131,7 @@ class Report:
             "decode": asdict(self.decode),
             "fallbacks": [{"operations": name, "reason": reason} for name, reason in self.fallbacks],
             "expanded": [{"weight": name, "reason": reason} for name, reason in self.expanded],
+            "hosted": [{"part": name, "reason": reason} for name, reason in self.hosted],
         }
 
     def __str__(self) -> str:
@@ -142,5 +145,6 @@ class Report:
                 f"{self.bytes_moved:,} bytes moved"
             )
         lines.extend(f"on the CPU in PyTorch: {name} ({reason})" for name, reason in self.fallbacks)
+        lines.extend(f"on the host: {name} ({reason})" for name, reason in self.hosted)
         lines.extend(expanded_lines(self.expanded))
         return "\n".join(lines)

@@ -201,11 +201,12 @@ class HostSession:
         if isinstance(node, Constant):
             return self._graph.tensors[node.tensor]
         if isinstance(node, Attention):
-            return self._attend(node, values, rows, piece)
+            return self.attend(node, values, rows, piece)
         given = [_last_rows(values[value], rows) for value in node.inputs]
         return run_node(self._graph, node, given, self._operations, total - rows)
 
-    def _attend(self, node: Attention, values: dict[Value, Any], rows: int, piece: Piece) -> np.ndarray:
+    def attend(self, node: Attention, values: Mapping[Value, Any], rows: int, piece: Piece) -> np.ndarray:
+        """One attention of the last ``rows`` of the piece's tokens, with their keys and values appended before."""
         caches, seen = self._caches[node.value], piece.seen
         for cache, value in zip(caches, node.inputs[1:3], strict=True):
             cache.append(piece.slot, *quantise_heads(values[value], node, self._operations))

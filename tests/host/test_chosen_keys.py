@@ -15,7 +15,7 @@ from lockstep.native import NativeExecutor
 from lockstep.session import Session
 from lockstep_driver import open_device
 from lockstep_isa import operations
-from lockstep_isa.selectors import Blocks, Predicted
+from lockstep_isa.selectors import Blocks
 from lockstep_isa.sketch import GROUP, POOL, key_sketch
 from lockstep_isa.weights import pack
 from support import assert_same_bits
@@ -125,12 +125,37 @@ def stored(session: DeviceSession, node: Attention) -> tuple[np.ndarray, np.ndar
     return words, scales, k8, sk
 
 
+@pytest.mark.parametrize("name", ["sinks:40", "a3:300", "elsa:4", "sanger:0.01", "energon:0.1"])
+def test_selectors_that_no_core_has_give_the_same_bits_with_attention_on_the_host(name: str) -> None:
+    model, policy = graph("grouped"), asked_policy(select=name)
+    wanted = HostExecutor(operations).open_session(model, TOKENS, policy).extend(IDS, "all")
+    whole = HostExecutor(operations).open_session(model, TOKENS).extend(IDS, "all")
+    assert not (wanted == whole).all(axis=1)[-10:].any()
+    assert_same_bits(in_pieces(NativeExecutor().open_session(model, TOKENS, policy), (30, 31)), wanted)
+    for uri in ("fast:tiny", "fast:laptop", "rtl:tiny"):
+        with open_device(uri) as device:
+            session = DeviceExecutor(device).open_session(model, TOKENS, policy)
+            assert_same_bits(in_pieces(session, (50, 51, 90)), wanted)
+            session.truncate(70)
+            assert_same_bits(session.extend(IDS[70:]), wanted[-1:])
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(InputError, match="give one of them"):
         asked_policy("h2o", 20, 64)
     for select in (0, 8, 40, 16):
         with pytest.raises(InputError, match=f"{select} keys are no whole blocks of 16, or fewer"):
             asked_policy(select=select)
+    for name, message in {
+        "h2o:3": "'h2o:3' selects no keys; give how many, or one of blocks, sinks, a3, elsa, sanger, energon",
+        "many": "'many' is no number for 'blocks'; give blocks:NUMBER, the keys",
+        "sanger:": "'' is no number for 'sanger'",
+        "sinks:4": "'4' makes no sense for 'sinks'",
+        "a3:1.5": "'1.5' makes no sense for 'a3'",
+        "elsa:-1": "'-1' makes no sense for 'elsa'",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            asked_policy(select=name)
     narrow = llama_graph(LlamaShape(61, 32, 48, 1, 4, 4, 200), random_weights(LlamaShape(61, 32, 48, 1, 4, 4, 200)))
     with pytest.raises(ModelError, match="heads of 8 features, which are no groups of 32"):
         NativeExecutor().open_session(narrow, TOKENS, CHOSEN)
@@ -142,8 +167,6 @@ def test_cores_say_which_keys_they_cannot_choose() -> None:
         DeviceExecutor(device).open_session(model, TOKENS, CHOSEN)
     with open_device("fast:tiny") as device:
         executor = DeviceExecutor(device)
-        with pytest.raises(ModelError, match="cores choose keys in blocks of 16, not by Predicted"):
-            executor.open_session(model, TOKENS, CachePolicy(selector=Predicted(0.01)))
         tiled = llama_graph(LlamaShape(61, 64, 48, 1, 1, 1, 200, tile=32), random_weights(SHAPES["one head"]))
         with pytest.raises(ModelError, match="48 keys are met in several tiles of 32"):
             executor.open_session(tiled, TOKENS, CHOSEN)

@@ -196,8 +196,17 @@ def test_a_report_counts_what_a_core_did(folder: Path) -> None:
     json.dumps(report.as_dict())
 
 
+def test_a_report_says_what_the_host_runs_for_a_core(folder: Path) -> None:
+    with lockstep.load(folder, device="fast:tiny") as loaded:
+        report = loaded.generate(PROMPT, max_new_tokens=3, select="sinks:6").report
+    assert report.hosted == (("attention", "cores choose blocks of keys, not by Sinks(first=4, last=2)"),)
+    assert "on the host: attention (cores choose" in str(report)
+    assert report.as_dict()["hosted"][0]["part"] == "attention"
+
+
 def test_a_report_of_the_host_has_no_cycles(model: Model) -> None:
-    report = model.generate("x", max_new_tokens=2).report
+    report = model.generate("x", max_new_tokens=2, select="sinks:6").report
+    assert report.hosted == ()
     assert (report.cycles, report.utilisation, report.bytes_moved, report.tokens_per_second(1e6)) == (None,) * 4
     assert "cycles" not in str(report)
 

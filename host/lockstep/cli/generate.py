@@ -34,8 +34,11 @@ EvictOption = Annotated[
     typer.Option(help="Which token leaves a full cache: streaming (or streaming:SINKS), h2o (or h2o:RECENT), spatten."),
 ]
 SelectOption = Annotated[
-    int | None,
-    typer.Option(help="Keys that each token attends to, in blocks of 16 that the core chooses; all by default."),
+    str | None,
+    typer.Option(
+        help="Keys that each token attends to, in blocks of 16 that the core chooses; or a selector with its number: "
+        "sinks:KEYS, a3:ROUNDS, elsa:MARGIN, sanger:THRESHOLD, energon:ALPHA. All keys by default."
+    ),
 ]
 ClockOption = Annotated[float, typer.Option(help="Clock of the core in MHz, for tokens per second.")]
 

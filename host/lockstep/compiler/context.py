@@ -14,7 +14,7 @@ per token. All are appended where they belong, so the cache is never moved:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +25,7 @@ from lockstep_isa.config import CoreConfig
 from lockstep_isa.selectors import Blocks
 
 from lockstep.eviction import Piece
-from lockstep.graph import Attention, Graph
+from lockstep.graph import Attention
 from lockstep.session import CacheRows
 
 from .allocation import CapacityError
@@ -62,19 +62,19 @@ class Cache:
 
     Parameters
     ----------
-    device : whose memory is used. graph : whose attention is served. capacity : tokens, a multiple of R.
+    device : whose memory is used. nodes : the attentions that it serves. capacity : tokens, a multiple of R.
 
     Raises :class:`OutOfDeviceMemory` where it does not fit, with nothing kept.
     """
 
-    def __init__(self, device: Device, graph: Graph, capacity: int) -> None:
+    def __init__(self, device: Device, nodes: Sequence[Attention], capacity: int) -> None:
         self._device = device
         self._capacity = capacity
         self._buffers: list[Buffer] = []
         self._parts: dict[int, tuple[Attention, list[Buffer]]] = {}
         self.layers: dict[int, LayerCache] = {}
         try:
-            for node in graph.of(Attention):
+            for node in nodes:
                 data, scales = cache_bytes(device.config, node, capacity)
                 buffers = [self._place(size) for size in (data, data, scales, scales)]
                 self._parts[node.value] = node, buffers

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lockstep_driver import Buffer
+from lockstep_hls import kernels
 from lockstep_isa.numerics import add
 from lockstep_isa.selectors import Blocks
 
@@ -15,7 +16,7 @@ from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.errors import ModelError
 from lockstep.eviction import Piece, Slots
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
-from lockstep.session import CacheRows, check_graph, checked_ids
+from lockstep.session import CacheRows, HostSession, check_graph, checked_ids
 
 from .allocation import CapacityError
 from .compile_causal import CausalStageCompiler
@@ -41,7 +42,8 @@ class DeviceSession:
     Parameters
     ----------
     executor : holds the device and the parameters in its memory. graph : a causal language model, contract stage.
-    capacity : most tokens. policy : how its cache is treated.
+    capacity : most tokens. policy : how its cache is treated. Attention whose selector no core has runs on the host,
+        and its cache lies there.
 
     Raises :class:`ModelError` for a graph that cannot be run piece by piece, :class:`OutOfDeviceMemory` and
     :class:`CapacityError` for what does not fit.
@@ -67,22 +69,23 @@ class DeviceSession:
                 "append a single one to a cache; run causal models on a core with a bus of at most "
                 f"{device.config.rows} bytes"
             )
-        blocks = policy.selector
-        if blocks is not None:
-            if not isinstance(blocks, Blocks) or blocks.block != BLOCK:
-                raise ModelError(f"cores choose keys in blocks of {BLOCK}, not by {blocks}; choose so on cpu")
+        self._blocks, self._hosted = None, None
+        if isinstance(policy.selector, Blocks) and policy.selector.block == BLOCK:
             check_sketch(device.config, graph)
-            check_tiles(graph, blocks)
-        # Where all keys are kept, none are chosen.
-        self._blocks = blocks if blocks is not None and blocks.keys < capacity else None
+            check_tiles(graph, policy.selector)
+            # Where all keys are kept, none are chosen.
+            self._blocks = policy.selector if policy.selector.keys < capacity else None
+        elif policy.selector is not None:
+            self._hosted = HostSession(graph, capacity, kernels, policy)
         self._rows = device.config.rows
         self.capacity = capacity
         self.slots = Slots(capacity, policy.eviction)
         self._held = rounded_capacity(device.config, self.slots.held, min(node.tile for node in graph.of(Attention)))
-        self._stages = split(graph)
+        self._stages = split(graph, () if self._hosted is None else (Attention,))
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
-        self._cache = Cache(device, graph, self._held)
+        # Attentions that run on the host have none there.
+        self._cache = Cache(device, graph.of(Attention) if self._hosted is None else [], self._held)
         self._sketches: Sketches | None = None
         self._importance: dict[Value, Buffer] = {}
         self._programs: dict[tuple[int, int, bool, Logits, bool], tuple[Placed, Context]] = {}
@@ -160,6 +163,8 @@ class DeviceSession:
         """
         for given, *_ in caches.values():
             self.slots.restore(length, len(given))
+        if self._hosted is not None:
+            self._hosted.restore(length, caches)
         for value, rows in caches.items():
             self._cache.write(value, rows)
         self.length = length
@@ -194,6 +199,9 @@ class DeviceSession:
             for node in stage.host:
                 if isinstance(node, Input):
                     values[node.value] = self._ids[first : first + count]
+                elif isinstance(node, Attention):
+                    assert self._hosted is not None
+                    values[node.value] = self._hosted.attend(node, values, count, piece)
                 elif isinstance(node, Indices):
                     # Positions and the like may depend on every token so far.
                     found = node.function(*(self._ids[: first + count] for _ in node.reads))

@@ -41,13 +41,13 @@ class Stage:
     outputs: tuple[Value, ...]
 
 
-def split(graph: Graph) -> list[Stage]:
-    """The stages of a contract-stage graph, in order."""
+def split(graph: Graph, on_host: tuple[type[Node], ...] = ()) -> list[Stage]:
+    """The stages of a contract-stage graph, in order; ``on_host``: nodes that a core could execute, and will not."""
     level: dict[Value, int] = {}
     on_device: dict[Value, bool] = {}
     for node in graph:
         # Host work that reads device work belongs to the next stage.
-        on_device[node.value] = isinstance(node, DEVICE_NODES)
+        on_device[node.value] = isinstance(node, DEVICE_NODES) and not isinstance(node, on_host)
         level[node.value] = max(
             (level[v] + (on_device[v] and not on_device[node.value]) for v in node.inputs), default=0
         )
