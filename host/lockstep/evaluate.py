@@ -39,6 +39,7 @@ from lockstep.graph import (
     Route,
     Value,
 )
+from lockstep.pruning import KeepTokens, TokenImportance
 
 
 class Operations(Protocol):
@@ -185,6 +186,8 @@ def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
             return table[given[0]]
         case Route():
             return route(node, given[0])
+        case TokenImportance() | KeepTokens():
+            return node.run(*given)
     raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
 
 

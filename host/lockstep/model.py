@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -34,6 +34,7 @@ from lockstep.generation import (
 from lockstep.graph import Fallback, Graph, Input
 from lockstep.inspection import ModelReport, inspect
 from lockstep.pooling import Pooling, read_pooling
+from lockstep.pruning import Schedule, prune_tokens
 from lockstep.quantisation.stored import StoredWeights
 from lockstep.quantise import Prescales, load_prescales, quantise, without_prescales
 from lockstep.recognise import recognise
@@ -147,6 +148,12 @@ class Model:
         sequences = [{self.input_name: ids} for ids in self.tokenize(texts)]
         hidden_states = (executor or self.executor).run(self.graph, sequences)
         return np.stack([self.pooling(hidden) for hidden in hidden_states])
+
+    def pruned(self, schedule: Schedule) -> Model:
+        """The same model with fewer tokens behind some layers: the number of a layer of attention, counted from 1, maps
+        to the share of its tokens that stay; see :mod:`lockstep.pruning`, also for what is raised.
+        """
+        return replace(self, graph=prune_tokens(self.graph, schedule))
 
     # --- Generation ----------------------------------------------------------------------------------------------
 

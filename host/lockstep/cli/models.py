@@ -51,15 +51,25 @@ def embed(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")],
     device: Annotated[str, typer.Option(help="Where to run; 'lockstep devices' lists them.")] = "cpu",
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER:SHARE",
+            help="Behind this layer, that share of its tokens stay, those with most attention; may be given again.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors."""
     from lockstep.executors import check_uri, executor
+    from lockstep.pruning import schedule_of
 
     check_uri(device)
     check_texts(texts)
+    schedule = schedule_of(prune or [])
     with Steps() as steps:
         loaded = open_model(model, steps)
+        loaded = loaded.pruned(schedule) if schedule else loaded
         tokens = [len(ids) for ids in loaded.tokenize(texts)]
         with executor(device, steps) as opened:
             steps(f"running on {device}")
@@ -72,6 +82,7 @@ def embed(
                 "device": device,
                 "texts": texts,
                 "tokens": tokens,
+                "pruned": schedule,
                 "features": int(vectors.shape[1]),
                 "embeddings": vectors.tolist(),
                 "cycles": cycles,

@@ -21,6 +21,7 @@ from lockstep.graph import (
     Rotary,
     Value,
 )
+from lockstep.pruning import KeepTokens
 
 from .attention import Sequence
 from .layout import panel_count
@@ -71,7 +72,7 @@ def feature_counts(graph: Graph) -> dict[Value, int]:
                 known = [features[v] for v in node.inputs if v in features]
                 if known:
                     features[node.value] = max(known)
-            case Activation() | Quantise():
+            case Activation() | Quantise() | KeepTokens():
                 if node.x in features:
                     features[node.value] = features[node.x]
     return features
