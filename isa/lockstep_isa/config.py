@@ -76,6 +76,11 @@ class CoreConfig:
         if not _is_power_of_two(self.queue_depth) or self.queue_depth < 2:
             raise ConfigurationError(f"queue_depth must be a power of two >= 2, not {self.queue_depth}")
 
+    @classmethod
+    def feature_names(cls) -> tuple[str, ...]:
+        """The flags of what a core may have or lack."""
+        return tuple(f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool"))
+
     @property
     def operand_word_bytes(self) -> int:
         """Bytes of one word of the activation or weight scratchpad."""

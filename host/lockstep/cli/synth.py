@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .failures import guarded
+from .failures import UsageError, guarded
 from .output import JsonOption, Steps, emit, results, table
 
 if TYPE_CHECKING:
+    from lockstep_isa.config import CoreConfig
     from lockstep_rtl.synthesis import SynthesisReport
 
 
@@ -35,6 +36,13 @@ def synth(
             help="Stop behind placement, in half the time, and estimate the clock from distances.",
         ),
     ] = True,
+    added: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="FEATURE", help="Give the core a feature that it lacks; may be given again."),
+    ] = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="Stop behind synthesis, in a third of the time, with no clock.")
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(min=1, help="Of the placement: another one than the unasked one gives another clock.")
     ] = None,
@@ -43,19 +51,20 @@ def synth(
     """Synthesise a core with Yosys and nextpnr and show its resources and clock."""
     from lockstep_isa.config import preset as core
 
-    config = core(preset)
+    config = with_features(core(preset), added or [])
     from lockstep_rtl.synthesis import SEED, synthesise
 
     with Steps() as steps:
         folder = workdir or Path(tempfile.mkdtemp(prefix="lockstep-synth-"))
         # Where a tool fails, its logs stay: the message names them.
-        report = synthesise(config, folder, steps, route=route, seed=SEED if seed is None else seed)
+        report = synthesise(config, folder, steps, place=not count, route=route, seed=SEED if seed is None else seed)
         if workdir is None:
             shutil.rmtree(folder)
     if as_json:
         emit(
             {
                 "preset": preset,
+                "features": [name for name in config.feature_names() if getattr(config, name)],
                 "units": {name: dataclasses.asdict(used) for name, used in report.units.items()},
                 "total": dataclasses.asdict(report.total),
                 "used": dict(report.used),
@@ -68,6 +77,14 @@ def synth(
         )
     else:
         _show(preset, report)
+
+
+def with_features(config: CoreConfig, names: list[str]) -> CoreConfig:
+    """The core with some features more; raises :class:`UsageError` for one that is none."""
+    for name in names:
+        if name not in config.feature_names():
+            raise UsageError(f"'{name}' is no feature of a core; there are {', '.join(config.feature_names())}")
+    return config.replace(**dict.fromkeys(names, True))
 
 
 def _show(preset: str, report: SynthesisReport) -> None:
