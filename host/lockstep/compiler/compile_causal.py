@@ -24,6 +24,8 @@ _WEIGHT_RING = 0.5
 #: Share of the ring for weights that are loaded ahead of an attention; more with a cache of at most so many keys, where
 #: the bus rests during softmaxes.
 _AHEAD, _AHEAD_SHORT, _SHORT = 0.5, 0.625, 256
+#: The same where keys are chosen: the bus rests until the first ones are.
+_AHEAD_CHOSEN = 0.7
 
 
 class CausalStageCompiler(StageCompiler):
@@ -183,7 +185,8 @@ class CausalStageCompiler(StageCompiler):
         if {node.k, node.v} <= self.appended:
             self.low.catch_up()
             self.attentions[node.value].preload()
-        self._prefetch(node.value, _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT)
+        share = _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT
+        self._prefetch(node.value, share if self.run.blocks is None else _AHEAD_CHOSEN)
 
     def _stream_on(self, value: Value) -> None:
         """All keys and values are loaded: their words serve weights until the next attention."""

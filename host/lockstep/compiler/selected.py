@@ -259,12 +259,12 @@ class SelectedAttentionLowering:
         if turn >= self.node.kv_heads:
             return
         sketch, place, size = self.sketch, self._sketches[turn % SKETCHES], panel_words(self.d)
-        panels = {"rows": 0, "rows_operand": self.operands.panels}
         what = "sketch", turn
         self._load(
             what,
             memory=Memory.WEIGHT,
-            **panels,
+            rows=0,
+            rows_operand=self.operands.panels,
             words=size,
             address=sketch.words + turn * sketch.panels * size * self.rows,
             stride=size * self.rows,
@@ -275,12 +275,10 @@ class SelectedAttentionLowering:
         self._load(
             what,
             memory=Memory.PARAMETER,
-            **panels,
-            words=1,
+            words=0,
+            words_operand=self.operands.panels,
             address=sketch.scales + turn * sketch.panels * word,
-            stride=word,
             local=place.scales,
-            local_stride=1,
         )
 
     def _entry(self, turn: int) -> int:
