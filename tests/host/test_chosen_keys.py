@@ -106,6 +106,21 @@ def test_the_sketch_on_the_device_is_that_of_its_keys(core: str) -> None:
                 assert np.array_equal(lanes[:count], packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:count])
 
 
+def test_blocks_of_keys_are_whole_in_a_cache_of_any_length() -> None:
+    # Behind the end of a cache there may be anything; what is gathered must not reach there.
+    model = graph("one head")
+    for core in ("tiny", "laptop"):
+        with open_device(f"fast:{core}") as device:
+            executor = DeviceExecutor(device)
+            for capacity in (97, 98, 113):
+                session = executor.open_session(model, capacity, CHOSEN)
+                assert session._held % 16 == 0
+                found = session.extend(IDS[:capacity])
+                wanted = NativeExecutor().open_session(model, capacity, CHOSEN).extend(IDS[:capacity])
+                assert_same_bits(found, wanted)
+                session.close()
+
+
 def stored(session: DeviceSession, node: Attention) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """uint8[kv_heads, panels, words, R] and float32[kv_heads, panels, R] of the sketch; int8[n, kv_heads * d] and
     float32[n, kv_heads] of the keys.

@@ -14,6 +14,7 @@ per token. All are appended where they belong, so the cache is never moved:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -356,9 +357,11 @@ class CausalRun:
     sketches: Mapping[int, LayerSketch] = field(default_factory=dict)
 
 
-def rounded_capacity(config: CoreConfig, tokens: int, least_tile: int) -> int:
-    """Tokens that a cache for ``tokens`` holds: whole panels, and whole tiles of keys once there are several."""
-    unit = config.rows if tokens <= least_tile else least_tile
+def rounded_capacity(config: CoreConfig, tokens: int, least_tile: int, block: int = 1) -> int:
+    """Tokens that a cache for ``tokens`` holds: whole panels, whole blocks of ``block`` keys that are chosen together,
+    and whole tiles of keys once there are several.
+    """
+    unit = math.lcm(block, config.rows if tokens <= least_tile else least_tile)
     capacity = -(-tokens // unit) * unit
     if capacity >= 1 << 19:
         raise CapacityError(f"a context of {tokens} tokens is longer than the {(1 << 19) - 1} that positions can name")

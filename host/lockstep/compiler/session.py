@@ -80,7 +80,9 @@ class DeviceSession:
         self._rows = device.config.rows
         self.capacity = capacity
         self.slots = Slots(capacity, policy.eviction)
-        self._held = rounded_capacity(device.config, self.slots.held, min(node.tile for node in graph.of(Attention)))
+        least_tile = min(node.tile for node in graph.of(Attention))
+        block = 1 if self._blocks is None else BLOCK
+        self._held = rounded_capacity(device.config, self.slots.held, least_tile, block)
         self._stages = split(graph, () if self._hosted is None else (Attention,))
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
