@@ -123,11 +123,11 @@ class GoldenCore:
                 raw = self.memory[start : start + i.words * 4 * rows].view(np.float32)
                 target[local] = numerics.flush(raw.reshape(i.words, rows))
             else:
-                raw = self.memory[start : start + i.words * rows].reshape(i.words, rows)
+                words = self.memory[start : start + i.words * rows].reshape(i.words, rows)
                 if i.memory == Memory.ACTIVATION:
-                    self._write_activation(local, raw)
+                    self._write_activation(local, words)
                 else:
-                    self.weight[local] = raw.view(np.int8)
+                    self.weight[local] = words.view(np.int8)
 
     def _store(self, i: Instruction) -> None:
         rows, lane_bytes = self.config.rows, 1 if i.bytes else 4

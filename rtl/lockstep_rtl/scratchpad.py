@@ -66,7 +66,9 @@ class Scratchpad(wiring.Component):
     that share words take turns by tokens.
     """
 
-    def __init__(self, width: int, granules: int, depth: int, words: PortWords | None = None, watched: bool = False) -> None:
+    def __init__(
+        self, width: int, granules: int, depth: int, words: PortWords | None = None, watched: bool = False
+    ) -> None:
         words = words or PortWords()
         self.width, self.granules, self.depth, self.drains = width, granules, depth, bool(words.drain)
         self.watched = watched

@@ -31,11 +31,11 @@ class ChunkFinder(wiring.Component):
     start : In(1) with ``next`` : In(MATRIX), an instruction begins; one that may not skip asks for nothing.
     running : In(MATRIX), the same, from the cycle behind on.
     read : Out(ZeroRead). skipped : Out(1), a chunk that was looked at is zero.
-    found : Out(stream of ``zeros``, chunks that are passed over, and ``end``: behind them no chunk of the tile is left).
+    found : Out(stream of ``zeros``, chunks that are passed over, and ``end``: behind them the tile has no other).
 
-    It looks at a chunk a cycle, but at none that begins a tile, and takes one more cycle for a tile's end. What it finds
-    in a chunk of which it asks in cycle 0 is at ``found`` in cycle 2. It is up to ``CHUNKS_AHEAD`` chunks ahead, and
-    stops while only one place is left.
+    It looks at a chunk a cycle, but at none that begins a tile, and takes one more cycle for a tile's end. What it
+    finds in a chunk of which it asks in cycle 0 is at ``found`` in cycle 2. It is up to ``CHUNKS_AHEAD`` chunks ahead,
+    and stops while only one place is left.
     """
 
     def __init__(self, config: CoreConfig) -> None:
