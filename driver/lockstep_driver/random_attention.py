@@ -62,12 +62,14 @@ def random_weighing(
 
     softmax : fields of the last pass of :func:`random_softmax`. operand_words : of ACTIVATION and of WEIGHT.
     """
-    rows, tiles, columns = config.rows, softmax["tiles"], softmax["columns"]
+    rows, columns = config.rows, softmax["columns"]
     chunked = -(-columns // rows) * rows
+    tiles = min(softmax["tiles"], operand_words // chunked)
     a = int(rng.integers(0, (operand_words - tiles * chunked) // rows + 1)) * rows
     inner = int(rng.integers(1, 3))
     to_bytes = {
-        **{name: softmax[name] for name in ("source", "tiles", "columns", "x_stride")},
+        **{name: softmax[name] for name in ("source", "columns", "x_stride")},
+        "tiles": tiles,
         "x": softmax["to"],
         "mul1": FirstMultiply.IMMEDIATE0,
         "immediate0": int(np.float32(_BYTE_SCALE).view(np.uint32)),
