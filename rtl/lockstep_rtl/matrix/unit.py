@@ -88,19 +88,22 @@ class MatrixUnit(wiring.Component):
             stride = Signal(range(PACKED_LEFT + 1), name="stride")
             late, four = is_packed(n), takes_four(n)
             next_steps = Mux(late, Mux(four, n.depth >> 2, n.depth >> 1), n.depth)
-        # Further words than the next one of each side: where zero chunks are passed over.
-        a_step, w_step, waits = stride, 1, idles
+        # Words to the next ones of both sides, more where chunks are passed over; steps until the tile, or its first
+        # chunk, ends.
+        a_step, w_step, waits, first_steps = stride, 1, idles, next_steps
         if self.config.zero_skipping:
             m.submodules.finder = finder = ChunkFinder(self.config)
-            found, following = finder.found, finder.found.payload
+            found = finder.found
             skips, skipping = may_skip(self.config, n), Signal(name="skipping")
-            next_steps = Mux(skips, columns, next_steps)
-            # A chunk runs behind which there may be more; this is its last step, and there is; that is not known yet.
-            inside, turn, blind = (Signal(name=n) for n in ("inside", "turn", "blind"))
+            first_steps = Mux(skips, columns, next_steps)
+            # A chunk runs, and what follows it is still to be found; that is not there when its last step is next;
+            # this is its last step and not the tile's, and these follow: zero chunks, then another one or the rest.
+            inside, blind, turn = (Signal(name=n) for n in ("inside", "blind", "turn"))
+            zeros, to_rest = Signal.like(found.payload.zeros, name="zeros"), Signal(name="to_rest")
             bits = (columns - 1).bit_length()
             rest = i.depth[:bits]
-            jump = Cat(Const(1, bits), following.zeros)
-            a_step, w_step, waits = Mux(turn, jump, stride), Mux(turn, jump, 1), idles | blind
+            leap = Cat(Const(1, bits), zeros)
+            a_step, w_step, waits = Mux(turn, leap, stride), Mux(turn, leap, 1), idles | blind
 
         first = Signal(init=1)
         step, go, tile_end = (Signal(name=n) for n in ("step", "go", "tile_end"))
@@ -135,28 +138,29 @@ class MatrixUnit(wiring.Component):
         with m.If(begin):
             short = next_steps < columns
             idles_first = Mux(short, columns - next_steps, 0)
-            m.d.sync += [i.eq(n), active.eq(1), words.eq(next_steps), last_word.eq(next_steps == 1)]
+            m.d.sync += [i.eq(n), active.eq(1), words.eq(first_steps), last_word.eq(next_steps == 1)]
             m.d.sync += [padding.eq(idles_first), padded.eq(short)]
             m.d.sync += [idle.eq(idles_first + Mux(late, PACKED_START, 0)), idles.eq(short | late)]
             loops.begin(m, n)
             if self.config.packed or self.config.zero_skipping:
-                m.d.sync += steps.eq(next_steps)
+                m.d.sync += steps.eq(first_steps)
             if self.config.packed:
                 m.d.sync += stride.eq(Mux(late, Mux(four, 4, 2), 1))
 
         if self.config.zero_skipping:
             m.d.comb += [
                 *(finder.start.eq(begin), finder.next.eq(n), finder.running.eq(i)),
-                found.ready.eq(go & (turn | (inside & last_word))),
+                found.ready.eq((go & inside & (words == 2)) | blind),
                 self.skipped.eq(finder.skipped),
             ]
             wiring.connect(m, finder.read, wiring.flipped(self.zero_read))
-            with m.If((go & inside & (words == 2)) | blind):
-                ends = following.end & ~rest.any()
+            with m.If(found.ready):
+                ends = found.payload.end & ~rest.any()
                 m.d.sync += [blind.eq(~found.valid), turn.eq(found.valid & ~ends), last_word.eq(found.valid & ends)]
+                m.d.sync += [zeros.eq(found.payload.zeros), to_rest.eq(found.payload.end)]
             with m.If(go & turn):
-                m.d.sync += [turn.eq(0), words.eq(Mux(following.end, rest, columns)), inside.eq(~following.end)]
-                m.d.sync += last_word.eq(following.end & (rest == 1))
+                m.d.sync += [turn.eq(0), words.eq(Mux(to_rest, rest, columns)), inside.eq(~to_rest)]
+                m.d.sync += last_word.eq(to_rest & (rest == 1))
             with m.If(tile_end):
                 m.d.sync += inside.eq(skipping)
             with m.If(begin):

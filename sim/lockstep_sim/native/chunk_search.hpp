@@ -38,7 +38,7 @@ class ChunkSearch {
         for (bool end = false; !end; jump++) {
             const Time known = find(jumps_[jump].zeros);
             now = std::max(now + isa::kRows, known + 2);
-            taken_.push_back(now - 1);
+            taken_.push_back(now - 2);
             end = jumps_[jump].end;
         }
         return now + rest - begin;

@@ -129,7 +129,7 @@ def chunk_cycles(i, tile, finder, now):
         if (known := finder.next_known()) >= last:
             last = known + 1
         cycles += [*range(now, now + SIZE - 1), last]
-        finder.taken.append(last)
+        finder.taken.append(last - 1)
         now = last + 1
     return cycles + list(range(now, now + i.depth % SIZE))
 
