@@ -9,7 +9,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.errors import CONTROL_UNIT, ErrorCode
 from lockstep_isa.instructions import Unit
-from lockstep_isa.registers import CORE_COUNTERS, UNIT_COUNTERS
+from lockstep_isa.registers import UNIT_COUNTERS
 
 from .queue import INDEX_BITS
 
@@ -36,7 +36,7 @@ class Supervisor(wiring.Component):
     events : In, one bit per core counter except CYCLES. count_NAME : Out(32), every counter of the register map.
     """
 
-    def __init__(self, of_core: Sequence[str] = tuple(n for n, _ in CORE_COUNTERS)) -> None:
+    def __init__(self, of_core: Sequence[str]) -> None:
         self.of_core = of_core
         self.counters = [*of_core] + [f"{u.name}_{n}" for u in Unit for n, _ in UNIT_COUNTERS]
         reports = {}
