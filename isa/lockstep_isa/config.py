@@ -42,7 +42,7 @@ class CoreConfig:
     queue_depth : instructions that wait in front of each unit.
     packed : whether MATRIX takes weights in the formats of :mod:`lockstep_isa.weights`, not only dense int8.
     selection : whether VECTOR selects columns into the index memory and LOAD gathers rows by it.
-    zero_skipping : whether MATRIX passes over chunks of ACTIVATION that are zero; wants at least 4 rows.
+    zero_skipping : whether MATRIX passes over chunks of ACTIVATION that are zero; needs at least 4 rows.
     """
 
     name: str
@@ -77,8 +77,11 @@ class CoreConfig:
             raise ConfigurationError(f"accumulator_tiles must be a power of two >= 2, not {self.accumulator_tiles}")
         if not _is_power_of_two(self.queue_depth) or self.queue_depth < 2:
             raise ConfigurationError(f"queue_depth must be a power of two >= 2, not {self.queue_depth}")
-        if self.zero_skipping and self.rows < 4:
-            raise ConfigurationError(f"zero_skipping needs at least 4 rows, not {self.rows}")
+        if self.zero_skipping and (self.rows < 4 or self.activation_words < 2 * self.rows):
+            raise ConfigurationError(
+                f"zero_skipping needs at least 4 rows and 2 words of ACTIVATION a row, not {self.rows} and "
+                f"{self.activation_words} words"
+            )
 
     @property
     def operand_word_bytes(self) -> int:
