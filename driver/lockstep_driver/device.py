@@ -15,13 +15,13 @@ from lockstep_isa.instructions import OPERANDS, Unit
 from lockstep_isa.program import Operand, Program, ProgramError, validate
 from lockstep_isa.registers import (
     BY_NAME,
-    CORE_COUNTERS,
     DESCRIPTOR_BYTES,
     DESCRIPTOR_FIELDS,
     MAGIC,
     UNIT_COUNTERS,
     Flags,
     Status,
+    core_counters,
 )
 from lockstep_sim.core import SimulatedCore
 from lockstep_sim.timeline import Section, Timeline, timeline
@@ -52,6 +52,7 @@ class Counters:
     ----------
     cycles, instructions, read_beats, write_beats, mac_cycles : of the whole core.
     units : unit name -> cycles busy, wait_token, wait_data, idle; they sum up to ``cycles``.
+    skipped_chunks : chunks of R steps that MATRIX passed over; 0 on cores without ``zero_skipping``.
     """
 
     cycles: int
@@ -60,6 +61,7 @@ class Counters:
     write_beats: int
     mac_cycles: int
     units: dict[str, dict[str, int]]
+    skipped_chunks: int = 0
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ class Device:
 
     def counters(self) -> Counters:
         """The counters since they were cleared."""
-        core = {name.lower(): self.read(f"COUNT_{name}") for name, _ in CORE_COUNTERS}
+        core = {name.lower(): self.read(f"COUNT_{name}") for name in core_counters(self.config)}
         units = {
             unit.name: {name.lower(): self.read(f"COUNT_{unit.name}_{name}") for name, _ in UNIT_COUNTERS}
             for unit in Unit

@@ -41,8 +41,9 @@ from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
 from .builder import ProgramBuilder
+from .random_attention import random_softmax, random_weighing
 from .random_selection import INDEX_USED, MOST_COLUMNS, fill_index, random_gather, random_selection, store_index
-from .random_values import random_floats
+from .random_values import random_floats, random_operands
 
 #: On-chip words that a random program uses of each memory.
 _USED = {Memory.ACTIVATION: 256, Memory.WEIGHT: 256, Memory.VECTOR: 512, Memory.PARAMETER: 128}
@@ -87,12 +88,12 @@ class RandomProgram:
         """The bytes of device memory that the program may read and write; all of them are compared."""
         return slice(self.base, self.base + self.memory.size)
 
-    def expected(self, config: CoreConfig) -> NDArray[np.uint32]:
-        """The words that the golden executor leaves in the result."""
+    def golden(self, config: CoreConfig) -> tuple[NDArray[np.uint32], int]:
+        """The words that the golden executor leaves in the result, and the chunks that MATRIX passes over."""
         memory = np.concatenate([np.zeros(self.base, np.uint8), self.memory])
         core = GoldenCore(config, memory)
         core.run(self.program, tuple(self.operands[operand.name] for operand in self.program.operands))
-        return memory[self.result].view(np.uint32)
+        return memory[self.result].view(np.uint32), core.skipped_chunks
 
 
 def same_words(actual: NDArray[np.uint32], expected: NDArray[np.uint32]) -> NDArray[np.bool_]:
@@ -169,6 +170,8 @@ class _Generator:
         gather, size = random_gather(self.rng, self.config, rows, stride)
         if memory in (Memory.VECTOR, Memory.PARAMETER):
             data: NDArray[np.generic] = random_floats(self.rng, size // 4)
+        elif memory == Memory.ACTIVATION:
+            data = random_operands(self.rng, self.config, -(-size // self.config.rows))
         else:
             data = self.rng.integers(-128, 128, size).astype(np.int8)
         end = _INTEGERS[0] if memory == Memory.PARAMETER else _USED[memory]
@@ -178,7 +181,7 @@ class _Generator:
             "memory": memory,
             "rows": rows,
             "words": words,
-            "address": self.place(np.concatenate([room, data])) + room.nbytes,
+            "address": self.place(np.concatenate([room, data.reshape(-1)])) + room.nbytes,
             "stride": stride,
             "local": self.number(0, end - rows * local_stride),
             "local_stride": local_stride,
@@ -223,6 +226,8 @@ class _Generator:
         for memory, words in _USED.items():
             if memory in (Memory.VECTOR, Memory.PARAMETER):
                 data: NDArray[np.generic] = random_floats(self.rng, words * rows)
+            elif memory == Memory.ACTIVATION:
+                data = random_operands(self.rng, self.config, words)
             else:
                 data = self.rng.integers(-128, 128, words * rows).astype(np.int8)
             if memory == Memory.PARAMETER:
@@ -238,22 +243,27 @@ class _Generator:
 
     def matrix(self) -> None:
         """A product, and the pass that takes its tiles."""
-        depth, weights, sparsity = self.number(1, 40), Weights.INT8, Sparsity.DENSE
+        most = 120 if self.config.zero_skipping and self.number(0, 1) else 40
+        depth, weights, sparsity = self.number(1, most), Weights.INT8, Sparsity.DENSE
         if self.config.packed and self.number(0, 1):
             weights, sparsity = _FORMATS[self.number(0, len(_FORMATS) - 1)]
             unit = WEIGHT_GROUPS[weights] or 8 * sparsity
             depth = unit * self.number(1, _PACKED_DEPTH // unit)
         format = Instruction(MATRIX, depth=depth, weights=weights, sparsity=sparsity, unsigned=self.number(0, 1))
-        words, aligned = weight_words(format), activation_group(format)
+        words, aligned, own = weight_words(format), activation_group(format), depth
+        if self.config.zero_skipping and not is_packed(format) and self.number(0, 2):
+            # Tiles begin with a chunk.
+            aligned, own = self.config.rows, -(-depth // self.config.rows) * self.config.rows
         # Row tiles in the outer loop and columns in the inner one, or the other way round.
         down, along = ("outer", "inner") if self.number(0, 3) else ("inner", "outer")
         counts = {"outer": self.number(1, 3), "inner": self.number(1, 3)}
-        counts[down] = min(counts[down], _USED[Memory.ACTIVATION] // depth)
+        counts[down] = min(counts[down], _USED[Memory.ACTIVATION] // own)
+        counts[along] = min(counts[along], _USED[Memory.WEIGHT] // words)
         outer, inner = counts["outer"], counts["inner"]
         fields = {name: value for name, value in format.values.items() if name != "opcode"} | {
             **counts,
-            "a": self.number(0, (_USED[Memory.ACTIVATION] - counts[down] * depth) // aligned) * aligned,
-            f"a_{down}": depth,
+            "a": self.number(0, (_USED[Memory.ACTIVATION] - counts[down] * own) // aligned) * aligned,
+            f"a_{down}": own,
             "w": self.number(0, _USED[Memory.WEIGHT] - counts[along] * words),
             f"w_{along}": words,
         }
@@ -288,26 +298,12 @@ class _Generator:
         self.builder.emit(VECTOR, **fields)
 
     def softmax(self) -> None:
-        """Masked scores and their weights; rows in front of the first position see nothing."""
-        tiles, columns = self.number(1, 3), self.number(1, 40)
-        words = tiles * columns
-        x, to = (self.number(0, _USED[Memory.VECTOR] // 2 - words) for _ in range(2))
-        powers = self.number(_INTEGERS[0], _INTEGERS[1] - tiles)
-        shape = {"tiles": tiles, "columns": columns, "x_stride": columns, "to_stride": columns}
-        shape |= {"source": Source.VECTOR, "destination": Destination.VECTOR}
-        fields = shape | {
-            "function": Function.SCORE,
-            "maximum": Maximum.EXPONENT,
-            "x": x,
-            "to": _USED[Memory.VECTOR] // 2 + to,
-            "max_to": powers,
-            "mask": Mask.CAUSAL,
-            "first_row": self.number(-2 * self.config.rows, columns) % (1 << 20),
-            "window": self.number(0, columns) if self.number(0, 1) else 0,
-        }
-        self.builder.emit(VECTOR, **fields)
-        at = fields["to"]
-        self.builder.emit(VECTOR, **shape, function=Function.EXP2, x=at, to=at, lane0=powers, sum=1, sum_to=to % 100)
+        """Masked scores and their weights; where zeros count, a product of these too."""
+        passes = random_softmax(self.rng, self.config, _USED[Memory.VECTOR], _INTEGERS)
+        if self.config.zero_skipping:
+            passes += random_weighing(self.rng, self.config, passes[-1][1], _USED[Memory.ACTIVATION])
+        for type, fields in passes:
+            self.builder.emit(type, **fields)
 
     def _random_pass(self, source: Source | None, tiles: int, columns: int) -> Instruction | None:
         n = self.number

@@ -97,6 +97,7 @@ def core_of(point: Point, memories: str = "laptop") -> CoreConfig:
     }
     name = f"{point.rows}x{point.rows}-{point.lanes}-{point.bus}"
     features = {"packed": like.packed, "selection": like.selection}
+    features["zero_skipping"] = like.zero_skipping and point.rows >= 4
     return CoreConfig(name, point.rows, point.rows, point.lanes, point.bus // 8, **words, **features)
 
 

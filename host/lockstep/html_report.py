@@ -78,7 +78,7 @@ def compare_bits(reference: str, device: str, expected: Sequence[np.ndarray], ac
 def page(title: str, config: CoreConfig, found: Profile, said: Explanation, bits: Bits) -> str:
     """The page; ``found`` has timelines."""
     total, parts = found.total, layers(found.timelines)
-    macs = total.mac_cycles * config.macs_per_cycle
+    macs = (total.mac_cycles + total.skipped_chunks * config.rows) * config.macs_per_cycle
     moved = (total.read_beats + total.write_beats) * config.bus_bytes
     whole = Layer("the whole run", total.cycles, macs, moved, total.units["MATRIX"]["busy"])
     figures = [
@@ -104,7 +104,8 @@ def page(title: str, config: CoreConfig, found: Profile, said: Explanation, bits
         f'<p class="key note">{key}</p>',
         timeline_chart(found.timelines),
         "<h2>Roofline</h2>",
-        '<p class="note">The red point is the whole run, the others are layers. Padded rows count as work.</p>',
+        '<p class="note">The red point is the whole run, the others are layers. Padded rows count as work, and so do '
+        "zeros that were passed over.</p>",
         roofline_chart(config, parts, whole),
         "<h2>Cycles of each layer</h2>",
         _table([*parts, whole], total.cycles),

@@ -33,7 +33,7 @@ class Profile:
 
 def total(runs: list[Counters]) -> Counters:
     """Counters added up; all zero where nothing ran."""
-    names = ("cycles", "instructions", "read_beats", "write_beats", "mac_cycles")
+    names = ("cycles", "instructions", "read_beats", "write_beats", "mac_cycles", "skipped_chunks")
     units: dict[str, dict[str, int]] = {}
     for run in runs:
         for unit, counts in run.units.items():

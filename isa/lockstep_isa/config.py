@@ -42,6 +42,7 @@ class CoreConfig:
     queue_depth : instructions that wait in front of each unit.
     packed : whether MATRIX takes weights in the formats of :mod:`lockstep_isa.weights`, not only dense int8.
     selection : whether VECTOR selects columns into the index memory and LOAD gathers rows by it.
+    zero_skipping : whether MATRIX passes over chunks of ACTIVATION that are zero; needs at least 4 rows.
     """
 
     name: str
@@ -57,6 +58,7 @@ class CoreConfig:
     queue_depth: int = 8
     packed: bool = False
     selection: bool = False
+    zero_skipping: bool = False
 
     def __post_init__(self) -> None:
         if self.rows != self.columns:
@@ -75,6 +77,11 @@ class CoreConfig:
             raise ConfigurationError(f"accumulator_tiles must be a power of two >= 2, not {self.accumulator_tiles}")
         if not _is_power_of_two(self.queue_depth) or self.queue_depth < 2:
             raise ConfigurationError(f"queue_depth must be a power of two >= 2, not {self.queue_depth}")
+        if self.zero_skipping and (self.rows < 4 or self.activation_words < 2 * self.rows):
+            raise ConfigurationError(
+                f"zero_skipping needs at least 4 rows and 2 words of ACTIVATION a row, not {self.rows} and "
+                f"{self.activation_words} words"
+            )
 
     @classmethod
     def feature_names(cls) -> tuple[str, ...]:
@@ -133,15 +140,16 @@ class CoreConfig:
 
 
 KIB = 1024
+_ALL_FEATURES = {"packed": True, "selection": True, "zero_skipping": True}
 
 #: The named configurations. ``tiny`` keeps the memories of ``laptop`` so that the same models fit.
 PRESETS: dict[str, CoreConfig] = {
     c.name: c
     for c in (
-        CoreConfig("tiny", 4, 4, 4, 4, 64 * KIB, 64 * KIB, 64 * KIB, 8 * KIB, packed=True, selection=True),
-        CoreConfig("laptop", 16, 16, 16, 16, 16 * KIB, 16 * KIB, 16 * KIB, 2 * KIB, packed=True, selection=True),
+        CoreConfig("tiny", 4, 4, 4, 4, 64 * KIB, 64 * KIB, 64 * KIB, 8 * KIB, **_ALL_FEATURES),
+        CoreConfig("laptop", 16, 16, 16, 16, 16 * KIB, 16 * KIB, 16 * KIB, 2 * KIB, **_ALL_FEATURES),
         CoreConfig("ulx3s", 8, 8, 2, 8, 8 * KIB, 8 * KIB, 4 * KIB, 1 * KIB),
-        CoreConfig("paper", 64, 64, 128, 128, 16 * KIB, 16 * KIB, 8 * KIB, 1 * KIB, packed=True, selection=True),
+        CoreConfig("paper", 64, 64, 128, 128, 16 * KIB, 16 * KIB, 8 * KIB, 1 * KIB, **_ALL_FEATURES),
     )
 }
 

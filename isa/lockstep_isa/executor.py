@@ -45,6 +45,7 @@ from .instructions import (
 from .program import Program, table_shift, transposes, uses_y, weight_words
 from .tables import TableFunction
 from .weights import stream
+from .zero_skipping import skipped_chunks
 
 F32 = NDArray[np.float32]
 
@@ -66,6 +67,11 @@ class GoldenCore:
     ----------
     config : the configuration; only sizes matter here.
     memory : uint8[bytes], device memory, read and written in place.
+
+    Attributes
+    ----------
+    zero : bool[words], which words of ACTIVATION were written as zeros. skipped_chunks : what MATRIX leaves out by that
+        so far; no bit of a result hangs on it.
     """
 
     def __init__(self, config: CoreConfig, memory: NDArray[np.uint8]) -> None:
@@ -79,6 +85,8 @@ class GoldenCore:
         self.table = np.zeros((TABLE_SLOTS * TABLE_ENTRIES, 3), np.float32)
         self.index = np.zeros(INDEX_ENTRIES, np.uint16)
         self.accumulators: deque[NDArray[np.int32]] = deque()
+        self.zero = np.zeros(config.activation_words, np.bool_)
+        self.skipped_chunks = 0
 
     def run(self, program: Program, operands: Sequence[int] = ()) -> None:
         """Execute every instruction in list order.
@@ -115,8 +123,11 @@ class GoldenCore:
                 raw = self.memory[start : start + i.words * 4 * rows].view(np.float32)
                 target[local] = numerics.flush(raw.reshape(i.words, rows))
             else:
-                operands = self.activation if i.memory == Memory.ACTIVATION else self.weight
-                operands[local] = self.memory[start : start + i.words * rows].view(np.int8).reshape(i.words, rows)
+                words = self.memory[start : start + i.words * rows].reshape(i.words, rows)
+                if i.memory == Memory.ACTIVATION:
+                    self._write_activation(local, words)
+                else:
+                    self.weight[local] = words.view(np.int8)
 
     def _store(self, i: Instruction) -> None:
         rows, lane_bytes = self.config.rows, 1 if i.bytes else 4
@@ -132,6 +143,7 @@ class GoldenCore:
     def _matrix(self, i: Instruction) -> None:
         activation = self.activation.view(np.uint8) if i.unsigned else self.activation
         group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
+        self.skipped_chunks += int(skipped_chunks(self.config, i, self.zero).sum())
         for outer in range(i.outer):
             for inner in range(i.inner):
                 a = i.a + outer * i.a_outer + inner * i.a_inner
@@ -282,11 +294,15 @@ class GoldenCore:
     def _write_words(self, i: Instruction, start: int, words: NDArray[np.uint8]) -> None:
         place = slice(start, start + len(words))
         if i.destination == Destination.ACTIVATION:
-            self.activation[place] = words.view(np.int8)
+            self._write_activation(place, words)
         elif i.destination in (Destination.WEIGHT, Destination.WEIGHT_TRANSPOSED):
             self.weight[place] = words.view(np.int8)
         else:
             self.vector[place] = words.astype(np.uint32).view(np.float32)
+
+    def _write_activation(self, place: slice, words: NDArray[np.uint8]) -> None:
+        self.activation[place] = words.view(np.int8)
+        self.zero[place] = ~words.any(axis=1)
 
 
 def _immediate(bits: int) -> F32:

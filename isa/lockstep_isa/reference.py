@@ -24,7 +24,7 @@ from .instructions import (
     InstructionType,
     Unit,
 )
-from .registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS, MAGIC, REGISTERS, Flags, Status
+from .registers import DESCRIPTOR_BYTES, DESCRIPTOR_FIELDS, MAGIC, REGISTERS, Flags, Register, Status
 
 #: Lines of ``errors.md`` between which the table of error codes stands.
 ERRORS_BEGIN, ERRORS_END = "<!-- begin: error codes -->", "<!-- end: error codes -->"
@@ -132,6 +132,10 @@ def _legal(field: Field) -> str:
     return legal + (f"; 0 without `{field.feature}`" if field.feature else "")
 
 
+def _described(register: Register) -> str:
+    return register.doc + (f"; with `{register.feature}` only" if register.feature else "")
+
+
 def _enumerations() -> list[type[enum.IntEnum]]:
     found = [field.choices for type in INSTRUCTION_TYPES for field in type.fields if field.choices is not None]
     return list(dict.fromkeys(found))
@@ -199,7 +203,7 @@ def registers_page() -> str:
         "",
         *_table(
             ("address", "register", "access", "meaning"),
-            ((f"`{r.address:#05x}`", f"`{r.name}`", r.access, r.doc) for r in REGISTERS),
+            ((f"`{r.address:#05x}`", f"`{r.name}`", r.access, _described(r)) for r in REGISTERS),
         ),
         f"MAGIC reads {MAGIC:#010x}, the letters LKST. Counters have 32 bits and wrap. The four cycle counters of a "
         "unit sum up to CYCLES.",
@@ -241,19 +245,21 @@ def registers_page() -> str:
                 "tiles",
                 "packed",
                 "selection",
+                "zero_skipping",
             ),
             (
                 (
                     *(f"`{c.name}`", f"`{c.crc:#010x}`", f"{c.rows} x {c.columns}", c.lanes, c.bus_bytes),
                     *(c.activation_words, c.weight_words, c.vector_words, c.parameter_words, c.accumulator_tiles),
-                    *("yes" if feature else "no" for feature in (c.packed, c.selection)),
+                    *("yes" if feature else "no" for feature in (c.packed, c.selection, c.zero_skipping)),
                 )
                 for c in PRESETS.values()
             ),
         ),
         "Memories are given in words: `rows` bytes in ACTIVATION and WEIGHT, `rows` fp32 values in VECTOR and "
         "PARAMETER. Tiles are those of the accumulator queue. `packed` cores take weights of fewer than 8 bits and "
-        "sparse ones; those with `selection` select columns and gather rows by them. The others refuse such programs.",
+        "sparse ones; those with `selection` select columns and gather rows by them. The others refuse such programs. "
+        "Those with `zero_skipping` pass over activations that are zero, in the same programs.",
         "",
     ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from .config import CoreConfig
 from .instructions import Unit
 
 #: First register: "LKST" in ASCII, little endian.
@@ -15,12 +16,16 @@ DESCRIPTOR_BYTES = 64
 
 @dataclass(frozen=True)
 class Register:
-    """One 32-bit register: byte address, access (``r``, ``rw`` or ``w``) and meaning."""
+    """One 32-bit register: byte address, access (``r``, ``rw`` or ``w``) and meaning.
+
+    One with a ``feature`` is there on cores whose configuration has that flag.
+    """
 
     name: str
     address: int
     access: str
     doc: str
+    feature: str | None = None
 
 
 class Status(enum.IntFlag):
@@ -52,6 +57,10 @@ CORE_COUNTERS = (
     ("WRITE_BEATS", "bus beats written"),
     ("MAC_CYCLES", "cycles in which operands entered the array"),
 )
+#: Counters of the whole core, each with the feature that it needs.
+FEATURE_COUNTERS = (
+    ("SKIPPED_CHUNKS", "chunks of `rows` ACTIVATION words that MATRIX passed over: all zero", "zero_skipping"),
+)
 
 
 def _build() -> tuple[Register, ...]:
@@ -78,13 +87,27 @@ def _build() -> tuple[Register, ...]:
     ]
     counters = [(f"COUNT_{n}", "r", d) for n, d in CORE_COUNTERS]
     counters += [(f"COUNT_{u.name}_{n}", "r", f"{u.name}: {d}") for u in Unit for n, d in UNIT_COUNTERS]
-    return tuple(Register(n, 4 * i, a, d) for i, (n, a, d) in enumerate(fixed + counters))
+    always = [(n, a, d, None) for n, a, d in fixed + counters]
+    of_features = [(f"COUNT_{n}", "r", d, feature) for n, d, feature in FEATURE_COUNTERS]
+    return tuple(Register(n, 4 * i, a, d, f) for i, (n, a, d, f) in enumerate([*always, *of_features]))
 
 
 REGISTERS: tuple[Register, ...] = _build()
 BY_NAME: dict[str, Register] = {r.name: r for r in REGISTERS}
 #: Bits of a register byte address.
 ADDRESS_BITS = (4 * len(REGISTERS) - 1).bit_length()
+
+
+def registers_of(config: CoreConfig) -> tuple[Register, ...]:
+    """The registers that a core has."""
+    return tuple(r for r in REGISTERS if r.feature is None or getattr(config, r.feature))
+
+
+def core_counters(config: CoreConfig) -> tuple[str, ...]:
+    """Names of the counters of the whole core that it has."""
+    features = (name for name, _, feature in FEATURE_COUNTERS if getattr(config, feature))
+    return (*(name for name, _ in CORE_COUNTERS), *features)
+
 
 #: The descriptor, 32-bit little-endian words from its start.
 DESCRIPTOR_FIELDS = (

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.instructions import BY_NAME, INDEX_ENTRIES, Memory, Unit
-from lockstep_isa.registers import ADDRESS_BITS, CORE_COUNTERS, Status
+from lockstep_isa.registers import ADDRESS_BITS, Status, core_counters
 
 from .axi import Lite, ReadArbiter, ReadMaster, WriteMaster
 from .control.queue import INDEX_BITS, UnitQueue
@@ -22,6 +22,7 @@ from .scratchpad import Scratchpad, port_words
 from .transfer.load import LoadUnit
 from .transfer.store import StoreUnit
 from .vector.unit import VectorUnit
+from .zero_words import ZeroWords
 
 
 class Core(wiring.Component):
@@ -49,7 +50,7 @@ class Core(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.registers = registers = RegisterFile(self.config)
-        m.submodules.supervisor = supervisor = Supervisor()
+        m.submodules.supervisor = supervisor = Supervisor(core_counters(self.config))
         machine = Machine(self.config)
         m.submodules.machine = ResetInserter(supervisor.soft_reset)(machine)
         wiring.connect(m, registers.bus, wiring.flipped(self.registers))
@@ -138,7 +139,7 @@ class Machine(wiring.Component):
                 "progress": Out(1),
                 "bus_quiet": Out(1),
                 "flags": Out(2),
-                "events": Out(len(CORE_COUNTERS) - 1),
+                "events": Out(len(core_counters(config)) - 1),
             }
             | reports
             | states
@@ -150,7 +151,8 @@ class Machine(wiring.Component):
         operand, vector = 8 * c.rows, 32 * c.rows
 
         def scratchpad(memory: Memory, width: int, depth: int) -> Scratchpad:
-            return Scratchpad(width, c.rows, depth, port_words(c, memory))
+            watched = memory == Memory.ACTIVATION and c.zero_skipping
+            return Scratchpad(width, c.rows, depth, port_words(c, memory), watched)
 
         m.submodules.sequencer = sequencer = Sequencer(c)
         m.submodules.tokens = tokens = Tokens()
@@ -190,6 +192,10 @@ class Machine(wiring.Component):
             vector_unit.table_write.data.eq(load.table_data),
             self.flags.eq(vector_unit.flags),
         ]
+        if c.zero_skipping:
+            m.submodules.zero_words = zero_words = ZeroWords(c, activation.written_words)
+            wiring.connect(m, activation.written, zero_words.write)
+            wiring.connect(m, matrix.zero_read, zero_words.read)
         if c.selection:
             m.submodules.index = index = IndexMemory()
             wiring.connect(m, vector_unit.index_write, index.write)
@@ -233,6 +239,7 @@ class Machine(wiring.Component):
         for name in ("ring_base", "ring_size", "ring_tail"):
             m.d.comb += getattr(sequencer, name).eq(getattr(self, name))
         read, write = self.memory_read.r, self.memory_write.w
+        of_features = [matrix.skipped] if c.zero_skipping else []
         at_work = [q.running & ~units[u].stalled for u, q in queues.items()]
         m.d.comb += [
             self.ring_head.eq(sequencer.ring_head),
@@ -243,7 +250,10 @@ class Machine(wiring.Component):
                 Cat(read.valid & read.ready, write.valid & write.ready, sequencer.dispatched, *at_work).any()
             ),
             self.events.eq(
-                Cat(sequencer.dispatched, read.valid & read.ready, write.valid & write.ready, matrix.streaming)
+                Cat(
+                    *(sequencer.dispatched, read.valid & read.ready, write.valid & write.ready, matrix.streaming),
+                    *of_features,
+                )
             ),
         ]
 

@@ -55,6 +55,7 @@ class Scratchpad(wiring.Component):
     fill : In(stream of address, data, enable), LOAD; waits while ``write`` is enabled.
     read : In(ReadPort), the datapath; always served, answer one cycle later.
     drain : In(ReadPort) with ``drain_ready`` Out(1), STORE; served in cycles without ``read``. Not there for 0 words.
+    written : Out(WritePort), what is written in this cycle, by either writer. There if ``watched``.
     bounds_* : Out(1) each, an access beyond the end in the cycle before, with ``bounds_address`` Out(16).
 
     There are as many banks as the widest port takes words, and words one behind the other lie in different banks,
@@ -65,12 +66,15 @@ class Scratchpad(wiring.Component):
     that share words take turns by tokens.
     """
 
-    def __init__(self, width: int, granules: int, depth: int, words: PortWords | None = None) -> None:
+    def __init__(
+        self, width: int, granules: int, depth: int, words: PortWords | None = None, watched: bool = False
+    ) -> None:
         words = words or PortWords()
         self.width, self.granules, self.depth, self.drains = width, granules, depth, bool(words.drain)
+        self.watched = watched
         self.banks = max(words.write, words.fill, words.read, words.drain)
         # Most words of a write, and of a read that begins anywhere.
-        self.written = max(words.write, words.fill)
+        self.written_words = max(words.write, words.fill)
         self.anywhere = max(1 if words.read == 4 else words.read, words.drain)
         super().__init__(
             {
@@ -88,12 +92,13 @@ class Scratchpad(wiring.Component):
                 if words.drain
                 else {}
             )
+            | ({"written": Out(WritePort(width, granules, self.written_words))} if watched else {})
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         banks = self.banks
-        write_address, write_data = Signal(ADDRESS_BITS), Signal(self.written * self.width)
+        write_address, write_data = Signal(ADDRESS_BITS), Signal(self.written_words * self.width)
         write_words, mask = Signal(banks), Signal(self.granules)
         read_address, read_words = Signal(ADDRESS_BITS), Signal(banks)
 
@@ -114,6 +119,13 @@ class Scratchpad(wiring.Component):
                 write_words.eq(self.write.enable),
                 mask.eq(self.write.mask),
             ]
+        if self.watched:
+            m.d.comb += [
+                self.written.enable.eq(write_words),
+                self.written.address.eq(write_address),
+                self.written.data.eq(write_data),
+                self.written.mask.eq(mask),
+            ]
         m.d.comb += [read_address.eq(self.read.address), read_words.eq(self.read.enable)]
         if self.drains:
             m.d.comb += self.drain_ready.eq(~reads)
@@ -123,7 +135,7 @@ class Scratchpad(wiring.Component):
         # The memory, or its banks: word n of a port is in bank (address + n) mod banks.
         bank_bits = (banks - 1).bit_length()
         bits = (self.depth // banks - 1).bit_length()
-        written = [write_data.word_select(n, self.width) for n in range(self.written)]
+        written = [write_data.word_select(n, self.width) for n in range(self.written_words)]
         answers = []
         for bank in range(banks):
             name = f"bank{bank}" if bank_bits else "memory"
@@ -147,7 +159,7 @@ class Scratchpad(wiring.Component):
                 i_clk=ClockSignal(),
                 i_write_enable=Mux((write_words >> number(write_address))[0], mask, 0),
                 i_write_address=place(write_address),
-                i_write_data=_select(number(write_address)[: self.written - 1], written),
+                i_write_data=_select(number(write_address)[: self.written_words - 1], written),
                 i_read_enable=(read_words >> number(read_address))[0],
                 i_read_address=place(read_address),
                 o_read_data=answer,

@@ -27,10 +27,13 @@ from lockstep_isa.registers import (
     CORE_COUNTERS,
     DESCRIPTOR_BYTES,
     DESCRIPTOR_FIELDS,
+    FEATURE_COUNTERS,
     MAGIC,
     REGISTERS,
     UNIT_COUNTERS,
     Status,
+    core_counters,
+    registers_of,
 )
 from lockstep_rtl.vector.timing import column_cycles, row_cycles, tail_cycles
 from numpy.typing import NDArray
@@ -40,7 +43,6 @@ from .native_header import instruction_header
 from .recording import Recorder
 
 NATIVE = Path(__file__).parent / "native"
-_ADDRESS_TO_NAME = {r.address: r.name for r in REGISTERS}
 _WRITABLE = {r.name for r in REGISTERS if "w" in r.access}
 #: Fields of VECTOR on which its cycles depend.
 _SHAPE_FIELDS = (
@@ -67,8 +69,9 @@ _KEPT_PROGRAMS = 64
 
 
 class _Prediction(ctypes.Structure):
-    _fields_ = [(n.lower(), ctypes.c_uint64) for n, _ in CORE_COUNTERS] + [
-        ("units", ctypes.c_uint64 * (len(Unit) * len(UNIT_COUNTERS)))
+    _fields_ = [
+        *((n.lower(), ctypes.c_uint64) for n, *_ in (*CORE_COUNTERS, *FEATURE_COUNTERS)),
+        ("units", ctypes.c_uint64 * (len(Unit) * len(UNIT_COUNTERS))),
     ]
 
 
@@ -132,7 +135,8 @@ class FastCore:
             self._library.lockstep_fast_memory(self._core), (memory_bytes,)
         )
         self._shapes_at: OrderedDict[int, _Shapes] = OrderedDict()
-        self._registers = dict.fromkeys((r.name for r in REGISTERS), 0)
+        self._names = {r.address: r.name for r in registers_of(config)}
+        self._registers = dict.fromkeys(self._names.values(), 0)
         self._registers |= {
             "MAGIC": MAGIC,
             "ABI_VERSION": ABI_VERSION,
@@ -174,10 +178,9 @@ class FastCore:
             self._library.lockstep_fast_destroy(self._core)
             self._core = None
 
-    @staticmethod
-    def _name(address: int) -> str:
+    def _name(self, address: int) -> str:
         try:
-            return _ADDRESS_TO_NAME[address]
+            return self._names[address]
         except KeyError:
             raise RegisterError(f"the core refused an access to register {address:#x}") from None
 
@@ -240,7 +243,7 @@ class FastCore:
         }
 
     def _count(self, prediction: _Prediction) -> None:
-        values = {f"COUNT_{n}": getattr(prediction, n.lower()) for n, _ in CORE_COUNTERS}
+        values = {f"COUNT_{n}": getattr(prediction, n.lower()) for n in core_counters(self.config)}
         numbers = iter(prediction.units)
         values |= {f"COUNT_{u.name}_{n}": next(numbers) for u in Unit for n, _ in UNIT_COUNTERS}
         for name, value in values.items():

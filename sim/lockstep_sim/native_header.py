@@ -8,6 +8,7 @@ from lockstep_isa import instructions as isa
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.errors import ErrorCode
 from lockstep_isa.weights import inputs_per_step
+from lockstep_isa.zero_skipping import CHUNKS_AHEAD
 
 
 def _camel(name: str) -> str:
@@ -58,6 +59,8 @@ def instruction_header(config: CoreConfig) -> str:
         f"constexpr std::uint32_t kAccumulatorTiles = {config.accumulator_tiles};",
         f"constexpr std::uint32_t kQueueDepth = {config.queue_depth};",
         f"constexpr bool kPacked = {str(config.packed).lower()};",
+        f"constexpr bool kZeroSkipping = {str(config.zero_skipping).lower()};",
+        f"constexpr std::uint32_t kChunksAhead = {CHUNKS_AHEAD};",
         f"constexpr std::uint32_t kInstructionBytes = {isa.INSTRUCTION_BYTES};",
         f"constexpr std::uint32_t kOperands = {isa.OPERANDS};",
         f"constexpr std::uint32_t kTableEntries = {isa.TABLE_ENTRIES};",

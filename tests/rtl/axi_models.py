@@ -29,6 +29,7 @@ PAGE = 4096
 def small(**changes: Any) -> CoreConfig:
     """The 4x4 core with memories small enough to look at."""
     sizes = dict(activation_words=64, weight_words=64, vector_words=64, parameter_words=16, accumulator_tiles=4)
+    sizes |= {"zero_skipping": False}
     return preset("tiny").replace(**(sizes | changes))
 
 

@@ -63,6 +63,16 @@ def test_a_core_without_selection_has_nothing_of_it():
     assert not names(False)
 
 
+def test_a_core_without_zero_skipping_has_nothing_of_it():
+    def names(zero_skipping):
+        core = Core(preset("ulx3s").replace(zero_skipping=zero_skipping))
+        text = generate.component_verilog(core, generate.TOP)
+        return set(re.findall(r"zero_words|zero_read|finder|skipped|SKIPPED|blind", text))
+
+    assert {"zero_words", "zero_read", "finder", "skipped", "SKIPPED", "blind"} <= names(True)
+    assert not names(False)
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "changes"),
     [

@@ -31,7 +31,7 @@ class Measurement:
     case, parameters : what ran. device : where. counted : whether ``cycles`` were counted; otherwise predicted.
     cycles : from doorbell to fence. limit : see :class:`Limit`.
     bytes : moved on the bus of device memory, instructions included. mac_cycles : cycles in which operands entered
-    the array. units : the cycles of each unit by what it did.
+    the array. skipped_chunks : chunks of zeros that it passed over. units : the cycles of each unit by what it did.
     reference : what the values are compared with. values, differences : compared, and of other bits.
     predicted_cycles : of the fast core with the same memory. cycles_per_second : of the simulation.
     figures : what only this case has, by name.
@@ -45,6 +45,7 @@ class Measurement:
     limit: Limit
     bytes: int
     mac_cycles: int
+    skipped_chunks: int
     units: dict[str, dict[str, int]]
     reference: str
     values: int
@@ -87,6 +88,7 @@ class Measurement:
             "share_of_limit": self.share,
             "bytes": self.bytes,
             "mac_cycles": self.mac_cycles,
+            "skipped_chunks": self.skipped_chunks,
             "units": self.units,
             "identical": self.identical,
             "reference": self.reference,
@@ -181,6 +183,7 @@ class Bench:
             limit=limit,
             bytes=(counters.read_beats + counters.write_beats) * self.config.bus_bytes,
             mac_cycles=counters.mac_cycles,
+            skipped_chunks=counters.skipped_chunks,
             units=counters.units,
             reference=reference,
             values=sum(array.size for array in expected),

@@ -100,19 +100,26 @@ def run_attention(device: Device, work: BlockSparse, operands: Operands) -> Ran:
 def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
     """The multiply-accumulates of the kept blocks over the array, or the bytes over the bus: whichever takes longer.
 
-    Keys and values count once, if any query keeps them: a core with endless memory would read them once.
+    Keys and values count once, if any query keeps them: a core with endless memory would read them once. Where the core
+    passes over zeros, probabilities above the diagonal do not count; others that come out as 0 do.
     """
     block, d = work.block, work.head_dim
-    each = mac_slots(config, block, block, d) + ceil_div(block, config.rows) * ceil_div(d, config.columns) * block
-    slots = work.kept * each
+    tiles, groups = ceil_div(block, config.rows), ceil_div(d, config.columns)
+    each = mac_slots(config, block, block, d) + tiles * groups * block
+    diagonal = int(work.mask.diagonal(axis1=1, axis2=2).sum()) if config.zero_skipping and work.causal else 0
+    zeros = tiles * (tiles - 1) // 2 * groups * config.rows
+    slots = work.kept * each - diagonal * zeros
+    subtracted = f" - {diagonal:,} * {zeros:,}" if diagonal else ""
     read = work.heads * work.tokens * (d + 4) + int(work.mask.any(axis=1).sum()) * block * 2 * (d + 4)
     written = work.heads * work.tokens * d * 4
     beats = ceil_div(read + written, config.bus_bytes)
     return Limit(
         max(slots, beats),
-        "max(kept blocks * array slots of a block's two products, (bytes of queries, kept keys and values, and their "
-        "scales + result bytes) / bus bytes)",
-        f"max({work.kept:,} * {each:,}, ({read:,} + {written:,}) / {config.bus_bytes}) = max({slots:,}, {beats:,})",
+        "max(kept blocks * array slots of a block's two products"
+        + (" - blocks on the diagonal * zeros above it" if diagonal else "")
+        + ", (bytes of queries, kept keys and values, and their scales + result bytes) / bus bytes)",
+        f"max({work.kept:,} * {each:,}{subtracted}, ({read:,} + {written:,}) / {config.bus_bytes}) = "
+        f"max({slots:,}, {beats:,})",
     )
 
 

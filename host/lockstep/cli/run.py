@@ -204,6 +204,7 @@ def counted(total: Counters) -> dict[str, Any]:
         "read_beats": total.read_beats,
         "write_beats": total.write_beats,
         "mac_cycles": total.mac_cycles,
+        "skipped_chunks": total.skipped_chunks,
         "utilisation": total.mac_cycles / total.cycles if total.cycles else None,
         "units": total.units,
     }
@@ -219,8 +220,9 @@ def show_counters(total: Counters, title: str) -> None:
     ]
     columns = ["unit", *(name.replace("_", " ") for name in next(iter(total.units.values())))]
     console.print(table(columns, rows, title, numbers=1))
+    skipped = f"; {total.skipped_chunks:,} chunks of zeros passed over" if total.skipped_chunks else ""
     console.print(
         f"{total.cycles:,} cycles, {total.instructions:,} instructions, the array busy in "
-        f"{total.mac_cycles / cycles:.1%}; {total.read_beats:,} beats read, {total.write_beats:,} written",
+        f"{total.mac_cycles / cycles:.1%}; {total.read_beats:,} beats read, {total.write_beats:,} written{skipped}",
         highlight=False,
     )

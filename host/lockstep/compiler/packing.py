@@ -49,7 +49,10 @@ class Packing:
 
 
 def activation_unit(config: CoreConfig) -> int:
-    """To multiples of how many ACTIVATION words the left operands of products are aligned."""
+    """To multiples of how many ACTIVATION words the left operands of products are aligned: chunks that may be zero
+    begin with them."""
+    if config.zero_skipping:
+        return config.rows
     return 4 if config.packed else 1
 
 

@@ -6,7 +6,7 @@ from amaranth.hdl import Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION, CoreConfig
-from lockstep_isa.registers import ADDRESS_BITS, BY_NAME, MAGIC, REGISTERS
+from lockstep_isa.registers import ADDRESS_BITS, BY_NAME, MAGIC, registers_of
 
 from ..axi import Lite
 
@@ -25,9 +25,10 @@ class RegisterFile(wiring.Component):
 
     def __init__(self, config: CoreConfig) -> None:
         self.constants = _CONSTANTS | {"CONFIG_CRC": config.crc}
-        self.driven = [r.name for r in REGISTERS if r.access == "r" and r.name not in self.constants]
+        self.registers = registers_of(config)
+        self.driven = [r.name for r in self.registers if r.access == "r" and r.name not in self.constants]
         self.driven.append("FLAGS")
-        self.stored = [r.name for r in REGISTERS if r.access == "rw" and r.name != "FLAGS"]
+        self.stored = [r.name for r in self.registers if r.access == "rw" and r.name != "FLAGS"]
         self.strobed = ["CONTROL", "FLAGS"]
         super().__init__(
             {"bus": In(Lite(ADDRESS_BITS)), "write_data": Out(32)}
@@ -39,7 +40,7 @@ class RegisterFile(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         bus = self.bus
-        beyond = 4 * len(REGISTERS)
+        beyond = 4 * len(self.registers)
 
         write = Signal()
         m.d.comb += [
@@ -65,7 +66,7 @@ class RegisterFile(wiring.Component):
         with m.If(read):
             m.d.sync += [bus.r.valid.eq(1), bus.r.resp.eq((bus.ar.addr >= beyond).replicate(2)), bus.r.data.eq(0)]
             with m.Switch(bus.ar.addr):
-                for register in REGISTERS:
+                for register in self.registers:
                     name = register.name
                     with m.Case(register.address):
                         if name in self.constants:

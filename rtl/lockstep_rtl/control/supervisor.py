@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lockstep_isa.errors import CONTROL_UNIT, ErrorCode
 from lockstep_isa.instructions import Unit
-from lockstep_isa.registers import CORE_COUNTERS, UNIT_COUNTERS
+from lockstep_isa.registers import UNIT_COUNTERS
 
 from .queue import INDEX_BITS
 
@@ -17,6 +19,10 @@ REPORTERS = (*(u.name.lower() for u in Unit), "control")
 
 class Supervisor(wiring.Component):
     """Latches the first error, counts cycles by cause, and resets the core when the host asks.
+
+    Parameters
+    ----------
+    of_core : names of the counters of the whole core; CYCLES is the first.
 
     Ports
     -----
@@ -30,8 +36,9 @@ class Supervisor(wiring.Component):
     events : In, one bit per core counter except CYCLES. count_NAME : Out(32), every counter of the register map.
     """
 
-    def __init__(self) -> None:
-        self.counters = [n for n, _ in CORE_COUNTERS] + [f"{u.name}_{n}" for u in Unit for n, _ in UNIT_COUNTERS]
+    def __init__(self, of_core: Sequence[str]) -> None:
+        self.of_core = of_core
+        self.counters = [*of_core] + [f"{u.name}_{n}" for u in Unit for n, _ in UNIT_COUNTERS]
         reports = {}
         for n in REPORTERS:
             reports |= {f"error_{n}": In(1), f"code_{n}": In(4), f"address_{n}": In(32), f"index_{n}": In(INDEX_BITS)}
@@ -50,7 +57,7 @@ class Supervisor(wiring.Component):
                 "error_index": Out(INDEX_BITS),
                 "error_address": Out(32),
                 "error_unit": Out(3),
-                "events": In(len(CORE_COUNTERS) - 1),
+                "events": In(len(of_core) - 1),
             }
             | reports
             | states
@@ -109,7 +116,7 @@ class Supervisor(wiring.Component):
 
         counts = {n: getattr(self, f"count_{n}") for n in self.counters}
         step = {"CYCLES": self.busy & ~self.halt}
-        step |= {n: self.events[k] for k, (n, _) in enumerate(CORE_COUNTERS[1:])}
+        step |= {n: self.events[k] for k, n in enumerate(self.of_core[1:])}
         for unit in Unit:
             running, stalled, waiting = (
                 getattr(self, f"{s}_{unit.name.lower()}") for s in ("running", "stalled", "waiting")

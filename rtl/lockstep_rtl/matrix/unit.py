@@ -9,8 +9,10 @@ from lockstep_isa.config import CoreConfig
 from lockstep_isa.instructions import MATRIX
 
 from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, instruction_stream
+from ..zero_words import ZeroRead
 from .accumulators import Accumulators
 from .array import PACKED_LEFT, SystolicArray
+from .chunk_finder import ChunkFinder, may_skip
 from .loops import TileLoops
 from .weight_decoder import PACKED_START, WeightDecoder
 from .weight_reader import WeightReader, is_packed, takes_four
@@ -26,6 +28,7 @@ class MatrixUnit(wiring.Component):
     streaming : Out(1), operand words are read in this cycle.
     activation_read, weight_read : Out(ReadPort of 8 R, 8 C); a packed core reads 4 and 2 words at once.
     accumulator : In(AccumulatorPort), for the vector unit.
+    zero_read : Out(ZeroRead), skipped : Out(1), a chunk will be passed over; where the core has ``zero_skipping``.
 
     A tile of S steps takes max(S, C) cycles, tiles and instructions follow each other without a bubble while the queue
     has room. Where S < C the idle cycles come before the words: last words are then never closer than C cycles,
@@ -36,6 +39,9 @@ class MatrixUnit(wiring.Component):
     first tile of such an instruction there are ``PACKED_START`` idle cycles more, in which its first weights come.
     From then on a step has its weights from the decoder in the cycle in which it has its activations from the memory:
     four of them, which begin at a multiple of 4, of which int8 with 2:4 and int4 without N:M look at in two steps.
+
+    An instruction that may skip goes chunk by chunk, and behind the last chunk there are depth mod R steps more. In the
+    step before a chunk's last one the finder says where the next one is. If it cannot yet, the last step waits.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -51,6 +57,7 @@ class MatrixUnit(wiring.Component):
                 "weight_read": Out(ReadPort(8 * config.columns, top)),
                 "accumulator": In(AccumulatorPort(config)),
             }
+            | ({"zero_read": Out(ZeroRead(config)), "skipped": Out(1)} if config.zero_skipping else {})
         )
 
     def elaborate(self, platform: object) -> Module:
@@ -73,18 +80,36 @@ class MatrixUnit(wiring.Component):
         padding, idle = Signal(range(columns)), Signal(range(most + 1))
         padded, idles = Signal(), Signal()  # they are not zero
 
-        # Steps of a tile and k of a step: of the instruction that runs, and of the next one.
+        # Steps of a tile, or those until a chunk's end, and k of a step: of the instruction that runs, and of the next.
         steps, stride, next_steps, late = i.depth, 1, n.depth, 0
+        if self.config.packed or self.config.zero_skipping:
+            steps = Signal(ADDRESS_BITS, name="steps")
         if self.config.packed:
-            steps, stride = Signal(ADDRESS_BITS, name="steps"), Signal(range(PACKED_LEFT + 1), name="stride")
+            stride = Signal(range(PACKED_LEFT + 1), name="stride")
             late, four = is_packed(n), takes_four(n)
             next_steps = Mux(late, Mux(four, n.depth >> 2, n.depth >> 1), n.depth)
+        # Words to the next ones of both sides, more where chunks are passed over; steps until the tile, or its first
+        # chunk, ends.
+        a_step, w_step, waits, first_steps = stride, 1, idles, next_steps
+        if self.config.zero_skipping:
+            m.submodules.finder = finder = ChunkFinder(self.config)
+            found = finder.found
+            skips, skipping = may_skip(self.config, n), Signal(name="skipping")
+            first_steps = Mux(skips, columns, next_steps)
+            # A chunk runs, and what follows it is still to be found; that is not there when its last step is next;
+            # this is its last step and not the tile's, and these follow: zero chunks, then another one or the rest.
+            inside, blind, turn = (Signal(name=n) for n in ("inside", "blind", "turn"))
+            zeros, to_rest = Signal.like(found.payload.zeros, name="zeros"), Signal(name="to_rest")
+            bits = (columns - 1).bit_length()
+            rest = i.depth[:bits]
+            leap = Cat(Const(1, bits), zeros)
+            a_step, w_step, waits = Mux(turn, leap, stride), Mux(turn, leap, 1), idles | blind
 
         first = Signal(init=1)
         step, go, tile_end = (Signal(name=n) for n in ("step", "go", "tile_end"))
         m.d.comb += [
             step.eq(active & (started | accumulators.room)),
-            go.eq(step & ~idles),
+            go.eq(step & ~waits),
             self.stalled.eq(active & ~started & ~accumulators.room),
             self.streaming.eq(go),
             accumulators.reserve.eq(step & ~started),
@@ -95,7 +120,7 @@ class MatrixUnit(wiring.Component):
         with m.If(idles & step):
             m.d.sync += [idle.eq(idle - 1), idles.eq(idle != 1)]
         with m.If(go):
-            m.d.sync += [first.eq(0), words.eq(words - 1), last_word.eq(words == 2), a.eq(a + stride), w.eq(w + 1)]
+            m.d.sync += [first.eq(0), words.eq(words - 1), last_word.eq(words == 2), a.eq(a + a_step), w.eq(w + w_step)]
         with m.If(tile_end):
             m.d.sync += [first.eq(1), words.eq(steps), started.eq(0), idle.eq(padding), idles.eq(padded)]
             m.d.sync += last_word.eq(steps == 1)
@@ -113,12 +138,33 @@ class MatrixUnit(wiring.Component):
         with m.If(begin):
             short = next_steps < columns
             idles_first = Mux(short, columns - next_steps, 0)
-            m.d.sync += [i.eq(n), active.eq(1), words.eq(next_steps), last_word.eq(next_steps == 1)]
+            m.d.sync += [i.eq(n), active.eq(1), words.eq(first_steps), last_word.eq(next_steps == 1)]
             m.d.sync += [padding.eq(idles_first), padded.eq(short)]
             m.d.sync += [idle.eq(idles_first + Mux(late, PACKED_START, 0)), idles.eq(short | late)]
             loops.begin(m, n)
+            if self.config.packed or self.config.zero_skipping:
+                m.d.sync += steps.eq(first_steps)
             if self.config.packed:
-                m.d.sync += [steps.eq(next_steps), stride.eq(Mux(late, Mux(four, 4, 2), 1))]
+                m.d.sync += stride.eq(Mux(late, Mux(four, 4, 2), 1))
+
+        if self.config.zero_skipping:
+            m.d.comb += [
+                *(finder.start.eq(begin), finder.next.eq(n), finder.running.eq(i)),
+                found.ready.eq((go & inside & (words == 2)) | blind),
+                self.skipped.eq(finder.skipped),
+            ]
+            wiring.connect(m, finder.read, wiring.flipped(self.zero_read))
+            with m.If(found.ready):
+                ends = found.payload.end & ~rest.any()
+                m.d.sync += [blind.eq(~found.valid), turn.eq(found.valid & ~ends), last_word.eq(found.valid & ends)]
+                m.d.sync += [zeros.eq(found.payload.zeros), to_rest.eq(found.payload.end)]
+            with m.If(go & turn):
+                m.d.sync += [turn.eq(0), words.eq(Mux(to_rest, rest, columns)), inside.eq(~to_rest)]
+                m.d.sync += last_word.eq(to_rest & (rest == 1))
+            with m.If(tile_end):
+                m.d.sync += inside.eq(skipping)
+            with m.If(begin):
+                m.d.sync += [inside.eq(skips), skipping.eq(skips)]
 
         # The scratchpads answer one cycle later; control waits with them.
         valid, tile_first, tile_last, unsigned = (

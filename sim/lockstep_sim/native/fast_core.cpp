@@ -76,7 +76,7 @@ void lockstep_fast_execute(void* handle, uint32_t address, uint32_t count, const
                 isa::Matrix i(word);
                 if (!i.well_formed(word)) failure = malformed;
                 else if (!i.resolve(operands)) timing.add_nothing(i);
-                else failure = core.matrix(i), timing.add_matrix(i);
+                else failure = core.matrix(i), timing.add_matrix(i, core.jumps);
                 break;
             }
             case isa::Vector::kOpcode: {

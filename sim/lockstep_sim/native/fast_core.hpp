@@ -13,6 +13,7 @@
 #include "products.hpp"
 #include "recording.hpp"
 #include "selection.hpp"
+#include "zero_words.hpp"
 
 namespace lockstep {
 
@@ -55,6 +56,7 @@ class FastCore {
     uint64_t window_base = 0, window_limit = 0;
     uint32_t flags = 0;
     IndexMemory index;
+    std::vector<Jump> jumps;  // of the last MATRIX instruction
     Recording recording;
 
     void reset() { tiles_.clear(); }
@@ -72,7 +74,10 @@ class FastCore {
             if (local + i.words > depth) return {ErrorCode::kLocalBounds, depth, isa::Unit::kLoad};
             const uint8_t* from = memory.data() + at;
             switch (i.memory) {
-                case Memory::kActivation: std::memcpy(&activation_[size_t(local) * kRows], from, bytes); break;
+                case Memory::kActivation:
+                    std::memcpy(&activation_[size_t(local) * kRows], from, bytes);
+                    zero_.written(activation_.data(), local, i.words);
+                    break;
                 case Memory::kWeight: std::memcpy(&weight_[size_t(local) * kRows], from, bytes); break;
                 case Memory::kVector: flush_copy(from, i.words * kRows, &vector_[size_t(local) * kRows]); break;
                 case Memory::kParameter: flush_copy(from, i.words * kRows, &parameter_[size_t(local) * kRows]); break;
@@ -106,6 +111,7 @@ class FastCore {
     Failure matrix(const isa::Matrix& i) {
         const uint32_t words = WeightFormat(i).words(i.depth);
         products_.begin(i, activation_.data(), weight_.data());
+        jumps.clear();
         for (uint32_t outer = 0; outer < i.outer; outer++)
             for (uint32_t inner = 0; inner < i.inner; inner++) {
                 const uint32_t a = uint16_t(i.a + outer * i.a_outer + inner * i.a_inner);
@@ -114,6 +120,7 @@ class FastCore {
                     return {ErrorCode::kLocalBounds, isa::kActivationWords, isa::Unit::kMatrix};
                 products_.tile(a, w, inner, tiles_.append());
             }
+        zero_.find(i, jumps);
         return {};
     }
 
@@ -308,7 +315,10 @@ class FastCore {
             default: break;
         }
         Pass::round(columns, x, rounded_.data());
-        if (i.destination == Destination::kActivation) std::memcpy(&activation_[to * kRows], rounded_.data(), columns * kRows);
+        if (i.destination == Destination::kActivation) {
+            std::memcpy(&activation_[to * kRows], rounded_.data(), columns * kRows);
+            zero_.written(activation_.data(), uint32_t(to), uint32_t(columns));
+        }
         if (i.destination == Destination::kWeight) std::memcpy(&weight_[to * kRows], rounded_.data(), columns * kRows);
         if (i.destination == Destination::kBytes) widen(rounded_.data(), columns, to);
         const bool bytes = i.destination == Destination::kBytesTransposed;
@@ -332,6 +342,7 @@ class FastCore {
     }
 
     std::vector<int8_t> activation_, weight_;
+    ZeroWords zero_;
     std::vector<float> vector_, parameter_;
     std::vector<Table> tables_;
     TileQueue tiles_;

@@ -15,7 +15,7 @@ struct UnitCycles {
 };
 
 struct Prediction {
-    uint64_t cycles = 0, instructions = 0, read_beats = 0, write_beats = 0, mac_cycles = 0;
+    uint64_t cycles = 0, instructions = 0, read_beats = 0, write_beats = 0, mac_cycles = 0, skipped_chunks = 0;
     UnitCycles units[4];
 };
 

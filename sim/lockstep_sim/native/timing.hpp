@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bus.hpp"
+#include "chunk_search.hpp"
 #include "instructions.hpp"  // generated
 #include "latencies.hpp"
 #include "packed_weights.hpp"
@@ -58,12 +59,14 @@ class TimingModel : Latencies {
         item.words = std::min(i.words, item.beats);
         result_.write_beats += uint64_t(item.rows) * item.beats;
     }
-    void add_matrix(const isa::Matrix& i) {
+    // `jumps`: of the chunks of all tiles, where some are passed over.
+    void add_matrix(const isa::Matrix& i, const std::vector<Jump>& jumps) {
         Item& item = add(i);
         const WeightFormat format(i);
         item.steps = format.steps(i.depth), item.tiles = i.outer * i.inner;
         item.prologue = format.packed() ? kPackedStart : 0;
         result_.mac_cycles += uint64_t(item.steps) * item.tiles;
+        item.jump = search_.add(jumps, result_);
     }
     void add_vector(const isa::Vector& i, const VectorShape& shape) {
         Item& item = add(i);
@@ -112,6 +115,7 @@ class TimingModel : Latencies {
         uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, steps = 0, tiles = 0, columns = 0;
         Time prologue = 0;  // of MATRIX, in front of its first tile; of LOAD, in front of its first burst
         size_t gathered = SIZE_MAX;  // of a LOAD that gathers: where its rows' numbers are
+        size_t jump = ChunkSearch::kNone;  // the next one
         uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
         VectorShape shape{};
         Time dispatched = 0, accepted = -1, start = -1, end = -1;
@@ -407,6 +411,8 @@ class TimingModel : Latencies {
     bool matrix(Item& item, Lane& lane) {
         UnitCycles& cycles = this->cycles(item);
         const Time period = std::max<Time>(item.steps, isa::kRows);
+        const bool skips = item.jump != ChunkSearch::kNone;
+        if (skips && item.tile == 0) search_.begin(item.start);
         for (; item.tile < item.tiles; item.tile++) {
             const size_t number = available_.size();
             if (number >= isa::kAccumulatorTiles) {
@@ -418,7 +424,8 @@ class TimingModel : Latencies {
                     item.now = popped_[before];
                 }
             }
-            work_on(item, cycles, (item.tile ? 0 : item.prologue) + period);
+            const Time own = skips ? search_.period(item.now, item.jump, item.steps % isa::kRows) : period;
+            work_on(item, cycles, (item.tile ? 0 : item.prologue) + own);
             available_.push_back(item.now + kArrayLatency + 2 * isa::kRows - 2);
         }
         item.end = item.now;  // done pulses in the last cycle of the last tile
@@ -476,6 +483,7 @@ class TimingModel : Latencies {
     size_t dispatched_ = 0, done_ = 0;
     Time now_ = 0;  // of the last dispatch
     std::vector<uint32_t> gathered_;  // rows of device memory, of all LOADs that gather
+    ChunkSearch search_;
     Lane lanes_[4];
     std::vector<Time> available_, popped_;  // result tiles: complete, discarded
     Requests loads_, stores_;

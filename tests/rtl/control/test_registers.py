@@ -3,15 +3,16 @@
 import random
 
 import cocotb
+import pytest
 from lockstep_isa.config import ABI_VERSION, ISA_VERSION
-from lockstep_isa.registers import ADDRESS_BITS, BY_NAME, MAGIC, REGISTERS
+from lockstep_isa.registers import ADDRESS_BITS, BY_NAME, MAGIC, registers_of
 from lockstep_rtl.control.registers import RegisterFile
 from lockstep_rtl.generate import component_verilog
 from rtl.axi_models import bench, never, small
-from rtl.harness import run_cocotb, stalls
+from rtl.harness import parameters, run_cocotb, stalls
 
-CONFIG = small()
-FILE = RegisterFile(CONFIG)
+CONFIG = small(**parameters())
+FILE, REGISTERS = RegisterFile(CONFIG), registers_of(CONFIG)
 DECERR = 3
 
 
@@ -116,5 +117,9 @@ async def addresses_beyond_the_map_answer_with_a_decode_error(dut):
     assert not host.strobes
 
 
-def test_registers_answer_axi_lite():
-    run_cocotb(component_verilog(RegisterFile(CONFIG), "top"), __name__, "registers")
+@pytest.mark.parametrize("zero_skipping", [False, True])
+def test_registers_answer_axi_lite(zero_skipping):
+    """With all of the map, and on a core that lacks the register of a feature."""
+    given = {"zero_skipping": zero_skipping}
+    file = RegisterFile(small(**given))
+    run_cocotb(component_verilog(file, "top"), __name__, f"registers_{zero_skipping:d}", given)

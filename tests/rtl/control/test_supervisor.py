@@ -3,15 +3,17 @@
 import random
 
 import cocotb
+from lockstep_isa.config import preset
 from lockstep_isa.errors import CONTROL_UNIT, ErrorCode
 from lockstep_isa.instructions import Unit
-from lockstep_isa.registers import CORE_COUNTERS, UNIT_COUNTERS
+from lockstep_isa.registers import UNIT_COUNTERS, core_counters
 from lockstep_rtl.control.supervisor import REPORTERS, Supervisor
 from lockstep_rtl.generate import component_verilog
 from rtl.axi_models import Probe, bench
 from rtl.harness import run_cocotb
 
-EVENTS = [n for n, _ in CORE_COUNTERS[1:]]
+COUNTERS = core_counters(preset("tiny"))
+EVENTS = COUNTERS[1:]
 STATES = [n for n, _ in UNIT_COUNTERS]
 
 
@@ -136,4 +138,4 @@ async def every_cycle_counts_in_one_state_of_each_unit(dut):
 
 
 def test_supervisor_stops_resets_and_counts():
-    run_cocotb(component_verilog(Supervisor(), "top"), __name__, "supervisor")
+    run_cocotb(component_verilog(Supervisor(COUNTERS), "top"), __name__, "supervisor")

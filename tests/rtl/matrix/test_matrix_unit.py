@@ -1,4 +1,4 @@
-"""The MATRIX unit against golden: loops, short tiles, a full accumulator queue, and every cycle accounted for."""
+"""The MATRIX unit against golden: loops, short tiles, zero chunks, a full queue of tiles, every cycle accounted for."""
 
 import cocotb
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 from lockstep_isa.executor import GoldenCore
 from lockstep_isa.instructions import MATRIX, PATTERNS, WEIGHT_GROUPS, Instruction, Sparsity, Weights
 from lockstep_isa.weights import words_per_tile
+from lockstep_isa.zero_skipping import CHUNKS_AHEAD, may_skip, skipped_chunks
 from lockstep_rtl.generate import component_verilog
 from lockstep_rtl.matrix.unit import MatrixUnit
 from lockstep_rtl.matrix.weight_decoder import PACKED_START
@@ -15,6 +16,23 @@ from rtl.harness import assert_equal, parameters, run_cocotb, stalls
 WORDS = 256
 CONFIG = small(accumulator_tiles=8, activation_words=WORDS, weight_words=WORDS, **parameters())
 SIZE, TILES, SIDE = CONFIG.rows, CONFIG.accumulator_tiles, CONFIG.columns_per_beat
+
+
+class ZeroServer:
+    """Answers whether chunks are zero, one cycle later; ``asked`` lists the chunks."""
+
+    def __init__(self, dut, zero):
+        self.enable, self.chunk, self.zero = (getattr(dut, f"zero_read_{name}") for name in ("enable", "chunk", "zero"))
+        self.chunks, self.next, self.asked = zero.reshape(-1, SIZE).all(axis=1), None, []
+
+    def drive(self):
+        if self.next is not None:
+            self.zero.value, self.next = int(self.chunks[self.next]), None
+
+    def sample(self):
+        if int(self.enable.value):
+            self.next = int(self.chunk.value)
+            self.asked.append(self.next)
 
 
 class TileReader:
@@ -54,6 +72,11 @@ def golden(instructions):
     for memory in (core.activation, core.weight):
         memory[:] = random.integers(-128, 128, memory.shape)
         memory[::7] = -128
+    if CONFIG.zero_skipping:
+        # Runs of 1 to 14 chunks, and single words.
+        for begin, end in ((9, 10), (16, 20), (28, 36), (41, 55), (60, 62), (100, 156), (180, 196), (250, 256)):
+            core.activation[begin:end] = 0
+        core.zero[:] = ~core.activation.any(axis=1)
     for i in instructions:
         core.execute(i)
     return core, np.array(core.accumulators)
@@ -76,18 +99,58 @@ def late(i):
     return 0 if RATES[i.weights, i.sparsity] == 1 else PACKED_START
 
 
-def step_cycles(instructions, taken, pops):
+class Finder:
+    """What the finder of chunks does from cycle ``now`` on: a chunk a cycle, or a tile's end, while its queue has room.
+
+    skipped : bool[tiles, chunks] of the instruction that begins.
+    """
+
+    def __init__(self, skipped, now):
+        self.now, self.known, self.taken = now, [], []
+        # Whether it finds something, look by look: chunks that are multiplied, but for a tile's first one, and ends.
+        self.looks = [found for tile in skipped for found in (*~tile[1:], True)]
+
+    def next_known(self):
+        """When it is known what follows the next chunk."""
+        number = len(self.taken)
+        while len(self.known) <= number:
+            waiting = sum(k <= self.now for k in self.known) - sum(t < self.now for t in self.taken)
+            if waiting <= CHUNKS_AHEAD - 2 and self.looks.pop(0):
+                self.known.append(self.now + 2)
+            self.now += 1
+        return self.known[number]
+
+
+def chunk_cycles(i, tile, finder, now):
+    """The cycle of every step of a tile that begins at ``now`` and passes over the chunks that are true in ``tile``."""
+    cycles = []
+    for _ in range((~tile).sum()):
+        last = now + SIZE - 1
+        if (known := finder.next_known()) >= last:
+            last = known + 1
+        cycles += [*range(now, now + SIZE - 1), last]
+        finder.taken.append(last - 1)
+        now = last + 1
+    return cycles + list(range(now, now + i.depth % SIZE))
+
+
+def step_cycles(instructions, taken, pops, zero):
     """The cycle of every step, if instructions are taken and tiles of results are popped in these cycles."""
     cycles, tile = [], 0
     for i, start in zip(instructions, taken, strict=True):
         now = start + 1
+        skipped = skipped_chunks(CONFIG, i, zero)
+        finder = Finder(skipped, now)
         for n in range(i.outer * i.inner):
             # A tile waits for room, then for the weights if it is the first one, then until its period's end is due.
             if tile >= TILES:
                 now = max(now, pops[tile - TILES] + 1)
             now += max(0, SIZE - steps(i)) + (late(i) if n == 0 else 0)
-            cycles += range(now, now + steps(i))
-            now += steps(i)
+            if may_skip(CONFIG, i):
+                cycles += chunk_cycles(i, skipped[n], finder, now)
+            else:
+                cycles += range(now, now + steps(i))
+            now = cycles[-1] + 1
             tile += 1
     return cycles
 
@@ -98,21 +161,42 @@ async def run(dut, instructions, gap=never, source_gap=never):
     world = await bench(dut)
     world.add(ReadServer(dut, "activation_read", [unlanes(w) for w in core.activation]))
     world.add(ReadServer(dut, "weight_read", [unlanes(w) for w in core.weight]))
+    if CONFIG.zero_skipping:
+        world.add(ZeroServer(dut, core.zero))
     reader = world.add(TileReader(dut, gap))
     source = world.add(Source(dut, "instruction", [word_of(i) for i in instructions], source_gap))
-    probe = world.add(Probe(dut, "done", "stalled", "streaming", "activation_read_enable"))
+    skipped = ["skipped"] if CONFIG.zero_skipping else []
+    probe = world.add(Probe(dut, "done", "stalled", "streaming", "activation_read_enable", *skipped))
     await world.until(lambda: len(reader.tiles) == len(expected), 20000, f"{len(expected)} tiles")
     await world.step(4 * SIZE)
     assert_equal(reader.tiles, expected, "tile, row, column ")
     assert probe.count("done") == len(instructions)
-    expected = step_cycles(instructions, source.taken, reader.pops)
+    expected = step_cycles(instructions, source.taken, reader.pops, core.zero)
     assert_equal(probe.cycles("streaming"), expected, "cycle of step ")
+    if CONFIG.zero_skipping:
+        assert probe.count("skipped") == core.skipped_chunks
     return probe, reader, source
 
 
 def periods(i):
-    """Cycles of an instruction that never waits."""
+    """Cycles of an instruction that never waits and passes over nothing."""
     return late(i) + i.outer * i.inner * max(steps(i), SIZE)
+
+
+def chunked(seed, count):
+    """Dense instructions whose tiles begin with chunks, some of them zero, and others in between."""
+    rng = np.random.default_rng(seed)
+
+    def one():
+        depth, outer, inner = int(rng.integers(1, 90)), int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        room = (WORDS - depth) // 3 // SIZE
+        places = {name: int(rng.integers(0, room + 1)) * SIZE for name in ("a", "a_outer", "a_inner")}
+        places["a_outer"] //= 2
+        places |= {name: int(rng.integers(0, (WORDS - depth) // 4 + 1)) for name in ("w", "w_outer", "w_inner")}
+        places["w_outer"] //= 2
+        return Instruction(MATRIX, depth=depth, outer=outer, inner=inner, unsigned=int(rng.integers(2)), **places)
+
+    return [i for pair in zip((one() for _ in range(count)), mixed(seed, count), strict=True) for i in pair]
 
 
 LOOPS = [
@@ -175,13 +259,44 @@ async def instructions_follow_without_a_bubble(dut):
 
 @cocotb.test()
 async def formats_follow_each_other_without_a_bubble(dut):
-    await follow_without_a_bubble(dut, mixed(1, 120))
+    await follow_without_a_bubble(dut, [i for i in mixed(1, 120) if not may_skip(CONFIG, i)])
 
 
 @cocotb.test()
 async def formats_with_a_slow_reader_and_gaps(dut):
     await run(dut, mixed(2, 60), gap=stalls(0.9, 4), source_gap=stalls(0.5, 5))
     await run(dut, mixed(3, 60), gap=stalls(0.6, 6))
+
+
+@cocotb.test(skip=not CONFIG.zero_skipping)
+async def zero_chunks_are_passed_over(dut):
+    await run(dut, chunked(7, 60))
+
+
+@cocotb.test(skip=not CONFIG.zero_skipping)
+async def zero_chunks_with_a_slow_reader_and_gaps(dut):
+    await run(dut, chunked(8, 40), gap=stalls(0.9, 9), source_gap=stalls(0.5, 10))
+    await run(dut, chunked(9, 40), gap=stalls(0.6, 11))
+
+
+@cocotb.test(skip=not CONFIG.zero_skipping)
+async def a_tile_takes_its_chunks_and_its_rest(dut):
+    """Nothing else, but for the first tile: its zero chunks are looked at one by one while its first chunk runs."""
+    for a, depth, cycles in (
+        (8, 18, [3 * SIZE + 2] * 3),  # words 16 to 19 are zero
+        (8, 24, [4 * SIZE, 4 * SIZE, 4 * SIZE]),  # and words 28 to 31, behind which nothing comes
+        (24, 17, [2 * SIZE + 1 + 2] + [2 * SIZE + 1] * 3),  # words 28 to 35
+        (104, 16, [SIZE + 3, SIZE, SIZE]),  # all words
+    ):
+        instruction = Instruction(MATRIX, depth=depth, outer=len(cycles), a=a)
+        probe, _, source = await run(dut, [instruction])
+        assert probe.cycles("done")[0] - source.taken[0] == sum(cycles), f"words {a} to {a + depth}"
+
+
+@cocotb.test(skip=not CONFIG.zero_skipping)
+async def chunks_without_zeros_take_no_cycle_more(dut):
+    instructions = [Instruction(MATRIX, depth=d, outer=2, inner=2, a=64, a_outer=4, w=3) for d in (8, 9, 11, 12, 31)]
+    await follow_without_a_bubble(dut, instructions * 3)
 
 
 @cocotb.test()
@@ -249,8 +364,11 @@ async def steps_may_be_negative(dut):
     assert_equal(reader.tiles, expected, "tile, row, column ")
 
 
-@pytest.mark.parametrize(("lanes", "packed"), [(4, False), (8, False), (4, True)])
-def test_matrix_unit_executes_loops_like_golden(lanes, packed):
-    given = shape(4, 4, lanes) | {"packed": packed}
+@pytest.mark.parametrize(
+    ("lanes", "packed", "zero_skipping"),
+    [(4, False, False), (8, False, False), (4, True, False), (4, False, True), (4, True, True)],
+)
+def test_matrix_unit_executes_loops_like_golden(lanes, packed, zero_skipping):
+    given = shape(4, 4, lanes) | {"packed": packed, "zero_skipping": zero_skipping}
     unit = MatrixUnit(small(accumulator_tiles=8, activation_words=WORDS, weight_words=WORDS, **given))
-    run_cocotb(component_verilog(unit, "top"), __name__, f"matrix_unit_{lanes}_{packed:d}", given)
+    run_cocotb(component_verilog(unit, "top"), __name__, f"matrix_unit_{lanes}_{packed:d}{zero_skipping:d}", given)
