@@ -27,6 +27,26 @@ FIT: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "scratchpads": {"each": (891.0, 9.0), "row": (53.5, -0.8)},
     "control": {"each": (5405.0, 4027.0), "bus byte": (83.5, 2.2)},
 }
+#: Feature -> unit -> term -> the same, of what the feature adds: cores of 4 x 4 and 8 x 8 with 2 lanes, with it and
+#: without, counted as above. Lines of a few sites, which are the same logic written otherwise, are left out.
+FEATURE_FIT: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]] = {
+    "packed": {
+        "MATRIX": {"each": (782.0, 180.0), "element": (94.1, 59.5)},
+        "scratchpads": {"each": (152.0, 3.0), "row": (44.0, 0.0)},
+        "control": {"each": (0.0, 8.0)},
+    },
+    "selection": {
+        "LOAD": {"each": (158.0, 166.0)},
+        "VECTOR": {"each": (1628.0, 667.0)},
+        "control": {"each": (240.0, 188.0)},
+    },
+}
+#: Feature -> the multipliers and block RAMs that it adds: second products of elements, and two multipliers of int4 for
+#: each column; the index memory, with a copy of values beside it, and the product of an index with a stride.
+FEATURE_BLOCKS: Mapping[str, Callable[[CoreConfig], tuple[int, int]]] = {
+    "packed": lambda c: (c.macs_per_cycle + 2 * c.columns, 0),
+    "selection": lambda c: (2, 3),
+}
 #: Multipliers and block RAMs of a lane: its products, and its function tables and partial sums.
 _LANE_MULTIPLIERS, _LANE_RAMS = 18, 7
 #: Bits of a block RAM as a deep memory, and words and bits of one as a wide memory.
@@ -44,6 +64,13 @@ def estimate(config: CoreConfig) -> Resources:
         for name, (sites, registers) in terms.items():
             size = TERMS[unit][name](config)
             logic, flip_flops = logic + sites * size, flip_flops + registers * size
+    features = [name for name in FEATURE_FIT if getattr(config, name)]
+    for feature in features:
+        for unit, terms in FEATURE_FIT[feature].items():
+            for name, (sites, registers) in terms.items():
+                size = TERMS[unit][name](config)
+                logic, flip_flops = logic + sites * size, flip_flops + registers * size
+    added = [FEATURE_BLOCKS[feature](config) for feature in features]
     words = (
         (config.activation_words, config.operand_word_bytes),
         (config.weight_words, config.operand_word_bytes),
@@ -55,8 +82,8 @@ def estimate(config: CoreConfig) -> Resources:
     return Resources(
         lut4=max(0, round(logic)),
         ff=max(0, round(flip_flops)),
-        multipliers=config.macs_per_cycle + _LANE_MULTIPLIERS * config.lanes,
-        block_rams=scratchpads + accumulators + _LANE_RAMS * config.lanes,
+        multipliers=config.macs_per_cycle + _LANE_MULTIPLIERS * config.lanes + sum(more for more, _ in added),
+        block_rams=scratchpads + accumulators + _LANE_RAMS * config.lanes + sum(more for _, more in added),
     )
 
 

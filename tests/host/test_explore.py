@@ -86,6 +86,20 @@ def test_the_estimate_is_near_what_synthesis_of_ulx3s_counted() -> None:
     assert found.ff == pytest.approx(23_408, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("feature", "logic", "flip_flops", "multipliers", "block_rams"),
+    [("packed", 46_621, 28_716, 180, 166), ("selection", 41_324, 25_747, 102, 169)],
+)
+def test_the_estimate_knows_what_features_take(
+    feature: str, logic: int, flip_flops: int, multipliers: int, block_rams: int
+) -> None:
+    """Against the table of features in docs/results.md."""
+    found = estimate(preset("ulx3s").replace(**{feature: True}))
+    assert (found.multipliers, found.block_rams) == (multipliers, block_rams)
+    assert found.lut4 == pytest.approx(logic, rel=0.03)
+    assert found.ff == pytest.approx(flip_flops, rel=0.01)
+
+
 def test_explore_refuses_what_is_no_core(cli: Command, small_folder: Path) -> None:
     cli("explore", small_folder, "--rows", "4,x").refused(2, "'4,x' is no list of rows")
     cli("explore", small_folder, "--rows", "5", "--jobs", 1).refused(2, "rows must be a power of two")
