@@ -13,6 +13,7 @@ from .causal import CausalAttentionLowering
 from .compile import StageCompiler
 from .context import CausalRun, Context
 from .image import Image
+from .int4_operands import load_operands
 from .onchip import Panels, rows_of
 from .rotary import ColumnAngles, PanelAngles
 from .selected import SelectedAttentionLowering
@@ -51,8 +52,9 @@ class CausalStageCompiler(StageCompiler):
     ) -> None:
         super().__init__(config, graph, stage, image, (run.tiles * config.rows,), bindings, _WEIGHT_RING)
         self.run = run
-        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single, run.positions)
+        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single, run.positions, run.form)
         self.attentions: dict[Value, CausalAttentionLowering | SelectedAttentionLowering] = {}
+        self._int4 = load_operands(self.low, self.context) if run.form.bits == 4 else None
         self.appended: set[Value] = set()
         self.low.widen_ring()
         # The last product before an attention: behind it, queries are made ready and the bus is free.
@@ -163,7 +165,8 @@ class CausalStageCompiler(StageCompiler):
         if run.blocks is not None:
             sketch = run.sketches[node.value]
             return SelectedAttentionLowering(self.low, self.context, node, cache, sketch, run.blocks)
-        return CausalAttentionLowering(self.low, self.context, node, cache, run.importance.get(node.value))
+        importance = run.importance.get(node.value)
+        return CausalAttentionLowering(self.low, self.context, node, cache, importance, self._int4)
 
     def _attention(self, node: Attention) -> None:
         attention = self._cached(node)

@@ -351,6 +351,12 @@ class Lowering:
         self.builder.emit(LOAD, memory=Memory.PARAMETER, words=parameters, address=chunk.parameters, local=scales)
         return Fetched(weights, scales)
 
+    def scratch_weights(self, words: int) -> int:
+        """WEIGHT words of the ring for what is written, multiplied and forgotten, all before the next product."""
+        start = self.weight_ring.take(words)
+        self._ahead = {key: ahead for key, ahead in self._ahead.items() if not ahead.touches(start, words, 0, 0)}
+        return start
+
     @staticmethod
     def _chunk_words(linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
         """WEIGHT and PARAMETER words of a chunk."""
