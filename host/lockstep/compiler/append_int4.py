@@ -13,6 +13,7 @@ A first new token in an odd lane shares its byte with the token in front, whose 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from lockstep_isa.instructions import (
     LOAD,
@@ -59,7 +60,7 @@ class Int4Append(CacheAppend):
         self.operands = operands
 
     def keys(self, k: Panels) -> None:
-        low, node, rows, tiles, d = self.low, self.node, self.rows, self.tiles, self.node.head_dim
+        low, node, tiles, d = self.low, self.node, self.tiles, self.node.head_dim
         count, groups = node.kv_heads * tiles, d // GROUP
         words = groups * GROUP_WORDS
         scale, inverse = head_scales(low, k, node.kv_heads)
@@ -83,24 +84,37 @@ class Int4Append(CacheAppend):
                         to=levels + (heads.first - first * tiles) * d + group * GROUP,
                         to_stride=d,
                     )
-            low.builder.emit(
-                MATRIX,
-                depth=2 * rows,
-                inner=(end - first) * tiles * d // (2 * rows),
-                a=self.operands.keys,
-                w=levels,
-                w_inner=2 * rows,
-            )
-            low.emit_pass(
-                source=Source.ACCUMULATOR,
-                destination=Destination.BYTES_TRANSPOSED,
-                tiles=(end - first) * tiles * groups,
-                columns=GROUP // 2,
-                to=values + first * tiles * words + 1,
-                to_stride=GROUP_WORDS,
-                to_group=rows,
-            )
+            low.join_later(partial(self._join_keys, levels, (end - first) * tiles, values + first * tiles * words))
         low.parameters.give(greatest)
+        low.parameters.give(inverse)
+        low.join_later(partial(self._store_keys, values))
+        self._store_scales(scale, self.cache.key_scales)
+
+    def _join_keys(self, levels: int, count: int, to: int) -> None:
+        """Pairs of features of ``count`` heads and row tiles from WEIGHT words to VECTOR words, behind multipliers."""
+        rows, d = self.rows, self.node.head_dim
+        self.low.builder.emit(
+            MATRIX,
+            depth=2 * rows,
+            inner=count * d // (2 * rows),
+            a=self.operands.keys,
+            w=levels,
+            w_inner=2 * rows,
+        )
+        self.low.emit_pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.BYTES_TRANSPOSED,
+            tiles=count * d // GROUP,
+            columns=GROUP // 2,
+            to=to + 1,
+            to_stride=GROUP_WORDS,
+            to_group=rows,
+        )
+
+    def _store_keys(self, values: int) -> None:
+        """VECTOR words of panels to the cache."""
+        low, node, rows, tiles = self.low, self.node, self.rows, self.tiles
+        words = self.context.form.words(node.head_dim)
         for head in range(node.kv_heads):
             low.later(
                 STORE,
@@ -115,8 +129,6 @@ class Int4Append(CacheAppend):
                 local_stride=words,
                 **self._lanes,
             )
-        self._store_scales(scale, self.cache.key_scales)
-        low.parameters.give(inverse)
         low.give_later(values)
 
     def _multipliers(self, k: Panels, inverse: int, values: int) -> int:
@@ -170,35 +182,36 @@ class Int4Append(CacheAppend):
         return greatest
 
     def values(self, v: Panels) -> None:
-        low, node, context, rows, tiles = self.low, self.node, self.context, self.rows, self.tiles
+        low, node, rows, tiles = self.low, self.node, self.rows, self.tiles
         groups, slot = node.head_dim // rows, token_words(rows)
-        held = context.form.words(context.capacity) * rows
         scale, inverse = head_scales(low, v, node.kv_heads, LEVELS)
-        pair, pair_lane, pair_words = self._first_pair
         for first, end in self._batches(tiles * groups * slot):
             own = (end - first) * groups
-            levels, values = low.scratch_weights(tiles * own * slot), low.vectors.take(tiles * own * rows)
-            # Neither waits for VECTOR, so that the weights behind them come in time.
-            low.builder.emit(
-                LOAD,
-                memory=Memory.WEIGHT,
-                rows=tiles * own * slot // GROUP_WORDS,
-                words=1,
-                address=self.operands.ones,
-                local=levels,
-                local_stride=GROUP_WORDS,
-            )
-            address = self.cache.values + first * groups * held
+            levels = low.scratch_weights(tiles * own * slot)
+            # It does not wait for VECTOR, so that the weights behind it come in time.
             low.builder.emit(
                 LOAD,
                 memory=Memory.WEIGHT,
                 **varying("rows", 0, self._odd(own)),
                 words=1,
-                address=address,
-                address_operand=pair,
-                stride=held,
+                address=self.cache.values + first * groups * self._held,
+                address_operand=self._first_pair[0],
+                stride=self._held,
                 local=levels + word_of(rows),
                 local_stride=slot,
+            )
+            # Multipliers of 1; a reciprocal is always finite.
+            low.emit_pass(
+                source=Source.PARAMETER,
+                destination=Destination.WEIGHT,
+                **scaling(0),
+                add2=SecondAdd.IMMEDIATE1,
+                immediate1=float_bits(1),
+                tiles=tiles * own * slot // GROUP_WORDS,
+                columns=1,
+                x=inverse,
+                to=levels,
+                to_stride=GROUP_WORDS,
             )
             for heads in _heads(v, node.kv_heads, first, end):
                 low.emit_pass(
@@ -211,47 +224,59 @@ class Int4Append(CacheAppend):
                     to_stride=(own if tiles > 1 else groups) * slot,
                     to_group=slot,
                 )
-            for left, tile, count in ((self.operands.first_tokens, 0, 1), (self.operands.tokens, 1, tiles - 1)):
-                if count:
-                    low.builder.emit(
-                        MATRIX,
-                        depth=self.operands.depth,
-                        inner=count * own,
-                        a=left,
-                        w=levels + tile * own * slot,
-                        w_inner=slot,
-                        weights=Weights.INT4_32,
-                    )
-            low.emit_pass(
-                source=Source.ACCUMULATOR,
-                destination=Destination.BYTES_TRANSPOSED,
-                tiles=tiles * own,
-                columns=rows,
-                to=values,
-                to_stride=rows,
-            )
-            for tile in range(tiles):
-                offset, operand = (0, pair) if tile == 0 else self._tile_pairs(tile)
-                place = {"words": rows // 2, "local": values + tile * own * rows}
-                if tile == 0:
-                    place = {"local": values, "local_operand": pair_lane}
-                    place |= {"words": 1} if context.single else varying("words", 0, pair_words)
-                low.later(
-                    STORE,
-                    memory=Memory.VECTOR,
-                    bytes=1,
-                    rows=own,
-                    stride=held,
-                    address=address + offset,
-                    address_operand=operand,
-                    local_stride=rows,
-                    **place,
-                )
-            low.give_later(values)
-        self._store_scales(scale, self.cache.value_scales)
+            low.join_later(partial(self._join_values, levels, first * groups, own))
         low.parameters.give(inverse)
+        self._store_scales(scale, self.cache.value_scales)
+
+    def _join_values(self, levels: int, first: int, own: int) -> None:
+        """Pairs of tokens from WEIGHT words to the cache, of ``own`` groups of R features from group ``first`` on."""
+        low, rows, tiles, slot = self.low, self.rows, self.tiles, token_words(self.rows)
+        values = low.vectors.take(tiles * own * rows)
+        for left, tile, count in ((self.operands.first_tokens, 0, 1), (self.operands.tokens, 1, tiles - 1)):
+            if count:
+                low.builder.emit(
+                    MATRIX,
+                    depth=self.operands.depth,
+                    inner=count * own,
+                    a=left,
+                    w=levels + tile * own * slot,
+                    w_inner=slot,
+                    weights=Weights.INT4_32,
+                )
+        low.emit_pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.BYTES_TRANSPOSED,
+            tiles=tiles * own,
+            columns=rows,
+            to=values,
+            to_stride=rows,
+        )
+        pair, pair_lane, pair_words = self._first_pair
+        for tile in range(tiles):
+            offset, operand = (0, pair) if tile == 0 else self._tile_pairs(tile)
+            place = {"words": rows // 2, "local": values + tile * own * rows}
+            if tile == 0:
+                place = {"local": values, "local_operand": pair_lane}
+                place |= {"words": 1} if self.context.single else varying("words", 0, pair_words)
+            low.later(
+                STORE,
+                memory=Memory.VECTOR,
+                bytes=1,
+                rows=own,
+                stride=self._held,
+                address=self.cache.values + first * self._held + offset,
+                address_operand=operand,
+                local_stride=rows,
+                **place,
+            )
+        low.give_later(values)
 
     # --- Where pairs lie ---------------------------------------------------------------------------------------
+
+    @property
+    def _held(self) -> int:
+        """Bytes from one group of R features of the cache's values to the next."""
+        return self.context.form.words(self.context.capacity) * self.rows
 
     def _pair(self, slot: int) -> int:
         """Bytes from a group of features' values to the word of the pair that holds ``slot``."""

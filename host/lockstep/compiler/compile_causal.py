@@ -150,6 +150,8 @@ class CausalStageCompiler(StageCompiler):
             if isinstance(reader, Attention) and value in (reader.k, reader.v):
                 attention = self._cached(reader)
                 self.appended.add(value)
+                if self._int4 is not None:
+                    self._prefetch_behind(value, reader)
                 if value == reader.v:
                     attention.append.values(panels)
                 if value == reader.k:
@@ -177,6 +179,7 @@ class CausalStageCompiler(StageCompiler):
         for value in (node.k, node.v):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
+        self.low.join()
         self.low.catch_up()
         self.low.narrow_ring()
         attention.attend(q, into, lambda: self._stream_on(node.value))
@@ -186,6 +189,7 @@ class CausalStageCompiler(StageCompiler):
     def _load_ahead(self, node: Attention) -> None:
         """While queries are made ready, the bus has nothing else to do."""
         if {node.k, node.v} <= self.appended:
+            self.low.join()
             self.low.catch_up()
             self.attentions[node.value].preload()
         share = _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT
@@ -201,6 +205,19 @@ class CausalStageCompiler(StageCompiler):
         quantised = self.readers.only_reader(value)
         if isinstance(quantised, Quantise):
             self._prefetch_products(quantised.value, share)
+
+    def _prefetch_behind(self, value: Value, reader: Attention) -> None:
+        """Load the first weights of the product behind keys or values, in front of the many short passes that append
+        them: the dispatcher goes in order, and would stop LOAD with them.
+        """
+        rank, last = self._ranks.get(value), self._ranks[reader.value]
+        linears = [node for node in self.stage.device if isinstance(node, Linear)]
+        behind = [node for node in linears if rank is not None and rank < self._ranks[node.value] < last]
+        if behind:
+            product = min(behind, key=lambda linear: self._ranks[linear.value])
+            if product.value in self.last_products:
+                self.low.narrow_ring()
+            self.low.prefetch(self._image_of(product), _AHEAD)
 
     def _prefetch_products(self, quantised: Value, share: float) -> None:
         linears = [

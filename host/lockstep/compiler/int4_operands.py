@@ -61,14 +61,13 @@ class Int4Operands:
     Attributes
     ----------
     keys, tokens, first_tokens : ACTIVATION words of :func:`key_pairs`, and of :func:`token_pairs` for all tokens and
-    for those of the first row tile. depth : of the latter. ones : byte address of a word of multipliers of 1.
+    for those of the first row tile. depth : of the latter.
     """
 
     keys: int
     tokens: int
     first_tokens: int
     depth: int
-    ones: int
 
 
 def load_operands(low: Lowering, context: Context) -> Int4Operands:
@@ -79,8 +78,7 @@ def load_operands(low: Lowering, context: Context) -> Int4Operands:
     size = depth * rows
     keys = low.image.constant(("int4 keys", rows), key_pairs(rows))
     tokens = low.image.constant(("int4 tokens", rows), pairs)
-    ones = low.image.constant(("ones", rows), np.ones(rows, np.int8))
-    found = Int4Operands(take(2 * rows), take(depth), take(depth), depth, ones)
+    found = Int4Operands(take(2 * rows), take(depth), take(depth), depth)
 
     def of_lane(at: Position) -> int:
         return at.lane * size
