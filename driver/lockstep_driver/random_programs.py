@@ -36,16 +36,8 @@ from lockstep_isa.instructions import (
     Weights,
     selector,
 )
-from lockstep_isa.program import (
-    Program,
-    Region,
-    activation_group,
-    depth_unit,
-    is_packed,
-    reads,
-    weight_words,
-    writes,
-)
+from lockstep_isa.packed import activation_group, depth_unit, is_packed, weight_words
+from lockstep_isa.program import Program, Region, reads, writes
 from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
@@ -65,9 +57,7 @@ _STORED_BYTES = 1 << 15
 #: Formats of packed weights, and their greatest depth.
 _FORMATS, _PACKED_DEPTH = [(w, s) for w in Weights for s in Sparsity if w or s], 128
 #: Greatest values of the operands; the least is 0, but for POSITION.
-_COUNT, _INNER, _LOCAL, _LEAST_POSITION, _POSITION = 6, 2, 8, -60, 120
-#: What the depth of packed weights varies by.
-_WHOLE = 32
+_COUNT, _INNER, _LOCAL, _WHOLE, _LEAST_POSITION, _POSITION = 6, 2, 8, 32, -60, 120
 _TABLES = {
     Function.EXP2: ("exp2", 0),
     Function.RECIP: ("recip", 1),
@@ -282,10 +272,9 @@ class _Generator:
         size = self.config.columns
         # Without any column left there must be no tile either.
         columns = inner * size if inner == _INNER else self.number((inner - 1) * size + 1, inner * size)
-        if not is_packed(format):
-            self.vary(fields, "depth", self.count, _COUNT, 1)
-        elif not _WHOLE % depth_unit(format):
-            self.vary(fields, "depth", self.whole, _WHOLE, depth_unit(format))
+        number, most, least = (self.whole, _WHOLE, depth_unit(format)) if is_packed(format) else (self.count, _COUNT, 1)
+        if not most % least:
+            self.vary(fields, "depth", number, most, least)
         self.vary(fields, "inner", self.inner, _INNER)
         self.builder.emit(MATRIX, **fields)
         self.vector(Source.ACCUMULATOR, outer, columns, fields["inner_operand"] != 0)

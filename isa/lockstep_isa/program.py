@@ -18,13 +18,11 @@ from .instructions import (
     LOAD,
     MATRIX,
     OPERANDS,
-    PATTERNS,
     STORE,
     TABLE_ENTRIES,
     TABLE_ENTRY_BYTES,
     TABLE_SLOTS,
     VECTOR,
-    WEIGHT_GROUPS,
     Destination,
     FirstAdd,
     Function,
@@ -45,8 +43,9 @@ from .instructions import (
     resolve,
     selector,
 )
+from .packed import activation_group, depth_unit, is_packed, weight_words
 from .selection import selection_fault
-from .weights import PER_INDEX_WORD, WeightError, inputs_per_step, words_per_tile
+from .weights import WeightError
 
 #: First bytes of a program file.
 FILE_MAGIC = b"LKSTPROG"
@@ -196,36 +195,6 @@ def tiles_popped(config: CoreConfig, instruction: Instruction) -> int:
     if instruction.type is not VECTOR or instruction.source != Source.ACCUMULATOR:
         return 0
     return instruction.tiles * -(-instruction.columns // config.columns)
-
-
-def is_packed(i: Instruction) -> bool:
-    """Whether a MATRIX instruction reads weights in another format than dense int8."""
-    return i.weights != Weights.INT8 or i.sparsity != Sparsity.DENSE
-
-
-def activation_group(i: Instruction) -> int:
-    """ACTIVATION words that a MATRIX instruction takes at once, and to which its tiles are aligned: 1, 2 or 4."""
-    if i.sparsity != Sparsity.DENSE:
-        return 4
-    return 1 if i.weights == Weights.INT8 else 2
-
-
-def depth_unit(i: Instruction) -> int:
-    """Of how many inputs the depth of a MATRIX instruction is a multiple, as its weights are packed."""
-    group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
-    # A group is a multiple of what an index word stands for.
-    return group or (1 if pattern is None else pattern[1] // pattern[0] * PER_INDEX_WORD)
-
-
-def weight_words(i: Instruction) -> int:
-    """WEIGHT words of a tile of a resolved MATRIX instruction; ``WeightError`` for a depth that its format has not."""
-    return words_per_tile(i.depth, WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)])
-
-
-def matrix_steps(i: Instruction) -> int:
-    """Steps in which a resolved MATRIX instruction multiplies: those of a tile times tiles."""
-    group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
-    return i.depth // inputs_per_step(group, pattern) * i.outer * i.inner
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,10 @@ class Int4Append(CacheAppend):
                         to=levels + (heads.first - first * tiles) * d + group * GROUP,
                         to_stride=d,
                     )
-            low.join_later(partial(self._join_keys, levels, (end - first) * tiles, values + first * tiles * words))
+            low.joins.later(partial(self._join_keys, levels, (end - first) * tiles, values + first * tiles * words))
         low.parameters.give(greatest)
         low.parameters.give(inverse)
-        low.join_later(partial(self._store_keys, values))
+        low.joins.later(partial(self._store_keys, values))
         self._store_scales(scale, self.cache.key_scales)
 
     def _join_keys(self, levels: int, count: int, to: int) -> None:
@@ -224,7 +224,7 @@ class Int4Append(CacheAppend):
                     to_stride=(own if tiles > 1 else groups) * slot,
                     to_group=slot,
                 )
-            low.join_later(partial(self._join_values, levels, first * groups, own))
+            low.joins.later(partial(self._join_values, levels, first * groups, own))
         low.parameters.give(inverse)
         self._store_scales(scale, self.cache.value_scales)
 

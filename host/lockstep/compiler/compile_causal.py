@@ -179,7 +179,7 @@ class CausalStageCompiler(StageCompiler):
         for value in (node.k, node.v):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
-        self.low.join()
+        self.low.joins.emit()
         self.low.catch_up()
         self.low.narrow_ring()
         attention.attend(q, into, lambda: self._stream_on(node.value))
@@ -189,7 +189,7 @@ class CausalStageCompiler(StageCompiler):
     def _load_ahead(self, node: Attention) -> None:
         """While queries are made ready, the bus has nothing else to do."""
         if {node.k, node.v} <= self.appended:
-            self.low.join()
+            self.low.joins.emit()
             self.low.catch_up()
             self.attentions[node.value].preload()
         share = _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT

@@ -35,6 +35,7 @@ from lockstep_isa.tables import FUNCTIONS
 
 from .allocation import Pieces, Ring
 from .image import Chunk, Image, LinearImage
+from .joins import Joins
 from .onchip import Ahead, Fetched, Panels, QuantisedPanels
 from .packing import Packing, activation_unit
 from .passes import ACTIVATION_SLOT, RECIPROCAL, SLOTS, rounding, scaling
@@ -50,10 +51,10 @@ WEIGHT_RING, PARAMETER_RING = 0.75, 0.5
 
 #: Chunks that a prefetch loads at once.
 _AHEAD_NOW = 2
-#: The chunk of a product behind which waits what VECTOR has made ready meanwhile.
-_JOIN = 1
 #: Emits one or a few instructions of one unit.
 Step = Callable[[], object]
+#: The chunk of a product behind which waits what VECTOR has made ready meanwhile.
+_JOIN = 1
 
 
 class Lowering:
@@ -83,8 +84,7 @@ class Lowering:
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
         self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
         self._later: deque[Step] = deque()
-        self._joins: deque[Step] = deque()
-        self._scratch: list[tuple[int, int]] = []
+        self.joins = Joins()
         # Chunks on chip that wait for their products, by the address of their weights.
         self._ahead: dict[int, Ahead] = {}
         # The product whose chunks are being loaded ahead, and how much of the weight ring they may fill.
@@ -357,32 +357,17 @@ class Lowering:
         return Fetched(weights, scales)
 
     def scratch_weights(self, words: int) -> int:
-        """WEIGHT words of the ring for what VECTOR writes and MATRIX reads; they stay until :meth:`join`."""
+        """WEIGHT words of the ring for what VECTOR writes and MATRIX reads; they stay until ``joins`` are emitted."""
         self._make_room(words)
         start = self.weight_ring.take(words)
         self._ahead = {key: ahead for key, ahead in self._ahead.items() if not ahead.touches(start, words, 0, 0)}
-        self._scratch.append((start, start + words))
+        self.joins.hold(start, words)
         return start
-
-    def join_later(self, step: Step) -> None:
-        """Emit a step that multiplies what lies in scratch words behind the next chunks of a product: at once, MATRIX
-        would wait until VECTOR has written them.
-        """
-        self._joins.append(step)
-
-    def join(self) -> None:
-        """Emit what waits for that."""
-        while self._joins:
-            self._joins.popleft()()
-        self._scratch.clear()
 
     def _make_room(self, words: int) -> None:
         """Let nothing in scratch words wait where the next piece of the ring will lie."""
-        if self._is_scratch(self.weight_ring.following(words), words):
-            self.join()
-
-    def _is_scratch(self, start: int, words: int) -> bool:
-        return any(start < end and first < start + words for first, end in self._scratch)
+        if self.joins.touch(self.weight_ring.following(words), words):
+            self.joins.emit()
 
     @staticmethod
     def _chunk_words(linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
@@ -424,7 +409,7 @@ class Lowering:
                 break
             start, scales = self.weight_ring.following(own), self.parameter_ring.following(parameters)
             waiting = self._ahead.values()
-            if self._is_scratch(start, own) or any(a.touches(start, own, scales, parameters) for a in waiting):
+            if self.joins.touch(start, own) or any(a.touches(start, own, scales, parameters) for a in waiting):
                 break
             self._ahead[chunk.weights] = Ahead(*self.fetch(linear, chunk), own, parameters)
             most -= 1
@@ -506,4 +491,4 @@ class Lowering:
             self.catch_up(len(linear.chunks) - n)
             self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
             if n == _JOIN or n + 1 == len(linear.chunks):
-                self.join()
+                self.joins.emit()
