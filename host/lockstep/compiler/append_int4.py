@@ -12,7 +12,7 @@ A first new token in an odd lane shares its byte with the token in front, whose 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 
 from lockstep_isa.instructions import (
@@ -60,12 +60,21 @@ class Int4Append(CacheAppend):
         self.operands = operands
 
     def keys(self, k: Panels) -> None:
+        self.low.joins.begin(self._append_keys(k), not self.context.single)
+
+    def values(self, v: Panels) -> None:
+        self.low.joins.begin(self._append_values(v), not self.context.single)
+
+    # --- Keys --------------------------------------------------------------------------------------------------
+
+    def _append_keys(self, k: Panels) -> Iterator[None]:
         low, node, tiles, d = self.low, self.node, self.tiles, self.node.head_dim
         count, groups = node.kv_heads * tiles, d // GROUP
         words = groups * GROUP_WORDS
         scale, inverse = head_scales(low, k, node.kv_heads)
+        yield
         values = low.vectors.take(count * words)
-        greatest = self._multipliers(k, inverse, values)
+        greatest = yield from self._multipliers(k, inverse, values)
         for first, end in self._batches(tiles * d):
             levels = low.scratch_weights((end - first) * tiles * d)
             for heads in _heads(k, node.kv_heads, first, end):
@@ -84,14 +93,19 @@ class Int4Append(CacheAppend):
                         to=levels + (heads.first - first * tiles) * d + group * GROUP,
                         to_stride=d,
                     )
-            low.joins.later(partial(self._join_keys, levels, (end - first) * tiles, values + first * tiles * words))
+                    yield
+            last = end == node.kv_heads
+            join = partial(self._join_keys, levels, (end - first) * tiles, values, first * tiles * words, last)
+            low.joins.later(join, levels)
         low.parameters.give(greatest)
         low.parameters.give(inverse)
-        low.joins.later(partial(self._store_keys, values))
         self._store_scales(scale, self.cache.key_scales)
+        yield
 
-    def _join_keys(self, levels: int, count: int, to: int) -> None:
-        """Pairs of features of ``count`` heads and row tiles from WEIGHT words to VECTOR words, behind multipliers."""
+    def _join_keys(self, levels: int, count: int, values: int, first: int, last: bool) -> None:
+        """Pairs of features of ``count`` heads and row tiles from WEIGHT words to VECTOR words, the ``first`` one behind
+        ``values`` on, behind multipliers; with the ``last`` heads all of them to the cache.
+        """
         rows, d = self.rows, self.node.head_dim
         self.low.builder.emit(
             MATRIX,
@@ -106,10 +120,12 @@ class Int4Append(CacheAppend):
             destination=Destination.BYTES_TRANSPOSED,
             tiles=count * d // GROUP,
             columns=GROUP // 2,
-            to=to + 1,
+            to=values + first + 1,
             to_stride=GROUP_WORDS,
             to_group=rows,
         )
+        if last:
+            self._store_keys(values)
 
     def _store_keys(self, values: int) -> None:
         """VECTOR words of panels to the cache."""
@@ -131,7 +147,7 @@ class Int4Append(CacheAppend):
             )
         low.give_later(values)
 
-    def _multipliers(self, k: Panels, inverse: int, values: int) -> int:
+    def _multipliers(self, k: Panels, inverse: int, values: int) -> Generator[None, None, int]:
         """Multipliers to the words in front of their pairs, which begin at VECTOR word ``values``; returns PARAMETER
         words of their reciprocals, for each group of features one a head and row tile.
         """
@@ -149,6 +165,7 @@ class Int4Append(CacheAppend):
                     maximum=Maximum.ABSOLUTE,
                     max_to=greatest + group * count + part.first,
                 )
+                yield
         for group in range(groups):
             own = greatest + group * count
             low.emit_pass(
@@ -163,8 +180,10 @@ class Int4Append(CacheAppend):
                 to=own,
                 to_stride=1,
             )
+            yield
         line = {**scaling(MULTIPLIER_SLOPE), "add2": SecondAdd.IMMEDIATE1, "immediate1": float_bits(MULTIPLIER_OFFSET)}
         low.scalars(greatest, greatest, groups * count, **line)
+        yield
         for group in range(groups):
             low.emit_pass(
                 source=Source.PARAMETER,
@@ -176,15 +195,20 @@ class Int4Append(CacheAppend):
                 to=values + group * GROUP_WORDS,
                 to_stride=groups * GROUP_WORDS,
             )
+            yield
         up, down = ({"add2": SecondAdd.IMMEDIATE1, "immediate1": float_bits(sign * _ROUND)} for sign in (1, -1))
-        low.scalars(greatest, greatest, groups * count, **up)
-        low.scalars(greatest, greatest, groups * count, **down, **RECIPROCAL)
+        for fields in (up, {**down, **RECIPROCAL}):
+            low.scalars(greatest, greatest, groups * count, **fields)
+            yield
         return greatest
 
-    def values(self, v: Panels) -> None:
+    # --- Values ------------------------------------------------------------------------------------------------
+
+    def _append_values(self, v: Panels) -> Iterator[None]:
         low, node, rows, tiles = self.low, self.node, self.rows, self.tiles
         groups, slot = node.head_dim // rows, token_words(rows)
         scale, inverse = head_scales(low, v, node.kv_heads, LEVELS)
+        yield
         for first, end in self._batches(tiles * groups * slot):
             own = (end - first) * groups
             levels = low.scratch_weights(tiles * own * slot)
@@ -213,6 +237,7 @@ class Int4Append(CacheAppend):
                 to=levels,
                 to_stride=GROUP_WORDS,
             )
+            yield
             for heads in _heads(v, node.kv_heads, first, end):
                 low.emit_pass(
                     **rounding(inverse + heads.first, Destination.WEIGHT_TRANSPOSED),
@@ -224,9 +249,11 @@ class Int4Append(CacheAppend):
                     to_stride=(own if tiles > 1 else groups) * slot,
                     to_group=slot,
                 )
-            low.joins.later(partial(self._join_values, levels, first * groups, own))
+                yield
+            low.joins.later(partial(self._join_values, levels, first * groups, own), levels)
         low.parameters.give(inverse)
         self._store_scales(scale, self.cache.value_scales)
+        yield
 
     def _join_values(self, levels: int, first: int, own: int) -> None:
         """Pairs of tokens from WEIGHT words to the cache, of ``own`` groups of R features from group ``first`` on."""

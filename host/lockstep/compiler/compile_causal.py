@@ -176,10 +176,10 @@ class CausalStageCompiler(StageCompiler):
             if value in self.stage.inputs:
                 self._append(value, self._read(value))
         q = self._read(node.q)
+        self.low.joins.emit()
         for value in (node.k, node.v):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
-        self.low.joins.emit()
         self.low.catch_up()
         self.low.narrow_ring()
         attention.attend(q, into, lambda: self._stream_on(node.value))

@@ -53,8 +53,6 @@ WEIGHT_RING, PARAMETER_RING = 0.75, 0.5
 _AHEAD_NOW = 2
 #: Emits one or a few instructions of one unit.
 Step = Callable[[], object]
-#: The chunk of a product behind which waits what VECTOR has made ready meanwhile.
-_JOIN = 1
 
 
 class Lowering:
@@ -357,7 +355,7 @@ class Lowering:
         return Fetched(weights, scales)
 
     def scratch_weights(self, words: int) -> int:
-        """WEIGHT words of the ring for what VECTOR writes and MATRIX reads; they stay until ``joins`` are emitted."""
+        """WEIGHT words of the ring for what VECTOR writes and MATRIX reads; ``joins`` hold them until then."""
         self._make_room(words)
         start = self.weight_ring.take(words)
         self._ahead = {key: ahead for key, ahead in self._ahead.items() if not ahead.touches(start, words, 0, 0)}
@@ -366,7 +364,10 @@ class Lowering:
 
     def _make_room(self, words: int) -> None:
         """Let nothing in scratch words wait where the next piece of the ring will lie."""
-        if self.joins.touch(self.weight_ring.following(words), words):
+        start = self.weight_ring.following(words)
+        if self.joins.touch(start, words):
+            self.joins.emit_ready()
+        if self.joins.touch(start, words):
             self.joins.emit()
 
     @staticmethod
@@ -487,8 +488,8 @@ class Lowering:
             if factor is not None:
                 fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER}
                 fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
-            words = self.product(q, linear, chunk)
-            self.catch_up(len(linear.chunks) - n)
+            words, left = self.product(q, linear, chunk), len(linear.chunks) - n
+            self.catch_up(left)
+            self.joins.beside(left)
             self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
-            if n == _JOIN or n + 1 == len(linear.chunks):
-                self.joins.emit()
+            self.joins.behind(left)
