@@ -103,8 +103,8 @@ class Int4Append(CacheAppend):
         yield
 
     def _join_keys(self, levels: int, count: int, values: int, first: int, last: bool) -> None:
-        """Pairs of features of ``count`` heads and row tiles from WEIGHT words to VECTOR words, the ``first`` one behind
-        ``values`` on, behind multipliers; with the ``last`` heads all of them to the cache.
+        """Pairs of features of ``count`` heads and row tiles from WEIGHT words to VECTOR words, from ``values`` +
+        ``first`` on, behind multipliers; with the ``last`` heads all of them to the cache.
         """
         rows, d = self.rows, self.node.head_dim
         self.low.builder.emit(
