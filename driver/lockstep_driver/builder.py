@@ -68,13 +68,14 @@ class ProgramBuilder:
     def __len__(self) -> int:
         return len(self._instructions)
 
-    def operand(self, name: str, least: int, greatest: int) -> int:
-        """Declare a run-time operand with its limits, both legal; returns the number that selects it.
+    def operand(self, name: str, least: int, greatest: int, step: int = 1) -> int:
+        """Declare a run-time operand with its limits, both legal, and every ``step``-th value between them; returns the
+        number that selects it.
 
         ``emit(VECTOR, columns=0, columns_operand=number, ...)`` adds its value to ``columns`` at each run. Raises
         :class:`ProgramError` for a name that is taken, limits that do not fit 32 bits, and a 64th operand.
         """
-        declared = Operand(name, least, greatest)
+        declared = Operand(name, least, greatest, step)
         check_operand(declared, self._operands)
         self._operands.append(declared)
         return len(self._operands)

@@ -99,11 +99,13 @@ def operand_values(declared: tuple[Operand, ...], given: OperandValues) -> list[
         number = numbers.get(key) if isinstance(key, str) else key
         if number is None or not 1 <= number <= len(declared):
             raise DriverError(f"the program has no operand {key!r}; it declares: {known}")
-        name, least, greatest = declared[number - 1]
+        name, least, greatest, step = declared[number - 1]
         if number in values:
             raise DriverError(f"operand '{name}' is given twice, by name and by number")
         if not least <= value <= greatest:
             raise DriverError(f"operand '{name}' is {value}; this program takes {least}..{greatest}")
+        if (value - least) % step:
+            raise DriverError(f"operand '{name}' is {value}; this program takes every {step}th value from {least} on")
         values[number] = int(value)
     if missing := [name for name, number in numbers.items() if number not in values]:
         raise DriverError(f"the program needs a value for operand '{missing[0]}'; it declares: {known}")

@@ -36,7 +36,8 @@ from lockstep_isa.instructions import (
     Weights,
     selector,
 )
-from lockstep_isa.program import Program, Region, activation_group, is_packed, reads, weight_words, writes
+from lockstep_isa.packed import activation_group, depth_unit, is_packed, weight_words
+from lockstep_isa.program import Program, Region, reads, writes
 from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
@@ -56,7 +57,7 @@ _STORED_BYTES = 1 << 15
 #: Formats of packed weights, and their greatest depth.
 _FORMATS, _PACKED_DEPTH = [(w, s) for w in Weights for s in Sparsity if w or s], 128
 #: Greatest values of the operands; the least is 0, but for POSITION.
-_COUNT, _INNER, _LOCAL, _LEAST_POSITION, _POSITION = 6, 2, 8, -60, 120
+_COUNT, _INNER, _LOCAL, _WHOLE, _LEAST_POSITION, _POSITION = 6, 2, 8, 32, -60, 120
 _TABLES = {
     Function.EXP2: ("exp2", 0),
     Function.RECIP: ("recip", 1),
@@ -117,16 +118,17 @@ class _Generator:
         self.local = self.operand("local", 0, _LOCAL)
         self.lane = self.operand("lane", 0, config.rows - 1)
         self.position = self.operand("position", _LEAST_POSITION, _POSITION)
+        self.whole = self.operand("whole", 0, _WHOLE, _WHOLE * self.number(0, 1), _WHOLE)
         beats = self.number(0, 4)
         self.offset = self.operand("offset", 0, 4 * config.bus_bytes, beats * config.bus_bytes)
         self.stores = self.place(self.rng.integers(0, 256, _STORED_BYTES).astype(np.uint8))
 
-    def operand(self, name: str, least: int, greatest: int, value: int | None = None) -> int:
+    def operand(self, name: str, least: int, greatest: int, value: int | None = None, step: int = 1) -> int:
         """Declare an operand with a random value, often one of its limits; returns its number."""
         if value is None:
             value = self.number(least, greatest) if self.number(0, 1) else (least, greatest)[self.number(0, 1)]
         self.values[name] = value
-        return self.builder.operand(name, least, greatest)
+        return self.builder.operand(name, least, greatest, step)
 
     def vary(self, fields: dict[str, int], name: str, number: int, greatest: int, least: int = 0) -> None:
         """At times make a field variable: its value is then reached with the operand's ``greatest`` value.
@@ -270,8 +272,9 @@ class _Generator:
         size = self.config.columns
         # Without any column left there must be no tile either.
         columns = inner * size if inner == _INNER else self.number((inner - 1) * size + 1, inner * size)
-        if not is_packed(format):
-            self.vary(fields, "depth", self.count, _COUNT, 1)
+        number, most, least = (self.whole, _WHOLE, depth_unit(format)) if is_packed(format) else (self.count, _COUNT, 1)
+        if not most % least:
+            self.vary(fields, "depth", number, most, least)
         self.vary(fields, "inner", self.inner, _INNER)
         self.builder.emit(MATRIX, **fields)
         self.vector(Source.ACCUMULATOR, outer, columns, fields["inner_operand"] != 0)

@@ -13,6 +13,9 @@ from lockstep.errors import InputError, ModelError
 from lockstep.eviction import EvictionPolicy, asked_eviction, check_eviction
 from lockstep.graph import Attention, Graph, PositionBias
 
+#: What a number of a cache may take.
+BITS = (8, 4)
+
 
 @dataclass(frozen=True)
 class CachePolicy:
@@ -22,10 +25,12 @@ class CachePolicy:
     ----------
     eviction : which tokens stay in a cache of fewer slots than tokens; none: all.
     selector : chooses the keys that each query attends to; none: all that it sees.
+    bits : of a key or value, one of :data:`BITS`; 4 as :mod:`lockstep_isa.int4_cache` says.
     """
 
     eviction: EvictionPolicy | None = None
     selector: Selector | None = None
+    bits: int = 8
 
 
 #: Everything stays and counts.
@@ -68,15 +73,29 @@ def selector(name: str) -> Selector:
         raise InputError(f"{error}; give select a greater number of whole blocks") from None
 
 
-def asked_policy(evict: str | None = None, keep: int | None = None, select: int | str | None = None) -> CachePolicy:
+def asked_policy(
+    evict: str | None = None,
+    keep: int | None = None,
+    select: int | str | None = None,
+    cache_bits: int | None = None,
+) -> CachePolicy:
     """The policy that somebody asks for.
 
     evict, keep : as for :func:`lockstep.eviction.asked_eviction`.
     select : keys that a query attends to; see :func:`selector`; none for all.
+    cache_bits : of a key or value, 8 or 4; none for 8.
 
     Raises :class:`InputError` for what makes no sense.
     """
     eviction = asked_eviction(evict, keep)
+    if cache_bits is not None and cache_bits not in BITS:
+        raise InputError(f"{cache_bits!r} is no number of bits for keys and values; give {' or '.join(map(str, BITS))}")
+    if cache_bits == 4:
+        if eviction is not None:
+            raise InputError("two tokens of a cache of 4 bits share a byte, so none is given up; give keep or 4 bits")
+        if select is not None:
+            raise InputError("keys of 4 bits cannot be chosen from; give select or 4 bits")
+        return CachePolicy(bits=4)
     if select is None:
         return CachePolicy(eviction)
     if eviction is not None:
@@ -93,6 +112,8 @@ def hosted(policy: CachePolicy) -> tuple[tuple[str, str], ...]:
 
 def check_policy(graph: Graph, policy: CachePolicy) -> None:
     """Raise :class:`ModelError` where the attention of ``graph`` cannot be treated so."""
+    if policy.bits == 4:
+        _check_int4(graph, policy)
     if policy.eviction is not None:
         check_eviction(graph, policy.eviction)
     if policy.selector is None:
@@ -106,4 +127,17 @@ def check_policy(graph: Graph, policy: CachePolicy) -> None:
             raise ModelError(
                 f"{graph.source} has heads of {node.head_dim} features, which are no groups of {GROUP}; keys are "
                 "chosen by a sketch that has one multiplier for each"
+            )
+
+
+def _check_int4(graph: Graph, policy: CachePolicy) -> None:
+    if policy.eviction is not None:
+        raise ModelError("two tokens of a cache of 4 bits share a byte, so none of them can be given up")
+    if policy.selector is not None:
+        raise ModelError("keys of 4 bits cannot be chosen from; a sketch is made of those of 8")
+    for node in graph.of(Attention):
+        if node.head_dim % GROUP:
+            raise ModelError(
+                f"{graph.source} has heads of {node.head_dim} features, which are no groups of {GROUP}; a cache of 4 "
+                "bits has one multiplier for each"
             )

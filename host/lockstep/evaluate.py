@@ -221,7 +221,7 @@ def run_node(graph: Graph, node: Node, given: list[Any], operations: Operations 
             weight.flags.writeable = False  # so that the kernels may keep a packed copy
             return operations.linear(q, s, weight, tensor(node.scales), tensor(node.bias))
         case Attention():
-            k, v = (quantise_heads(x, node, operations) for x in given[1:3])
+            k, v = (quantise_heads(x, node, operations.quantise_rows) for x in given[1:3])
             bias = given[3] if len(given) > 3 else None
             return attend(node, given[0], np.arange(first, first + len(given[0])), k, v, bias, operations)
         case Experts():
@@ -229,11 +229,11 @@ def run_node(graph: Graph, node: Node, given: list[Any], operations: Operations 
     return host_node(graph, node, given)
 
 
-def quantise_heads(x: Any, node: Attention, operations: Operations | Any) -> tuple[Any, Any]:
-    """Keys or values ``float32[tokens, kv_heads * head_dim]`` quantised by token and head: ``int8`` of that shape, and
-    ``float32[tokens, kv_heads]``.
+def quantise_heads(x: Any, node: Attention, quantise: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Keys or values ``float32[tokens, kv_heads * head_dim]``, each token and head by ``quantise``: ``int8`` of that
+    shape, and ``float32[tokens, kv_heads]``.
     """
-    q, s = operations.quantise_rows(x.reshape(-1, node.head_dim))
+    q, s = quantise(x.reshape(-1, node.head_dim))
     return q.reshape(x.shape), s.reshape(len(x), node.kv_heads)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep_isa.instructions import LOAD, MATRIX, STORE
-from lockstep_isa.program import matrix_steps, transfer_bytes
+from lockstep_isa.packed import matrix_steps
+from lockstep_isa.program import transfer_bytes
 from lockstep_sim.perfetto import sections
 from lockstep_sim.timeline import Timeline
 

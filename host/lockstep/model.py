@@ -187,6 +187,7 @@ class Model:
         evict: str | None = None,
         keep: int | None = None,
         select: int | str | None = None,
+        cache_bits: int | None = None,
     ) -> Options:
         """What :meth:`generate` takes, with the model's defaults in place of what is not given; raises
         ``InputError`` for values that make no sense.
@@ -199,7 +200,8 @@ class Model:
         if stops:
             _ = self.tokenizer  # without one, a stop string would be overlooked
         sampling = defaults.chosen(temperature, top_k, top_p, seed)
-        return Options(max_new_tokens, sampling, stops, context, asked_policy(evict, keep, select), ends)
+        policy = asked_policy(evict, keep, select, cache_bits)
+        return Options(max_new_tokens, sampling, stops, context, policy, ends)
 
     @overload
     def generate(self, prompt: str | Sequence[int] | np.ndarray | Sequence[Message], **options: Any) -> Generation: ...
@@ -221,6 +223,7 @@ class Model:
         context : most tokens, prompt and new ones; as many as are needed if not given.
         keep : tokens that the cache keeps, and evict : by which policy; see :func:`lockstep.eviction.eviction`.
         select : keys that each query attends to; see :func:`lockstep.cache_policy.selector`.
+        cache_bits : 4 for keys and values of half the bytes; see :mod:`lockstep_isa.int4_cache`.
 
         Raises
         ------

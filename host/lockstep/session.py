@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from lockstep_isa import int4_cache
 from lockstep_isa.attention import key_importance, visible
 from lockstep_isa.numerics import add
 from lockstep_isa.selectors import attention_selected
@@ -133,6 +134,10 @@ class HostSession:
     ) -> None:
         check_graph(graph, capacity, policy)
         self._selector = policy.selector
+        # What makes integers of keys, and of values.
+        self._quantise = (operations.quantise_rows,) * 2
+        if policy.bits == 4:
+            self._quantise = int4_cache.quantise_keys, int4_cache.quantise_values
         self.slots = Slots(capacity, policy.eviction)
         self.length = 0
         self.capacity = capacity
@@ -208,8 +213,8 @@ class HostSession:
     def attend(self, node: Attention, values: Mapping[Value, Any], rows: int, piece: Piece) -> np.ndarray:
         """One attention of the last ``rows`` of the piece's tokens, with their keys and values appended before."""
         caches, seen = self._caches[node.value], piece.seen
-        for cache, value in zip(caches, node.inputs[1:3], strict=True):
-            cache.append(piece.slot, *quantise_heads(values[value], node, self._operations))
+        for cache, value, quantise in zip(caches, node.inputs[1:3], self._quantise, strict=True):
+            cache.append(piece.slot, *quantise_heads(values[value], node, quantise))
         bias = None if node.bias is None else np.ascontiguousarray(values[node.bias][:, seen - rows :])
         keys, held = (cache.first(seen) for cache in caches)
         q, positions = _last_rows(values[node.q], rows), np.arange(seen - rows, seen)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from lockstep_hls.toolchain import Progress
 
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.executors import OpenExecutor, check_uri, executor
 from lockstep.graph import Gather, Graph
 
@@ -111,10 +112,15 @@ def verify(graph: Graph, sequences: list[Inputs], devices: Sequence[str], progre
 
 
 def verify_generation(
-    graph: Graph, prompts: list[np.ndarray], tokens: int, devices: Sequence[str], progress: Progress = None
+    graph: Graph,
+    prompts: list[np.ndarray],
+    tokens: int,
+    devices: Sequence[str],
+    progress: Progress = None,
+    policy: CachePolicy = WHOLE,
 ) -> Verification:
     """Generate ``tokens`` tokens behind each prompt: int[n], and compare the logits of each with those of the first
-    device, which alone chooses the tokens. Every device keeps its own key-value cache.
+    device, which alone chooses the tokens. Every device keeps its own key-value cache, as ``policy`` says.
 
     Raises ``ModelError`` for a graph that is no causal language model, or prompts that do not fit, and what
     :func:`verify` raises. ``token`` of a difference counts generated tokens from 0.
@@ -123,7 +129,7 @@ def verify_generation(
 
     def run(device: OpenExecutor) -> list[np.ndarray]:
         return [
-            generated_logits(device, graph, prompt, tokens, taken)
+            generated_logits(device, graph, prompt, tokens, taken, policy)
             for prompt, taken in zip(prompts, chosen, strict=True)
         ]
 
@@ -131,13 +137,19 @@ def verify_generation(
 
 
 def generated_logits(
-    device: OpenExecutor, graph: Graph, prompt: np.ndarray, tokens: int, chosen: list[int]
+    device: OpenExecutor,
+    graph: Graph,
+    prompt: np.ndarray,
+    tokens: int,
+    chosen: list[int],
+    policy: CachePolicy = WHOLE,
 ) -> np.ndarray:
     """``float32[tokens, vocabulary]``: the logits from which ``tokens`` tokens behind ``prompt``: int[n] are chosen.
 
     ``chosen`` holds the tokens to take; where it has fewer, the best ones are taken and appended.
+    policy : how the cache is treated.
     """
-    session = device.open_session(graph, len(prompt) + tokens)
+    session = device.open_session(graph, len(prompt) + tokens, policy)
     try:
         rows = [session.extend(prompt)]
         for number in range(tokens):
@@ -151,11 +163,12 @@ def generated_logits(
 
 
 def replay(
-    graph: Graph, sequences: Sequence[Inputs], generate: int | None
+    graph: Graph, sequences: Sequence[Inputs], generate: int | None, policy: CachePolicy = WHOLE
 ) -> Callable[[OpenExecutor], list[np.ndarray]]:
     """What runs ``sequences`` on any executor, always the same way.
 
     generate : tokens to generate behind each sequence; the first executor chooses them, all others take them too.
+    policy : how the cache is treated meanwhile.
     """
     chosen: list[list[int]] = [[] for _ in sequences]
 
@@ -164,7 +177,7 @@ def replay(
             return device.run(graph, list(sequences))
         prompts = [next(iter(inputs.values())) for inputs in sequences]
         return [
-            generated_logits(device, graph, prompt, generate, taken)
+            generated_logits(device, graph, prompt, generate, taken, policy)
             for prompt, taken in zip(prompts, chosen, strict=True)
         ]
 

@@ -42,7 +42,8 @@ from .instructions import (
     Weights,
     resolve,
 )
-from .program import Program, table_shift, transposes, uses_y, weight_words
+from .packed import weight_words
+from .program import Program, table_shift, transposes, uses_y
 from .tables import TableFunction
 from .weights import stream
 from .zero_skipping import skipped_chunks

@@ -18,13 +18,11 @@ from .instructions import (
     LOAD,
     MATRIX,
     OPERANDS,
-    PATTERNS,
     STORE,
     TABLE_ENTRIES,
     TABLE_ENTRY_BYTES,
     TABLE_SLOTS,
     VECTOR,
-    WEIGHT_GROUPS,
     Destination,
     FirstAdd,
     Function,
@@ -45,16 +43,17 @@ from .instructions import (
     resolve,
     selector,
 )
+from .packed import activation_group, depth_unit, is_packed, weight_words
 from .selection import selection_fault
-from .weights import WeightError, inputs_per_step, words_per_tile
+from .weights import WeightError
 
 #: First bytes of a program file.
 FILE_MAGIC = b"LKSTPROG"
 #: Longest name of an operand, in bytes of UTF-8.
-OPERAND_NAME_BYTES = 48
+OPERAND_NAME_BYTES = 44
 # Magic, ISA version, configuration CRC, operand count, instruction count, body CRC; operands, then instructions follow.
 _HEADER = struct.Struct("<8sIIIII")
-_OPERAND = struct.Struct(f"<qq{OPERAND_NAME_BYTES}s")  # least, greatest, name
+_OPERAND = struct.Struct(f"<qq{OPERAND_NAME_BYTES}sI")  # least, greatest, name, step less one
 
 
 class ProgramError(ValueError):
@@ -62,7 +61,8 @@ class ProgramError(ValueError):
 
 
 class Operand(NamedTuple):
-    """A number that a program is given at each run: its name, and the least and the greatest legal value.
+    """A number that a program is given at each run: its name, the least and the greatest legal value, and how far legal
+    values are apart.
 
     It is added modulo 2^width to fields that select it, so that a negative value counts down.
     """
@@ -70,6 +70,7 @@ class Operand(NamedTuple):
     name: str
     least: int
     greatest: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Program:
 
     def to_bytes(self) -> bytes:
         """The content of a program file."""
-        operands = b"".join(_OPERAND.pack(o.least, o.greatest, o.name.encode()) for o in self.operands)
+        operands = b"".join(_OPERAND.pack(o.least, o.greatest, o.name.encode(), o.step - 1) for o in self.operands)
         body = operands + self.encode()
         counts = len(self.operands), len(self.instructions)
         return _HEADER.pack(FILE_MAGIC, ISA_VERSION, self.config_crc, *counts, zlib.crc32(body)) + body
@@ -126,8 +127,8 @@ class Program:
         if zlib.crc32(body) != crc:
             raise ProgramError("the program file is damaged: its checksum does not match; write it again")
         operands = tuple(
-            Operand(name.rstrip(b"\0").decode(), least, greatest)
-            for least, greatest, name in _OPERAND.iter_unpack(body[:start])
+            Operand(name.rstrip(b"\0").decode(), least, greatest, steps + 1)
+            for least, greatest, name, steps in _OPERAND.iter_unpack(body[:start])
         )
         instructions = []
         for n in range(count):
@@ -151,7 +152,7 @@ class Program:
 
 def check_operand(operand: Operand, earlier: Sequence[Operand] = ()) -> None:
     """Raise :class:`ProgramError` unless ``operand`` can be declared behind the ``earlier`` ones of a program."""
-    name, least, greatest = operand
+    name, least, greatest, step = operand
     if not name.isidentifier() or len(name.encode()) > OPERAND_NAME_BYTES:
         raise ProgramError(f"operand '{name}' needs an identifier of at most {OPERAND_NAME_BYTES} bytes as its name")
     if name in (other.name for other in earlier):
@@ -159,6 +160,10 @@ def check_operand(operand: Operand, earlier: Sequence[Operand] = ()) -> None:
     if not -(1 << 31) <= least <= greatest < 1 << 32:
         raise ProgramError(
             f"operand '{name}' has limits {least}..{greatest}; legal are -2^31 <= least <= greatest < 2^32"
+        )
+    if not 1 <= step <= 1 << 32 or (greatest - least) % step:
+        raise ProgramError(
+            f"operand '{name}' goes from {least} to {greatest} in steps of {step}, which do not come out even"
         )
     if len(earlier) >= OPERANDS - 1:
         raise ProgramError(f"operand '{name}' is one too many: a program has at most {OPERANDS - 1}")
@@ -190,29 +195,6 @@ def tiles_popped(config: CoreConfig, instruction: Instruction) -> int:
     if instruction.type is not VECTOR or instruction.source != Source.ACCUMULATOR:
         return 0
     return instruction.tiles * -(-instruction.columns // config.columns)
-
-
-def is_packed(i: Instruction) -> bool:
-    """Whether a MATRIX instruction reads weights in another format than dense int8."""
-    return i.weights != Weights.INT8 or i.sparsity != Sparsity.DENSE
-
-
-def activation_group(i: Instruction) -> int:
-    """ACTIVATION words that a MATRIX instruction takes at once, and to which its tiles are aligned: 1, 2 or 4."""
-    if i.sparsity != Sparsity.DENSE:
-        return 4
-    return 1 if i.weights == Weights.INT8 else 2
-
-
-def weight_words(i: Instruction) -> int:
-    """WEIGHT words of a tile of a resolved MATRIX instruction; ``WeightError`` for a depth that its format has not."""
-    return words_per_tile(i.depth, WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)])
-
-
-def matrix_steps(i: Instruction) -> int:
-    """Steps in which a resolved MATRIX instruction multiplies: those of a tile times tiles."""
-    group, pattern = WEIGHT_GROUPS[Weights(i.weights)], PATTERNS[Sparsity(i.sparsity)]
-    return i.depth // inputs_per_step(group, pattern) * i.outer * i.inner
 
 
 @dataclass(frozen=True)
@@ -355,8 +337,8 @@ def validate(config: CoreConfig, program: Program) -> None:
 
 
 def _check_selectors(program: Program, n: int, i: Instruction) -> None:
-    """Operands are declared, no field wraps between their limits, no depth of packed weights varies, and there are
-    always enough columns to select from."""
+    """Operands are declared, no field wraps between their limits, a depth varies by what suits the weights, and there
+    are always enough columns to select from."""
     for field in i.type.variable:
         number = i.values[selector(field.name)]
         if not number:
@@ -366,15 +348,20 @@ def _check_selectors(program: Program, n: int, i: Instruction) -> None:
                 f"instruction {n} ({i.type.name}): {field.name} has operand {number}, "
                 f"the program declares {len(program.operands)}"
             )
-        name, least, greatest = program.operands[number - 1]
+        name, least, greatest, _ = program.operands[number - 1]
         base = i.values[field.name] + (1 << field.width - 1 if field.signed else 0)
         if (base + least) >> field.width != (base + greatest) >> field.width:
             raise ProgramError(
                 f"instruction {n} ({i.type.name}): {field.name} has {field.width} bits and wraps between the limits "
                 f"{least}..{greatest} of operand '{name}'; narrow them"
             )
-    if i.type is MATRIX and i.depth_operand and is_packed(i):
-        raise ProgramError(f"instruction {n} (MATRIX): depth has an operand, but packed weights have one depth")
+    if i.type is MATRIX and i.depth_operand:
+        operand, unit = program.operands[i.depth_operand - 1], depth_unit(i)
+        if operand.step % unit:
+            raise ProgramError(
+                f"instruction {n} (MATRIX): depth goes by operand '{operand.name}' in steps of {operand.step}, but its "
+                f"weights come in groups of {unit} inputs; declare it in steps of {unit}"
+            )
     if i.type is VECTOR and i.columns_operand:
         fewest = i.columns + program.operands[i.columns_operand - 1].least
         if fewest % (1 << 16) < i.select:

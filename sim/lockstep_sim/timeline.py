@@ -25,7 +25,8 @@ from lockstep_isa.instructions import (
     Weights,
     resolve,
 )
-from lockstep_isa.program import Program, is_packed, transfer_bytes
+from lockstep_isa.packed import is_packed
+from lockstep_isa.program import Program, transfer_bytes
 from numpy.typing import NDArray
 
 from .recording import FETCH, Kind, State

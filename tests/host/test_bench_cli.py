@@ -138,6 +138,19 @@ def test_chosen_keys_cost_as_much_as_their_bytes(cli: Command) -> None:
     assert 0 < one["sketch_cycles"] < 0.1 * one["attention_cycles"]
 
 
+def test_a_cache_of_4_bits_costs_as_much_as_its_bytes(cli: Command) -> None:
+    case = ("bench", "decode", "--shape", "llama-160m", "--layers", 1, "--context", 500, "--device", "fast:laptop")
+    (one,) = cli(*case, "--cache-bits", 4, "--json").json
+    assert one["identical"]
+    assert one["parameters"]["cache_bits"] == 4
+    assert one["attention_speedup"] > 1.2
+    assert one["cache_bytes_ratio"] == pytest.approx(68 / 38, rel=0.05)
+    # 12 heads of 64 channels: 34 bytes and a scale for 500 tokens and the new one, beyond 64 bytes and a scale for one.
+    share = 1 - 28 / 780  # what refresh leaves
+    assert one["attention_limit_cycles"] == pytest.approx(12 * 2 * (501 * 38 - 68) / 16 / share)
+    assert one["attention_ratio"] < 1.4
+
+
 def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
     found = cli("bench", "minilm", "--tokens", 20, "--reference", "cpu", "--device", "fast:laptop", "--json").json
     (one,) = found
@@ -164,6 +177,8 @@ def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
         (("decode", "--shape", "llama-tiny", "--shape", "gpt2-medium", "--kv-heads", 4), ("gpt2-medium", "llama-1b")),
         (("decode", "--select", 40), ("40 keys", "whole blocks of 16")),
         (("decode", "--select", 64, "--keep", 64), ("(keep)", "(select)", "one of them")),
+        (("decode", "--cache-bits", 3), ("3 is no number of bits", "8 or 4")),
+        (("decode", "--cache-bits", 4, "--keep", 64), ("share a byte", "keep or 4 bits")),
         (("gemm", "--core", "tiny"), ("--device", "one of them")),
         (("gemm", "--weights", "int3"), ("'int3'", "int8, int4")),
         (("decode", "--sparsity", "3:4"), ("'3:4'", "none, 2:4, 1:4")),

@@ -15,7 +15,10 @@ import pytest
 from causal_models import save_causal_model
 from command_line import Command
 from lockstep import verification
+from lockstep.cache_policy import CachePolicy
+from lockstep.eviction import eviction
 from lockstep.executors import OpenExecutor
+from lockstep_isa.selectors import Blocks
 
 ENDLESS: dict[str, Any] = {"eos_token_id": 999}
 PROMPT = "def add("
@@ -168,8 +171,8 @@ def test_verify_compares_the_logits_of_generated_tokens(
             return device
         open_session = device.open_session
 
-        def flipping(graph: Any, capacity: int) -> Any:
-            session = open_session(graph, capacity)
+        def flipping(graph: Any, capacity: int, policy: Any) -> Any:
+            session = open_session(graph, capacity, policy)
             extend = session.extend
 
             def changed(ids: np.ndarray, logits: Any = "last") -> np.ndarray:
@@ -192,6 +195,48 @@ def test_verify_compares_the_logits_of_generated_tokens(
     assert done.json["differences"] == {"fast:tiny": 1}
 
 
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32 features."""
+    return save_causal_model(tmp_path_factory.mktemp("wide"), generation=ENDLESS, hidden_size=128)
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy"),
+    [
+        (("--keep", 12), CachePolicy(eviction("streaming", 12))),
+        (("--keep", 12, "--evict", "h2o"), CachePolicy(eviction("h2o", 12))),
+        (("--select", "32"), CachePolicy(selector=Blocks(32))),
+        (("--cache-bits", 4), CachePolicy(bits=4)),
+    ],
+)
+def test_verify_treats_caches_as_it_is_told(
+    cli: Command, wide_folder: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[Any, ...], policy: CachePolicy
+) -> None:
+    opened: list[CachePolicy] = []
+    open_session = OpenExecutor.open_session
+
+    def spied(self: OpenExecutor, graph: Any, capacity: int, policy: Any = None) -> Any:
+        opened.append(policy)
+        return open_session(self, graph, capacity, policy)
+
+    monkeypatch.setattr(OpenExecutor, "open_session", spied)
+    prompt = "def add(self, other, more, and_more):"
+    devices = ("--device", "golden", "--device", "cpu", "--device", "fast:tiny")
+    report = cli("verify", wide_folder, *devices, "--text", prompt, "--generate", 4, *asked, "--json").json
+    assert report["identical"]
+    assert opened == [policy] * 3
+
+
+def test_a_cache_of_4_bits_gives_the_same_text_on_a_core(cli: Command, wide_folder: Path) -> None:
+    arguments = ("generate", wide_folder, "--prompt", PROMPT, "--max-new-tokens", 30, "--json")
+    whole, host, core = (
+        cli(*arguments, *more).json
+        for more in ((), ("--cache-bits", 4), ("--cache-bits", 4, "--device", "fast:laptop"))
+    )
+    assert host["token_ids"] == core["token_ids"] != whole["token_ids"]
+
+
 # --- Mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -209,10 +254,16 @@ def test_verify_compares_the_logits_of_generated_tokens(
         (["--prompt", "x", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
         (["--prompt", "x", "--clock", "0"], ["a clock of 0 MHz is none"]),
         (["--prompt", "x", "--device", "gpu:x"], ["unknown device 'gpu:x'"]),
+        (["--prompt", "x", "--cache-bits", "6"], ["6 is no number of bits", "8 or 4"]),
+        (["--prompt", "x", "--cache-bits", "4"], ["heads of 8 features", "groups of 32"]),
     ],
 )
 def test_mistakes_are_one_sentence(cli: Command, folder: Path, arguments: list[str], parts: list[str]) -> None:
     cli("generate", folder, *arguments, "--json").refused(2, *parts)
+
+
+def test_a_cache_without_generated_tokens_is_a_mistake(cli: Command, folder: Path) -> None:
+    cli("verify", folder, "--device", "cpu", "--cache-bits", 4).refused(2, "only where tokens are generated")
 
 
 def test_models_that_cannot_generate(cli: Command, folder: Path, small_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.compiler.packing import expanded
 from lockstep.graph import Graph
 from lockstep.model import Model, load
@@ -15,6 +16,7 @@ from lockstep_isa.config import preset
 
 SENTENCES = ["The same bits on any silicon.", "Two of four weights are zeros, and the array passes over them."]
 PROMPT, NEW_TOKENS = b"def add(self, ", 8
+INT4 = CachePolicy(bits=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,10 @@ def check_minilm(minilm: Model, graph: Graph, devices: tuple[str, ...]) -> None:
     assert found.identical, found.first_difference
 
 
-def check_tiny(graph: Graph, devices: tuple[str, ...]) -> None:
+def check_tiny(graph: Graph, devices: tuple[str, ...], policy: CachePolicy = WHOLE) -> None:
     assert expanded(graph, preset("laptop")) == ()
     ids = np.array([256, *PROMPT])
-    found = verify_generation(graph, [ids], NEW_TOKENS, devices)
+    found = verify_generation(graph, [ids], NEW_TOKENS, devices, policy=policy)
     assert found.identical, found.first_difference
 
 
@@ -56,12 +58,19 @@ def test_a_sparse_int4_language_model_has_the_same_bits(small_tiny: Graph) -> No
     check_tiny(small_tiny, ("golden", "cpu", "fast:laptop", "fast:tiny", "fast:ulx3s"))
 
 
+def test_a_sparse_int4_language_model_with_an_int4_cache_has_the_same_bits(small_tiny: Graph) -> None:
+    check_tiny(small_tiny, ("golden", "cpu", "fast:laptop", "fast:tiny"), INT4)
+
+
 @pytest.mark.slow
 def test_a_sparse_encoder_has_the_same_bits_on_the_rtl(minilm: Model, sparse_minilm: Graph) -> None:
     check_minilm(minilm, sparse_minilm, ("golden", "cpu", "fast:laptop", "rtl:laptop"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", [WHOLE, INT4], ids=["int8 cache", "int4 cache"])
 @pytest.mark.parametrize("core", ["tiny", "laptop"])
-def test_a_sparse_int4_language_model_has_the_same_bits_on_the_rtl(small_tiny: Graph, core: str) -> None:
-    check_tiny(small_tiny, ("golden", f"rtl:{core}"))
+def test_a_sparse_int4_language_model_has_the_same_bits_on_the_rtl(
+    small_tiny: Graph, core: str, policy: CachePolicy
+) -> None:
+    check_tiny(small_tiny, ("golden", f"rtl:{core}"), policy)

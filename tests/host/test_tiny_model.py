@@ -16,6 +16,7 @@ from lockstep.evaluate import run_float
 from lockstep.eviction import EvictionPolicy, eviction
 from lockstep.graph import Attention
 from lockstep.model import HostExecutor, Model, load
+from lockstep.native import NativeExecutor
 from lockstep.session import HostSession
 from lockstep.verification import verify_generation
 from lockstep_driver import Counters, open_device
@@ -118,6 +119,23 @@ def test_int8_costs_less_than_a_hundredth_of_a_bit(tiny: Model) -> None:
         exact.append(bits_per_byte(run_float(tiny.float_graph, {"input_ids": ids[:-1]}), ids[1:]))
     cost = np.mean(quantised) - np.mean(exact)
     print(f"{np.mean(exact):.4f} bits per byte in float32, {cost:+.4f} in int8 with an int8 cache")
+    assert cost <= 0.01
+
+
+@pytest.mark.slow
+def test_a_cache_of_4_bits_costs_less_than_a_hundredth_of_a_bit(tiny: Model) -> None:
+    text = (find_folder("tiny") / "heldout.txt").read_bytes()[:SCORED]
+    found, exact, whole = [], [], []
+    for start in range(0, SCORED, WINDOW):
+        ids = np.array([BOS, *text[start : start + WINDOW]])
+        for scores, asked in ((whole, WHOLE), (found, CachePolicy(bits=4))):
+            logits = NativeExecutor().open_session(tiny.graph, WINDOW, asked).extend(ids[:-1], "all")
+            scores.append(bits_per_byte(logits, ids[1:]))
+        exact.append(bits_per_byte(run_float(tiny.float_graph, {"input_ids": ids[:-1]}), ids[1:]))
+    cost, beside = np.mean(found) - np.mean(exact), np.mean(found) - np.mean(whole)
+    print(
+        f"{np.mean(exact):.4f} bits per byte in float32, {cost:+.4f} in int8 with an int4 cache, {beside:+.4f} to int8"
+    )
     assert cost <= 0.01
 
 

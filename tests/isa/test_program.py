@@ -85,7 +85,7 @@ def test_the_text_of_a_program_names_its_operands() -> None:
 
 
 def test_operands_survive_in_program_files() -> None:
-    program = dataclasses.replace(copy_of(0, 8), operands=(Operand("words", -5, 8), Operand("größe", 0, 2**32 - 1)))
+    program = dataclasses.replace(copy_of(0, 8), operands=(Operand("words", -5, 8), Operand("größe", 0, 2**31, 32)))
     assert Program.from_bytes(program.to_bytes()) == program
 
 
@@ -151,7 +151,7 @@ def test_validation_refuses_what_has_no_meaning(instruction: Instruction, messag
     [
         (("n", 0, 1), "'n' is declared twice"),
         (("two words", 0, 1), "needs an identifier"),
-        (("x" * 49, 0, 1), "needs an identifier of at most 48 bytes"),
+        (("x" * 45, 0, 1), "needs an identifier of at most 44 bytes"),
         (("m", 2, 1), "limits 2..1"),
         (("m", 0, 2**32), r"limits 0..4294967296; legal are -2\^31"),
     ],
@@ -209,9 +209,27 @@ def test_a_core_without_packed_weights_refuses_them(fields: dict[str, int]) -> N
         validate(core, Program(core.crc, (plain,)))
 
 
-def test_the_depth_of_packed_weights_has_no_operand() -> None:
-    builder = ProgramBuilder(TINY)
-    depth = builder.operand("depth", 32, 32)
-    instruction = Instruction(MATRIX, depth=0, depth_operand=depth, weights=Weights.INT4_32)
-    with pytest.raises(ProgramError, match="depth has an operand, but packed weights have one depth"):
-        validate(TINY, Program(TINY.crc, (instruction,), builder.finish().operands))
+def test_the_depth_of_packed_weights_goes_in_steps_of_their_groups() -> None:
+    def product(weights: Weights, sparsity: Sparsity, step: int, most: int = 256) -> Program:
+        builder = ProgramBuilder(TINY)
+        depth = builder.operand("depth", 0, most, step)
+        count = builder.operand("count", 0, 1)
+        builder.emit(
+            MATRIX,
+            depth=0,
+            depth_operand=depth,
+            inner=0,
+            inner_operand=count,
+            weights=weights,
+            sparsity=sparsity,
+        )
+        builder.emit(VECTOR, source=Source.ACCUMULATOR, columns=0, columns_operand=count)
+        return builder.finish()
+
+    dense, sparse = Sparsity.DENSE, Sparsity.ONE_OF_FOUR
+    for weights, sparsity, unit in ((Weights.INT4_32, dense, 32), (Weights.INT4_128, sparse, 128), (0, sparse, 16)):
+        validate(TINY, product(Weights(weights), sparsity, unit))
+        with pytest.raises(ProgramError, match=f"in steps of {unit // 2}, but its weights come in groups of {unit} in"):
+            validate(TINY, product(Weights(weights), sparsity, unit // 2))
+    with pytest.raises(ProgramError, match="goes from 0 to 70 in steps of 32, which do not come out even"):
+        product(Weights.INT4_32, dense, 32, 70)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from lockstep_driver import Counters, Device
 from lockstep_isa import operations
+from lockstep_isa.int4_cache import quantise_keys, quantise_values
 from lockstep_isa.selectors import Blocks
 
 from lockstep.cache_policy import WHOLE, CachePolicy, asked_policy
+from lockstep.compiler.cache_form import CacheForm
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.compiler.sketch import BLOCK
 from lockstep.graph import Attention, Graph, Value
@@ -85,8 +87,10 @@ def model(
     return llama_graph(llama, random_weights(llama, seed), format)
 
 
-def random_cache(graph: Graph, tokens: int, seed: int = 0) -> dict[Value, CacheRows]:
-    """Keys and values of ``tokens`` tokens as a model leaves them: all of int8, at scales for values about 1."""
+def random_cache(graph: Graph, tokens: int, seed: int = 0, bits: int = 8) -> dict[Value, CacheRows]:
+    """Keys and values of ``tokens`` tokens as a model leaves them: all of ``bits``, at scales for values about 1."""
+    if bits == 4:
+        return {node.value: int4_rows(node, tokens, seed + node.value) for node in graph.of(Attention)}
     rng = np.random.default_rng(seed)
     caches = {}
     for node in graph.of(Attention):
@@ -99,6 +103,17 @@ def random_cache(graph: Graph, tokens: int, seed: int = 0) -> dict[Value, CacheR
         ]
         caches[node.value] = (*parts[0], *parts[1])
     return caches
+
+
+def int4_rows(node: Attention, tokens: int, seed: int) -> CacheRows:
+    """Keys and values of 4 bits for one attention."""
+    rng = np.random.default_rng(seed)
+    parts: list[np.ndarray] = []
+    for quantise in (quantise_keys, quantise_values):
+        rows, scales = quantise(rng.normal(size=(tokens * node.kv_heads, node.head_dim)).astype(np.float32))
+        parts += [rows.reshape(tokens, -1), scales.reshape(tokens, -1)]
+    keys, key_scales, values, value_scales = parts
+    return keys, key_scales, values, value_scales
 
 
 def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
@@ -120,9 +135,9 @@ def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
 
 
 def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: Bench) -> Measurement:
-    policy = asked_policy(sizes.evict, sizes.keep, sizes.select)
+    policy = asked_policy(sizes.evict, sizes.keep, sizes.select, sizes.cache_bits)
     kept = _most_kept(policy)
-    if kept is None or kept >= context:
+    if policy.bits == WHOLE.bits and (kept is None or kept >= context):
         return _token(name, graph, context, WHOLE, sizes, bench).token
     bare, full = (_token(name, graph, tokens, WHOLE, sizes, bench).token for tokens in (0, context))
     found = _token(name, graph, context, policy, sizes, bench)
@@ -168,7 +183,7 @@ class _Decoded:
 def _token(name: str, graph: Graph, context: int, policy: CachePolicy, sizes: DecodeSizes, bench: Bench) -> _Decoded:
     """One token behind ``context`` others, with a cache as the policy says."""
     held = context if policy.eviction is None else policy.eviction.budget
-    caches = random_cache(graph, held, sizes.seed)
+    caches = random_cache(graph, held, sizes.seed, policy.bits)
     token = np.array([sizes.seed % EMBEDDINGS])
     reference = HostSession(graph, context + 1, operations, policy)
     reference.restore(context, caches)
@@ -176,10 +191,10 @@ def _token(name: str, graph: Graph, context: int, policy: CachePolicy, sizes: De
     # What makes room is there no more when the new token is.
     seen = held if policy.eviction is None else held - 1
     chosen = policy.selector.keys if isinstance(policy.selector, Blocks) else None
-    needed = decode_bytes(bench.config, graph, seen)
+    needed, form = decode_bytes(bench.config, graph, seen), CacheForm(policy.bits)
     asked: dict[str, object] = {"kv_heads": sizes.kv_heads}
     if policy != WHOLE:
-        asked |= {"keep": sizes.keep, "evict": sizes.evict, "select": sizes.select}
+        asked |= {"keep": sizes.keep, "evict": sizes.evict, "select": sizes.select, "cache_bits": sizes.cache_bits}
     given = {field: value for field, value in asked.items() if value is not None}
     packed = names_of(format_of(sizes.weights, sizes.sparsity))
     sketch_cycles: list[int] = []
@@ -192,7 +207,7 @@ def _token(name: str, graph: Graph, context: int, policy: CachePolicy, sizes: De
     found = bench.measure(
         "decode",
         {"shape": name, "context": context, "layers": sizes.layers, "head": sizes.head, **given, **packed},
-        decode_limit(bench.config, bench.parsed.timing, graph, seen, chosen),
+        decode_limit(bench.config, bench.parsed.timing, graph, seen, chosen, form),
         work,
         [expected],
         # Programs, tables and buffers are small beside weights and the rounded cache with its sketch.

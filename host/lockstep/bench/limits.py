@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lockstep_isa.config import CoreConfig
 from lockstep_sim.core import MemoryTiming
 
+from lockstep.compiler.cache_form import INT8, CacheForm
 from lockstep.compiler.packing import Packing, packing
 from lockstep.compiler.sketch import BLOCK, BLOCK_ROWS, panel_words
 from lockstep.graph import Attention, Graph, Linear
@@ -96,8 +97,10 @@ def array_limit(config: CoreConfig, graph: Graph, lengths: Sequence[int]) -> Lim
     )
 
 
-def decode_slots(config: CoreConfig, graph: Graph, context: int, chosen: int | None = None) -> int:
-    """Cycles in which the array is busy with one token behind ``context`` others; ``chosen`` as for
+def decode_slots(
+    config: CoreConfig, graph: Graph, context: int, chosen: int | None = None, form: CacheForm = INT8
+) -> int:
+    """Cycles in which the array is busy with one token behind ``context`` others; ``chosen`` and ``form`` as for
     :func:`decode_bytes`.
     """
     total = 0
@@ -109,15 +112,15 @@ def decode_slots(config: CoreConfig, graph: Graph, context: int, chosen: int | N
         if chosen is not None and chosen < keys:
             keys, rows = chosen, sketch_rows(context)
             total += node.heads * mac_slots(config, 1, rows, node.head_dim, 2)
-        scores = mac_slots(config, 1, keys, node.head_dim)
-        total += node.heads * (scores + mac_slots(config, 1, node.head_dim, keys))
+        scores = mac_slots(config, 1, keys, node.head_dim, form.rate)
+        total += node.heads * (scores + mac_slots(config, 1, node.head_dim, keys, form.rate))
     return total
 
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """What one token behind ``context`` others must read: weights, and int8 keys and values with their scales, and
-    the sketch of keys, where it is chosen from.
+    """What one token behind ``context`` others must read: weights, and keys and values with their scales, and the
+    sketch of keys, where it is chosen from.
     """
 
     weights: int
@@ -138,14 +141,17 @@ def sketch_rows(context: int) -> int:
     return ceil_div(context + 1, BLOCK) * BLOCK_ROWS
 
 
-def decode_bytes(config: CoreConfig, graph: Graph, context: int, chosen: int | None = None) -> DecodeBytes:
+def decode_bytes(
+    config: CoreConfig, graph: Graph, context: int, chosen: int | None = None, form: CacheForm = INT8
+) -> DecodeBytes:
     """Bytes of the weights as the core takes them, and of keys and values of ``context`` tokens and the new one.
 
-    chosen : keys and values that are read if the token chooses them by a sketch, whose bytes count then.
+    chosen : keys and values that are read if the token chooses them by a sketch, whose bytes count then. form : of
+    keys and values, whose multipliers count if they have some.
     """
     weights = sum(len(graph.tensors[node.weight]) * _form(config, graph, node).words for node in graph.of(Linear))
     keys = context + 1 if chosen is None else min(chosen, context + 1)
-    cache = sum(2 * node.kv_heads * (node.head_dim + 4) * keys for node in graph.of(Attention))
+    cache = sum(2 * node.kv_heads * (form.words(node.head_dim) + 4) * keys for node in graph.of(Attention))
     if keys <= context:
         row = [node.kv_heads * (panel_words(node.head_dim) + 4) for node in graph.of(Attention)]
         cache += sum(row) * sketch_rows(context)
@@ -153,16 +159,21 @@ def decode_bytes(config: CoreConfig, graph: Graph, context: int, chosen: int | N
 
 
 def decode_limit(
-    config: CoreConfig, timing: MemoryTiming, graph: Graph, context: int, chosen: int | None = None
+    config: CoreConfig,
+    timing: MemoryTiming,
+    graph: Graph,
+    context: int,
+    chosen: int | None = None,
+    form: CacheForm = INT8,
 ) -> Limit:
     """Every weight and every cached key and value that counts over the bus once, at the rate that refresh leaves; or
-    through the array, where packed weights make that longer. ``chosen`` as for :func:`decode_bytes`.
+    through the array, where packed weights make that longer. ``chosen`` and ``form`` as for :func:`decode_bytes`.
     """
-    needed = decode_bytes(config, graph, context, chosen)
+    needed = decode_bytes(config, graph, context, chosen, form)
     interval, rest = timing.refresh_interval, timing.refresh_cycles
     share = 1 - rest / interval if interval else 1.0
-    cycles, slots = needed.total / (config.bus_bytes * share), decode_slots(config, graph, context, chosen)
-    if graph.stored and slots > cycles:
+    cycles, slots = needed.total / (config.bus_bytes * share), decode_slots(config, graph, context, chosen, form)
+    if (graph.stored or form != INT8) and slots > cycles:
         return Limit(
             slots,
             "sum over products of ceil(N/R) max(K / rate, R)",

@@ -50,6 +50,7 @@ class DecodeSizes:
     keep: Annotated[int | None, "Tokens of the context that the cache keeps; unasked, all."] = None
     evict: Annotated[str | None, "Which token makes room for the new one: streaming, h2o or spatten."] = None
     select: Annotated[int | None, "Keys that the token attends to, in blocks of 16 that the core chooses."] = None
+    cache_bits: Annotated[int | None, "Of a key or value: 8, or 4; unasked, 8."] = None
     weights: Annotated[str, "Of all products: int8, int4 (groups of 32), int4-g64 or int4-g128."] = "int8"
     sparsity: Annotated[str, "Of the weights: none, 2:4 or 1:4."] = "none"
     seed: Annotated[int, "Of weights, keys and values."] = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cache_options import CacheBitsOption, EvictOption, KeepOption, SelectOption
 from .failures import INTERRUPTED, USER, UsageError, explain, guarded
 from .models import ModelArgument, open_model
 from .output import JsonOption, Steps, emit, messages
@@ -28,18 +29,6 @@ TopPOption = Annotated[float | None, typer.Option(help="Draw from the best token
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the draws; another one each time by default.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="A text in front of which to stop; may be given again.")]
 ContextOption = Annotated[int | None, typer.Option(help="Most tokens, prompt and new ones.")]
-KeepOption = Annotated[int | None, typer.Option(help="Tokens that the cache keeps; as many as there are by default.")]
-EvictOption = Annotated[
-    str | None,
-    typer.Option(help="Which token leaves a full cache: streaming (or streaming:SINKS), h2o (or h2o:RECENT), spatten."),
-]
-SelectOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Keys that each token attends to, in blocks of 16 that the core chooses; or a selector with its number: "
-        "sinks:KEYS, a3:ROUNDS, elsa:MARGIN, sanger:THRESHOLD, energon:ALPHA. All keys by default."
-    ),
-]
 ClockOption = Annotated[float, typer.Option(help="Clock of the core in MHz, for tokens per second.")]
 
 
@@ -63,6 +52,7 @@ def generate(
     keep: KeepOption = None,
     evict: EvictOption = None,
     select: SelectOption = None,
+    cache_bits: CacheBitsOption = None,
     clock: ClockOption = 50.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,6 +70,7 @@ def generate(
         "keep": keep,
         "evict": evict,
         "select": select,
+        "cache_bits": cache_bits,
         **sampling,
     }
     with _opened(model, device, clock, asked) as (generator, options):
@@ -106,6 +97,7 @@ def chat(
     keep: KeepOption = None,
     evict: EvictOption = None,
     select: SelectOption = None,
+    cache_bits: CacheBitsOption = None,
     clock: ClockOption = 50.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,7 +108,7 @@ def chat(
     """
     turns: list[dict[str, Any]] = []
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    cache = {"keep": keep, "evict": evict, "select": select}
+    cache = {"keep": keep, "evict": evict, "select": select, "cache_bits": cache_bits}
     asked = {"max_new_tokens": max_new_tokens, "context": context, **cache, **sampling}
     with _opened(model, device, clock, asked, whole_context=True) as (generator, options):
         conversation = Conversation(generator)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cache_options import CacheBitsOption, EvictOption, KeepOption, SelectOption
 from .failures import DIFFERENT, UsageError, guarded
 from .output import JsonOption, Steps, emit, results, table
 from .waves import check_wave, described, show_wave, write_difference
 
 if TYPE_CHECKING:
+    from lockstep.cache_policy import CachePolicy
     from lockstep.model import Model
 
 ModelArgument = Annotated[
@@ -115,6 +117,10 @@ def verify(
         int | None,
         typer.Option(help="Generate so many tokens behind each input, and compare the logits of each.", min=1),
     ] = None,
+    keep: KeepOption = None,
+    evict: EvictOption = None,
+    select: SelectOption = None,
+    cache_bits: CacheBitsOption = None,
     wave: Annotated[
         Path | None,
         typer.Option(help="Where an rtl device differs, write the waveform around its first wrong value here (.fst)."),
@@ -123,7 +129,8 @@ def verify(
 ) -> None:
     """Run the same inputs on several devices and compare all output values bit for bit.
 
-    With --generate the first device chooses tokens, which all others take too, each with its own key-value cache.
+    With --generate the first device chooses tokens, which all others take too, each with its own key-value cache. It is
+    treated as --keep, --evict, --select and --cache-bits say.
 
     With --wave a core that differs runs twice more: beside the fast core, to find the first wrong value that it writes
     to memory, and then for the 2,000 cycles around it. A .gtkw for GTKWave and a .sucl for Surfer come with them.
@@ -136,6 +143,7 @@ def verify(
     for uri in devices:
         check_uri(uri)
     check_texts(text or [])
+    policy = _cache_policy(generate, keep, evict, select, cache_bits)
     if wave is not None:
         check_wave(wave, devices)
     with Steps() as steps:
@@ -151,10 +159,10 @@ def verify(
             found = compare(loaded.graph, sequences, devices, steps)
         else:
             prompts = [next(iter(inputs.values())) for inputs in sequences]
-            found = verify_generation(loaded.graph, prompts, generate, devices, steps)
+            found = verify_generation(loaded.graph, prompts, generate, devices, steps, policy)
         written, why = None, None
         if wave is not None:
-            written, why = write_difference(found, replay(loaded.graph, sequences, generate), wave, steps)
+            written, why = write_difference(found, replay(loaded.graph, sequences, generate, policy), wave, steps)
     first = found.first_difference
     report: dict[str, Any] = {
         "model": model,
@@ -187,6 +195,17 @@ def verify(
         show_fallbacks(loaded)
     if not found.identical:
         raise typer.Exit(DIFFERENT)
+
+
+def _cache_policy(
+    generate: int | None, keep: int | None, evict: str | None, select: str | None, cache_bits: int | None
+) -> CachePolicy:
+    from lockstep.cache_policy import asked_policy
+
+    policy = asked_policy(evict, keep, select, cache_bits)
+    if generate is None and (keep, evict, select, cache_bits) != (None,) * 4:
+        raise UsageError("there is a cache only where tokens are generated; give --generate as well")
+    return policy
 
 
 def _cycles(cycles: int | None) -> str:

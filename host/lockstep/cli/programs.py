@@ -116,8 +116,9 @@ def disasm(
     named = f"core '{core}'" if core else "a core that is no preset"
     typer.echo(f"; {program}: {len(lines)} instructions for {named} (configuration {loaded.config_crc:#010x})")
     typer.echo(f"; {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    for number, (name, least, greatest) in enumerate(loaded.operands, 1):
-        typer.echo(f"; operand {number} {name}: {least} to {greatest}")
+    for number, (name, least, greatest, step) in enumerate(loaded.operands, 1):
+        steps = "" if step == 1 else f" in steps of {step}"
+        typer.echo(f"; operand {number} {name}: {least} to {greatest}{steps}")
     for line in lines:
         typer.echo(line)
 

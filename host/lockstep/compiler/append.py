@@ -75,10 +75,18 @@ class CacheAppend:
 
     def _bytes(self, x: Panels, destination: Destination, head_words: int, scales: int) -> tuple[int, int]:
         """VECTOR words with the 8-bit values of every head, ``head_words`` a head; stores the scales."""
-        low, heads, rows, tiles = self.low, self.node.kv_heads, self.rows, self.tiles
+        low, heads = self.low, self.node.kv_heads
         scale, inverse = head_scales(low, x, heads)
-        values, words = low.vectors.take(heads * head_words), low.vectors.take(heads * tiles)
+        values = low.vectors.take(heads * head_words)
         round_heads(low, x, heads, inverse, destination, values, head_words)
+        self._store_scales(scale, scales)
+        low.parameters.give(inverse)
+        return values, head_words
+
+    def _store_scales(self, scale: int, scales: int) -> None:
+        """PARAMETER words of scales to the cache, whose ``scales`` these are; gives the words back."""
+        low, heads, rows, tiles = self.low, self.node.kv_heads, self.rows, self.tiles
+        words = low.vectors.take(heads * tiles)
         low.emit_pass(
             source=Source.PARAMETER, destination=Destination.VECTOR, tiles=1, columns=heads * tiles, x=scale, to=words
         )
@@ -97,5 +105,3 @@ class CacheAppend:
             )
         low.give_later(words)
         low.parameters.give(scale)
-        low.parameters.give(inverse)
-        return values, head_words

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lockstep_isa.instructions import (
-    LOAD,
     MATRIX,
     STORE,
     Destination,
@@ -31,21 +30,14 @@ from lockstep_isa.instructions import (
 from lockstep.graph import Attention
 
 from .append import CacheAppend
+from .append_int4 import Int4Append
+from .cached_tiles import CachedTile, CachedTiles
 from .context import Context, LayerCache, Section, Window
 from .heads import QuantisedQueries, quantised_queries, varying
+from .int4_operands import Int4Operands
 from .lowering import Lowering
 from .onchip import Panels, head_groups
 from .passes import RECIPROCAL, SLOTS, Softmax
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Keys and values of one head and one tile of keys on chip."""
-
-    keys: int
-    values: int
-    key_scales: int
-    value_scales: int
 
 
 @dataclass(frozen=True)
@@ -76,11 +68,11 @@ class _Turn:
 
     section: Section
     head: int
-    shared: list[_Tile]
+    shared: list[CachedTile]
     last: bool
 
     @property
-    def tile(self) -> _Tile | None:
+    def tile(self) -> CachedTile | None:
         """The tile of keys, if it is on chip."""
         return self.shared[0] if self.shared else None
 
@@ -101,21 +93,29 @@ class CausalAttentionLowering:
     ----------
     low : the program. context : its operands. node : heads, window and tile. cache : where its keys and values lie.
     importance : where the attention that keys get is left in device memory; none if nobody asks. Only with one tile of
-    keys: with several, a key's share is not known before the last one.
+    keys: with several, a key's share is not known before the last one. int4 : what a cache of 4 bits is appended with.
     """
 
     def __init__(
-        self, low: Lowering, context: Context, node: Attention, cache: LayerCache, importance: int | None = None
+        self,
+        low: Lowering,
+        context: Context,
+        node: Attention,
+        cache: LayerCache,
+        importance: int | None = None,
+        int4: Int4Operands | None = None,
     ) -> None:
         self.low, self.context, self.node, self.cache = low, context, node, cache
         self.rows = low.config.rows
         self.tiles = context.tiles
         self.group = node.heads // node.kv_heads
-        self.value_groups = -(-node.head_dim // self.rows)
         self.window: Window = context.window(node.window, node.tile, node.head_dim)
-        self.most_keys = min(node.tile, context.capacity)
+        self.cached = CachedTiles(low, context, node, cache, self.window)
+        self.most_keys = self.cached.most
         self.append = CacheAppend(low, context, node, cache)
-        self._preloaded: list[_Tile] = []
+        if int4 is not None:
+            self.append = Int4Append(low, context, node, cache, int4)
+        self._preloaded: list[CachedTile] = []
         self.importance = importance
         # VECTOR words of what keys have got so far, ``most_keys`` a row tile.
         self._credit: int | None = None
@@ -123,9 +123,9 @@ class CausalAttentionLowering:
     def preload(self) -> None:
         """Load the first tile of keys of as many heads as fit, while the queries are still being made ready."""
         for head in range(self.node.kv_heads):
-            if not self._room_for_tile():
+            if not self.cached.room:
                 break
-            self._preloaded.append(self._load(head, self.window.sections[0]))
+            self._preloaded.append(self.cached.load(head, self.window.sections[0]))
 
     def attend(self, q: Panels, into: Panels, at_last: Callable[[], None]) -> None:
         """Attend with ``q``, write to ``into``; ``append`` has brought the new keys and values to the cache before.
@@ -152,7 +152,7 @@ class CausalAttentionLowering:
             ready = (
                 following is not None
                 and following.head != scored.head
-                and (following.tile is not None or self._room_for_tile())
+                and (following.tile is not None or self.cached.room)
             )
             next_scored = self._score(following, queries) if following is not None and ready else None
             met = self._soften(scored, queries.factors, state)
@@ -174,45 +174,6 @@ class CausalAttentionLowering:
         queries.free(low)
 
     # --- Operands ----------------------------------------------------------------------------------------------
-
-    def _load(self, kv_head: int, section: Section) -> _Tile:
-        """One tile of keys and values of a head, with their scales."""
-        low, window, rows, capacity = self.low, self.window, self.rows, self.context.capacity
-        d, begin, most = self.node.head_dim, section.index * self.node.tile, self.most_keys
-        keys, values = low.weights.take(most * d // rows), low.weights.take(self.value_groups * most)
-        scales = [low.parameters.take(most // rows) for _ in range(2)]
-        low.builder.emit(
-            LOAD,
-            memory=Memory.WEIGHT,
-            **varying("rows", 0, section.panels),
-            words=d,
-            stride=d * rows,
-            address=self.cache.keys + (kv_head * capacity + begin) * d,
-            address_operand=window.keys,
-            local=keys,
-            local_stride=d,
-        )
-        for base, local in zip((self.cache.key_scales, self.cache.value_scales), scales, strict=True):
-            low.builder.emit(
-                LOAD,
-                memory=Memory.PARAMETER,
-                **varying("words", 0, section.panels),
-                address=base + (kv_head * capacity + begin) * 4,
-                address_operand=window.scales,
-                local=local,
-            )
-        low.builder.emit(
-            LOAD,
-            memory=Memory.WEIGHT,
-            rows=self.value_groups,
-            **varying("words", 0, section.keys),
-            stride=capacity * rows,
-            address=self.cache.values + (kv_head * self.value_groups * capacity + begin) * rows,
-            address_operand=window.values,
-            local=values,
-            local_stride=most,
-        )
-        return _Tile(keys, values, *scales)
 
     # --- One query head and one tile of keys -------------------------------------------------------------------
 
@@ -244,11 +205,6 @@ class CausalAttentionLowering:
             return 0, self.node.heads
         return turn.head * self.tiles, self.tiles
 
-    def _room_for_tile(self) -> bool:
-        """Whether another tile of keys and values fits beside those in use."""
-        keys, values = self.most_keys * self.node.head_dim // self.rows, self.value_groups * self.most_keys
-        return self.low.weights.largest >= keys + values
-
     def _turns(self) -> Iterator[_Turn]:
         """Tile by tile, head by head: with several heads, consecutive turns are those of different ones."""
         for section in self.window.sections:
@@ -262,7 +218,7 @@ class CausalAttentionLowering:
         """Queries times keys."""
         d = self.node.head_dim
         if turn.tile is None:
-            turn.shared.append(self._load(turn.head // self.group, turn.section))
+            turn.shared.append(self.cached.load(turn.head // self.group, turn.section))
         self.low.builder.emit(
             MATRIX,
             depth=d,
@@ -271,7 +227,8 @@ class CausalAttentionLowering:
             a=queries.start + turn.head * queries.head_words,
             a_outer=d,
             w=turn.shared[0].keys,
-            w_inner=d,
+            w_inner=self.cached.key_words,
+            **self.context.form.fields,
         )
         return turn
 
@@ -360,18 +317,16 @@ class CausalAttentionLowering:
             MATRIX,
             **varying("depth", 0, met.turn.section.keys),
             outer=self.tiles,
-            inner=self.value_groups,
+            inner=self.cached.groups,
             a=met.probabilities,
             a_outer=most,
             w=tile.values,
-            w_inner=most,
+            w_inner=self.cached.value_words,
             unsigned=1,
+            **self.context.form.fields,
         )
         if met.turn.last:
-            for words in (tile.keys, tile.values):
-                self.low.weights.give(words)
-            for words in (tile.key_scales, tile.value_scales):
-                self.low.parameters.give(words)
+            self.cached.give(tile)
 
     def _drain(self, met: _Met, state: _State) -> None:
         """The weighted values, joined with what the tiles before have left: at once, or for all heads together."""

@@ -13,6 +13,7 @@ from .causal import CausalAttentionLowering
 from .compile import StageCompiler
 from .context import CausalRun, Context
 from .image import Image
+from .int4_operands import load_operands
 from .onchip import Panels, rows_of
 from .rotary import ColumnAngles, PanelAngles
 from .selected import SelectedAttentionLowering
@@ -51,8 +52,9 @@ class CausalStageCompiler(StageCompiler):
     ) -> None:
         super().__init__(config, graph, stage, image, (run.tiles * config.rows,), bindings, _WEIGHT_RING)
         self.run = run
-        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single, run.positions)
+        self.context = Context(self.low.builder, config, run.capacity, run.tiles, run.single, run.positions, run.form)
         self.attentions: dict[Value, CausalAttentionLowering | SelectedAttentionLowering] = {}
+        self._int4 = load_operands(self.low, self.context) if run.form.bits == 4 else None
         self.appended: set[Value] = set()
         self.low.widen_ring()
         # The last product before an attention: behind it, queries are made ready and the bus is free.
@@ -148,6 +150,8 @@ class CausalStageCompiler(StageCompiler):
             if isinstance(reader, Attention) and value in (reader.k, reader.v):
                 attention = self._cached(reader)
                 self.appended.add(value)
+                if self._int4 is not None:
+                    self._prefetch_behind(value, reader)
                 if value == reader.v:
                     attention.append.values(panels)
                 if value == reader.k:
@@ -163,7 +167,8 @@ class CausalStageCompiler(StageCompiler):
         if run.blocks is not None:
             sketch = run.sketches[node.value]
             return SelectedAttentionLowering(self.low, self.context, node, cache, sketch, run.blocks)
-        return CausalAttentionLowering(self.low, self.context, node, cache, run.importance.get(node.value))
+        importance = run.importance.get(node.value)
+        return CausalAttentionLowering(self.low, self.context, node, cache, importance, self._int4)
 
     def _attention(self, node: Attention) -> None:
         attention = self._cached(node)
@@ -171,6 +176,7 @@ class CausalStageCompiler(StageCompiler):
             if value in self.stage.inputs:
                 self._append(value, self._read(value))
         q = self._read(node.q)
+        self.low.joins.emit()
         for value in (node.k, node.v):
             self._done(value)
         into = self._new(node.heads * node.head_dim)
@@ -183,6 +189,7 @@ class CausalStageCompiler(StageCompiler):
     def _load_ahead(self, node: Attention) -> None:
         """While queries are made ready, the bus has nothing else to do."""
         if {node.k, node.v} <= self.appended:
+            self.low.joins.emit()
             self.low.catch_up()
             self.attentions[node.value].preload()
         share = _AHEAD if self.run.capacity > _SHORT else _AHEAD_SHORT
@@ -198,6 +205,19 @@ class CausalStageCompiler(StageCompiler):
         quantised = self.readers.only_reader(value)
         if isinstance(quantised, Quantise):
             self._prefetch_products(quantised.value, share)
+
+    def _prefetch_behind(self, value: Value, reader: Attention) -> None:
+        """Load the first weights of the product behind keys or values, in front of the many short passes that append
+        them: the dispatcher goes in order, and would stop LOAD with them.
+        """
+        rank, last = self._ranks.get(value), self._ranks[reader.value]
+        linears = [node for node in self.stage.device if isinstance(node, Linear)]
+        behind = [node for node in linears if rank is not None and rank < self._ranks[node.value] < last]
+        if behind:
+            product = min(behind, key=lambda linear: self._ranks[linear.value])
+            if product.value in self.last_products:
+                self.low.narrow_ring()
+            self.low.prefetch(self._image_of(product), _AHEAD)
 
     def _prefetch_products(self, quantised: Value, share: float) -> None:
         linears = [

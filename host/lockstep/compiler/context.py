@@ -10,6 +10,8 @@ per token. All are appended where they belong, so the cache is never moved:
 
     keys    int8 [kv_heads][capacity / R][head_dim][R]        key scales    float32[kv_heads][capacity / R][R]
     values  int8 [kv_heads][head_dim / R][capacity][R]        value scales  float32[kv_heads][capacity / R][R]
+
+With 4 bits, 17 words stand in the place of 32 (:mod:`.int4_images`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from lockstep.eviction import Piece
 from lockstep.graph import Attention
 from lockstep.session import CacheRows
 
+from . import int4_images
 from .allocation import CapacityError
+from .cache_form import INT8, CacheForm
 from .layout import to_panels
 
 
@@ -43,10 +47,10 @@ class LayerCache:
     value_scales: int
 
 
-def cache_bytes(config: CoreConfig, node: Attention, capacity: int) -> tuple[int, int]:
+def cache_bytes(config: CoreConfig, node: Attention, capacity: int, form: CacheForm = INT8) -> tuple[int, int]:
     """Bytes of the keys or the values, and of the scales of either, of one attention."""
     width = -(-node.head_dim // config.rows) * config.rows
-    return node.kv_heads * capacity * width, node.kv_heads * capacity * 4
+    return node.kv_heads * form.words(capacity) * width, node.kv_heads * capacity * 4
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,27 @@ class Cache:
 
     Parameters
     ----------
-    device : whose memory is used. nodes : the attentions that it serves. capacity : tokens, a multiple of R.
+    device : whose memory is used. nodes : the attentions that it serves. capacity : tokens, a multiple of R, and of
+    what ``form`` counts keys in.
 
     Raises :class:`OutOfDeviceMemory` where it does not fit, with nothing kept.
     """
 
-    def __init__(self, device: Device, nodes: Sequence[Attention], capacity: int) -> None:
+    def __init__(self, device: Device, nodes: Sequence[Attention], capacity: int, form: CacheForm = INT8) -> None:
         self._device = device
+        self._form = form
         self._capacity = capacity
         self._buffers: list[Buffer] = []
         self._parts: dict[int, tuple[Attention, list[Buffer]]] = {}
         self.layers: dict[int, LayerCache] = {}
         try:
             for node in nodes:
-                data, scales = cache_bytes(device.config, node, capacity)
+                data, scales = cache_bytes(device.config, node, capacity, form)
                 buffers = [self._place(size) for size in (data, data, scales, scales)]
                 self._parts[node.value] = node, buffers
                 self.layers[node.value] = LayerCache(*(buffer.address for buffer in buffers))
+                if form.bits == 4:
+                    int4_images.begin(buffers[1].data, device.config.rows)
         except Exception:
             self.close()
             raise
@@ -89,6 +97,12 @@ class Cache:
         node, (key_words, value_words, *scale_words) = self._parts[value]
         (keys, key_scales, values, value_scales), r, d = rows, self._device.config.rows, node.head_dim
         heads, tokens, groups = node.kv_heads, len(keys), -(-d // r)
+        for buffer, scales in zip(scale_words, (key_scales, value_scales), strict=True):
+            buffer.data.view(np.float32).reshape(heads, self._capacity)[:, :tokens] = scales.T
+        if self._form.bits == 4:
+            int4_images.write_keys(key_words.data, keys, heads, r)
+            int4_images.write_values(value_words.data, values, heads, r)
+            return
         panels = key_words.data.view(np.int8)[: heads * self._capacity * d].reshape(heads, -1, d, r)
         words = value_words.data.view(np.int8).reshape(heads, groups, self._capacity, r)
         for head in range(heads):
@@ -98,8 +112,6 @@ class Cache:
             padded = np.zeros((tokens, groups * r), np.int8)
             padded[:, :d] = values[:, own]
             words[head, :, :tokens] = padded.reshape(tokens, groups, r).transpose(1, 0, 2)
-        for buffer, scales in zip(scale_words, (key_scales, value_scales), strict=True):
-            buffer.data.view(np.float32).reshape(heads, self._capacity)[:, :tokens] = scales.T
 
     def _place(self, size: int) -> Buffer:
         buffer = self._device.allocate(size)
@@ -145,13 +157,15 @@ class Section:
 
     Attributes
     ----------
-    panels, keys : R keys each, and the keys. present, tiles, columns : 1, row tiles and features of a head, or 0
-    where the tile is skipped. index : the tile, counted from the first one that the window shows.
+    panels, keys, value_words : R keys each, the keys, and WEIGHT words of a group of features of their values.
+    present, tiles, columns : 1, row tiles and features of a head, or 0 where the tile is skipped. index : the tile,
+    counted from the first one that the window shows.
     """
 
     index: int
     panels: int
     keys: int
+    value_words: int
     present: int
     tiles: int
     columns: int
@@ -186,7 +200,7 @@ class Context:
     Parameters
     ----------
     builder : of the program. config : the core. capacity : slots of the cache, a multiple of R. positions : tokens of
-    the sequence. tiles : row tiles of the program. single : there is one new token only.
+    the sequence. tiles : row tiles of the program. single : there is one new token only. form : of the cache.
     """
 
     def __init__(
@@ -197,7 +211,9 @@ class Context:
         tiles: int,
         single: bool = False,
         positions: int | None = None,
+        form: CacheForm = INT8,
     ) -> None:
+        self.form = form
         self.builder, self.config, self.capacity, self.tiles, self.single = builder, config, capacity, tiles, single
         self.positions = max(capacity, positions or 0)
         # Whether the one token may take the slot of another.
@@ -214,10 +230,10 @@ class Context:
         at = Position(piece.slot, self.config.rows, piece.first, piece.seen - piece.count + 1)
         return {name: formula(at) for name, formula in self._formulas.items()}
 
-    def operand(self, name: str, least: int, greatest: int, formula: Callable[[Position], int]) -> int:
+    def operand(self, name: str, least: int, greatest: int, formula: Callable[[Position], int], step: int = 1) -> int:
         """The number of an operand, declared once."""
         if name not in self._numbers:
-            self._numbers[name] = self.builder.operand(name, least, greatest)
+            self._numbers[name] = self.builder.operand(name, least, greatest, step)
             self._formulas[name] = formula
         return self._numbers[name]
 
@@ -273,6 +289,7 @@ class Context:
 
     def _window(self, size: int | None, tile: int, head_dim: int) -> Window:
         rows, most = self.config.rows, self.tiles * self.config.rows
+        form, unit = self.form, self.form.unit(rows)
         prefix = "" if size is None else f"window{size}_"
         all_tiles = -(-self.capacity // tile)
         # The first row sees back to row - size + 1; the last one stands most - 1 behind it.
@@ -287,7 +304,7 @@ class Context:
 
             def formula(at: Position) -> int:
                 begin = (start(at) + index) * tile
-                return max(0, min(at.end(most), begin + tile, end) - begin)
+                return max(0, min(-(-at.end(most) // unit) * unit, begin + tile, end) - begin)
 
             return formula
 
@@ -297,7 +314,7 @@ class Context:
             name = f"{prefix}tile{index}"
             greatest = min(tile, self.capacity - index * tile)
             # Tile 0 always holds a key of any row: it is never skipped.
-            least = 0 if index else rows
+            least = 0 if index else unit
 
             def scaled(
                 label: str, factor: int, held: Callable[[Position], int] = held, name: str = name, least: int = least
@@ -309,11 +326,18 @@ class Context:
             def panels(at: Position, held: Callable[[Position], int] = held) -> int:
                 return held(at) // rows
 
+            def words(at: Position, held: Callable[[Position], int] = held) -> int:
+                return form.words(held(at))
+
+            all_keys = self.operand(f"{name}_keys", least, greatest, held, 1 if form == INT8 else unit)
             sections.append(
                 Section(
                     index,
                     self.operand(f"{name}_panels", least // rows, greatest // rows, panels),
-                    self.operand(f"{name}_keys", least, greatest, held),
+                    all_keys,
+                    all_keys
+                    if form == INT8
+                    else self.operand(f"{name}_words", form.words(least), form.words(greatest), words),
                     scaled("present", 1) if index else 0,
                     scaled("tiles", self.tiles) if index else 0,
                     scaled(f"columns{head_dim}", head_dim) if index else 0,
@@ -326,8 +350,12 @@ class Context:
         def offset(factor: int) -> int:
             return self.operand(f"{prefix}start_x{factor}", 0, furthest * factor, lambda at: start(at) * tile * factor)
 
+        def value_offset(at: Position) -> int:
+            return form.words(start(at) * tile) * rows
+
         row = self.operand(f"{prefix}row", 0, self._last, lambda at: at.aligned - start(at) * tile)
-        return Window(tuple(sections), row, offset(head_dim), offset(rows), offset(4))
+        values = self.operand(f"{prefix}start_values", 0, form.words(furthest) * rows, value_offset)
+        return Window(tuple(sections), row, offset(form.words(head_dim)), values, offset(4))
 
 
 @dataclass(frozen=True)
@@ -340,7 +368,7 @@ class CausalRun:
     single : there is one new token, as in decode.
     caches : where the cache of every attention lies, by its value.
     logits : whether the output is computed for the last row tile, for all of them, or not at all.
-    positions : tokens of the sequence.
+    positions : tokens of the sequence. form : of keys and values.
     importance : where the attention that slots get is left, float32[tiles, capacity, R], by the attention's value;
         empty where nobody asks.
     blocks : how many keys a token attends to, if it chooses them; sketches : where their sketches lie.
@@ -352,14 +380,15 @@ class CausalRun:
     caches: Mapping[int, LayerCache]
     logits: Literal["last", "all", "none"]
     positions: int = 0
+    form: CacheForm = INT8
     importance: Mapping[int, int] = field(default_factory=dict)
     blocks: Blocks | None = None
     sketches: Mapping[int, LayerSketch] = field(default_factory=dict)
 
 
 def rounded_capacity(config: CoreConfig, tokens: int, least_tile: int, block: int = 1) -> int:
-    """Tokens that a cache for ``tokens`` holds: whole panels, whole blocks of ``block`` keys that are chosen together,
-    and whole tiles of keys once there are several.
+    """Tokens that a cache for ``tokens`` holds: whole panels, whole blocks of ``block`` keys that are chosen or met
+    together, and whole tiles of keys once there are several.
     """
     unit = math.lcm(block, config.rows if tokens <= least_tile else least_tile)
     capacity = -(-tokens // unit) * unit

@@ -19,12 +19,12 @@ def varying(name: str, value: int, operand: int) -> dict[str, int]:
     return {name: 0, selector(name): operand} if operand else {name: value}
 
 
-def head_scales(low: Lowering, x: Panels, heads: int) -> tuple[int, int]:
-    """PARAMETER words of scales and their inverses, one per head and row tile."""
+def head_scales(low: Lowering, x: Panels, heads: int, steps: int = 127) -> tuple[int, int]:
+    """PARAMETER words of scales, greatest magnitudes over ``steps``, and their inverses; one per head and row tile."""
     count, d = heads * x.tiles, x.features // heads
     scale, inverse = low.parameters.take(count), low.parameters.take(count)
     if x.head_maxima is not None:
-        low.scale_and_inverse(x.head_maxima, count, 127, scale, inverse)
+        low.scale_and_inverse(x.head_maxima, count, steps, scale, inverse)
         return scale, inverse
     for group in head_groups(x, heads):
         low.emit_pass(
@@ -36,7 +36,7 @@ def head_scales(low: Lowering, x: Panels, heads: int) -> tuple[int, int]:
             maximum=Maximum.ABSOLUTE,
             max_to=inverse + group.first,
         )
-    low.scale_and_inverse(inverse, count, 127, scale, inverse)
+    low.scale_and_inverse(inverse, count, steps, scale, inverse)
     return scale, inverse
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,13 @@ class Image:
         buffer.write(array)
         self._buffers.append(buffer)
         return buffer.address
+
+    def constant(self, name: Hashable, array: NDArray[np.generic]) -> int:
+        """Byte address of an array that programs need besides parameters, placed once for each name."""
+        key = ("constant", name)
+        if key not in self._known:
+            self._known[key] = self._place(array)
+        return self._known[key]  # type: ignore[return-value]
 
     def columns(self, name: str) -> tuple[int, int]:
         """Byte address and PARAMETER words of a tensor float32[features], one value per column."""

@@ -35,6 +35,7 @@ from lockstep_isa.tables import FUNCTIONS
 
 from .allocation import Pieces, Ring
 from .image import Chunk, Image, LinearImage
+from .joins import Joins
 from .onchip import Ahead, Fetched, Panels, QuantisedPanels
 from .packing import Packing, activation_unit
 from .passes import ACTIVATION_SLOT, RECIPROCAL, SLOTS, rounding, scaling
@@ -81,6 +82,7 @@ class Lowering:
         self.parameter_ring = Ring("PARAMETER", 0, parameter_words)
         self.parameters = Pieces("PARAMETER", parameter_words, config.parameter_words)
         self._later: deque[Step] = deque()
+        self.joins = Joins()
         # Chunks on chip that wait for their products, by the address of their weights.
         self._ahead: dict[int, Ahead] = {}
         # The product whose chunks are being loaded ahead, and how much of the weight ring they may fill.
@@ -342,6 +344,7 @@ class Lowering:
     def fetch(self, linear: LinearImage, chunk: Chunk) -> Fetched:
         """Load a chunk of a linear layer. It stays until the rings have come around once."""
         words, parameters = self._chunk_words(linear, chunk)
+        self._make_room(words)
         weights, scales = self.weight_ring.take(words), self.parameter_ring.take(parameters)
         # What waits there for a product that comes later is lost, and will be loaded again.
         for key, ahead in list(self._ahead.items()):
@@ -350,6 +353,22 @@ class Lowering:
         self.builder.emit(LOAD, memory=Memory.WEIGHT, words=words, address=chunk.weights, local=weights)
         self.builder.emit(LOAD, memory=Memory.PARAMETER, words=parameters, address=chunk.parameters, local=scales)
         return Fetched(weights, scales)
+
+    def scratch_weights(self, words: int) -> int:
+        """WEIGHT words of the ring for what VECTOR writes and MATRIX reads; ``joins`` hold them until then."""
+        self._make_room(words)
+        start = self.weight_ring.take(words)
+        self._ahead = {key: ahead for key, ahead in self._ahead.items() if not ahead.touches(start, words, 0, 0)}
+        self.joins.hold(start, words)
+        return start
+
+    def _make_room(self, words: int) -> None:
+        """Let nothing in scratch words wait where the next piece of the ring will lie."""
+        start = self.weight_ring.following(words)
+        if self.joins.touch(start, words):
+            self.joins.emit_ready()
+        if self.joins.touch(start, words):
+            self.joins.emit()
 
     @staticmethod
     def _chunk_words(linear: LinearImage, chunk: Chunk) -> tuple[int, int]:
@@ -391,7 +410,7 @@ class Lowering:
                 break
             start, scales = self.weight_ring.following(own), self.parameter_ring.following(parameters)
             waiting = self._ahead.values()
-            if any(a.touches(start, own, scales, parameters) for a in waiting):
+            if self.joins.touch(start, own) or any(a.touches(start, own, scales, parameters) for a in waiting):
                 break
             self._ahead[chunk.weights] = Ahead(*self.fetch(linear, chunk), own, parameters)
             most -= 1
@@ -469,6 +488,8 @@ class Lowering:
             if factor is not None:
                 fields |= {"mul3": ThirdMultiply.Y, "tap": Tap.AFTER}
                 fields |= {"y": factor.start + chunk.first, "y_stride": factor.features}
-            words = self.product(q, linear, chunk)
-            self.catch_up(len(linear.chunks) - n)
+            words, left = self.product(q, linear, chunk), len(linear.chunks) - n
+            self.catch_up(left)
+            self.joins.beside(left)
             self.drain(q, linear, chunk, words, into.start + chunk.first, into.features, **fields)
+            self.joins.behind(left)

@@ -19,6 +19,7 @@ from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBia
 from lockstep.session import CacheRows, HostSession, check_graph, checked_ids
 
 from .allocation import CapacityError
+from .cache_form import INT8, CacheForm, check_form
 from .compile_causal import CausalStageCompiler
 from .context import Cache, CausalRun, Context, rounded_capacity
 from .layout import from_panels, to_panels
@@ -69,6 +70,8 @@ class DeviceSession:
                 "append a single one to a cache; run causal models on a core with a bus of at most "
                 f"{device.config.rows} bytes"
             )
+        form = CacheForm(policy.bits)
+        check_form(device.config, graph, form)
         self._blocks, self._hosted = None, None
         if isinstance(policy.selector, Blocks) and policy.selector.block == BLOCK:
             check_sketch(device.config, graph)
@@ -77,17 +80,17 @@ class DeviceSession:
             self._blocks = policy.selector if policy.selector.keys < capacity else None
         elif policy.selector is not None:
             self._hosted = HostSession(graph, capacity, kernels, policy)
-        self._rows = device.config.rows
+        self._rows, self._form = device.config.rows, form
         self.capacity = capacity
         self.slots = Slots(capacity, policy.eviction)
         least_tile = min(node.tile for node in graph.of(Attention))
-        block = 1 if self._blocks is None else BLOCK
+        block = BLOCK if self._blocks is not None else 1 if form == INT8 else form.unit(self._rows)
         self._held = rounded_capacity(device.config, self.slots.held, least_tile, block)
         self._stages = split(graph, () if self._hosted is None else (Attention,))
         self._features = feature_counts(graph)
         self._image = executor.image(graph)
         # Attentions that run on the host have none there.
-        self._cache = Cache(device, graph.of(Attention) if self._hosted is None else [], self._held)
+        self._cache = Cache(device, graph.of(Attention) if self._hosted is None else [], self._held, form)
         self._sketches: Sketches | None = None
         self._importance: dict[Value, Buffer] = {}
         self._programs: dict[tuple[int, int, bool, Logits, bool], tuple[Placed, Context]] = {}
@@ -263,7 +266,7 @@ class DeviceSession:
             for value in (*stage.inputs, *stage.outputs)
         }
         importance = {value: buffer.address for value, buffer in self._importance.items()}
-        run = CausalRun(self._held, tiles, single, self._cache.layers, wanted, self.capacity, importance)
+        run = CausalRun(self._held, tiles, single, self._cache.layers, wanted, self.capacity, self._form, importance)
         if chooses and self._sketches is not None:
             run = replace(run, blocks=self._blocks, sketches=self._sketches.layers)
         placed, compiler = place(
