@@ -1,0 +1,459 @@
+"""The schedule of a prompt's attention to the blocks of keys that the core chooses itself, in one program.
+
+Tiles of queries go through three stages, each a product and what VECTOR makes of it:
+
+    choose    queries times the sketch; best score of each block; the list of the best blocks
+    soften    queries times the keys that LOAD has gathered by that list; softmax
+    weigh     probabilities times the gathered values
+
+In a round the three are at work on different tiles, so that no unit waits for another one:
+
+    round r    choose r    soften r - 2    weigh r - 3        and LOAD gathers for r - 1
+
+The sketch of a head is made while the head before it is attended to, a step between two rounds, and stays on chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lockstep_driver.builder import ProgramBuilder
+from lockstep_isa.attention import score_factor
+from lockstep_isa.config import CoreConfig
+from lockstep_isa.instructions import (
+    LOAD,
+    MATRIX,
+    STORE,
+    TABLE_ENTRIES,
+    VECTOR,
+    Destination,
+    FirstMultiply,
+    Function,
+    Mask,
+    Maximum,
+    Memory,
+    SecondAdd,
+    SecondMultiply,
+    Source,
+    Weights,
+)
+from lockstep_isa.program import Program
+from lockstep_isa.selectors import LIFT
+from lockstep_isa.sketch import POOL
+
+from .allocation import Pieces
+from .passes import RECIPROCAL, SLOTS, Softmax, float_bits, scaling
+from .prefill_work import PrefillSparse, check_core
+from .sketch_prefill import Constants, Sketch, SketchMaker
+from .steps import Step, emit_steps, nothing
+
+#: Tiles of queries on chip: chosen for, gathered for, softened, and the next one that is loaded.
+QUERIES = 4
+#: Gathers under way or in use: of keys until they are softened, of values until they are weighed.
+KEYS, VALUES = 2, 3
+#: Results that STORE still reads.
+RESULTS = 2
+
+
+@dataclass(frozen=True)
+class Places:
+    """Byte addresses in device memory, for ``tokens`` tokens of each head and panels of R tokens or features.
+
+    q : int8[heads, tokens / R, head_dim, R], as are keys ``k``. v : int8[heads, head_dim / R, tokens, R].
+    q_scales, k_scales, v_scales : float32[heads, tokens]. out : float32[heads, tokens / R, head_dim, R].
+    tables : of each function in :data:`~.passes.SLOTS` that softmax needs. constants : of the maker of sketches.
+    """
+
+    q: int
+    q_scales: int
+    k: int
+    k_scales: int
+    v: int
+    v_scales: int
+    out: int
+    tables: dict[str, int]
+    constants: Constants
+
+
+def prefill_sparse_program(config: CoreConfig, work: PrefillSparse, places: Places) -> Program:
+    """The program of one attention; raises :class:`~.prefill_work.PrefillError` for what the core cannot do, and
+    :class:`CapacityError` where it has too little memory.
+    """
+    check_core(config, work)
+    return PrefillSparseLowering(config, work, places).program()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Tile ``index`` of a head's queries; ``number`` counts the tiles of all heads in the order of the program."""
+
+    number: int
+    head: int
+    index: int
+    seen: int
+    kept: int
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it leaves anything out."""
+        return self.kept < self.seen
+
+
+class PrefillSparseLowering:
+    """Emits one attention: ``work`` says which, ``places`` where its operands lie."""
+
+    def __init__(self, config: CoreConfig, work: PrefillSparse, places: Places) -> None:
+        self.config, self.work, self.places = config, work, places
+        self.builder = ProgramBuilder(config)
+        self.rows, self.d, self.block = config.rows, work.head_dim, work.block
+        self.row_tiles = work.queries // self.rows
+        self.block_panels = self.block // self.rows
+        most = max(work.kept(tile) for tile in range(work.tiles))
+        self.most_keys = most * self.block
+        pieces = {
+            memory: Pieces(memory.name, 0, words, unit)
+            for memory, words, unit in (
+                (Memory.ACTIVATION, config.activation_words, 4),
+                (Memory.WEIGHT, config.weight_words, 1),
+                (Memory.VECTOR, config.vector_words, 1),
+                (Memory.PARAMETER, config.parameter_words, 1),
+            )
+        }
+        take = {memory: pieces[memory].take for memory in pieces}
+        self.queries = [take[Memory.ACTIVATION](self.row_tiles * self.d) for _ in range(QUERIES)]
+        self.probabilities = [take[Memory.ACTIVATION](self.row_tiles * self.most_keys) for _ in range(2)]
+        operands = self.most_keys * self.d // self.rows
+        self.keys = [take[Memory.WEIGHT](operands) for _ in range(KEYS)]
+        self.values = [take[Memory.WEIGHT](operands) for _ in range(VALUES)]
+        self.look = take[Memory.VECTOR](work.tokens // POOL)
+        self.scores = take[Memory.VECTOR](self.row_tiles * self.most_keys)
+        self.out = [take[Memory.VECTOR](self.row_tiles * self.d) for _ in range(RESULTS)]
+        parameter = take[Memory.PARAMETER]
+        # Of a head's factors the last ones are read two tiles after the next head's first ones are there.
+        self.factors = [parameter(work.tokens // self.rows) for _ in range(2 + -(-3 // work.tiles))]
+        self.best = parameter(work.tokens // self.block)
+        self.key_scales = [parameter(most * self.block_panels) for _ in range(KEYS)]
+        self.value_scales = [parameter(most * self.block_panels) for _ in range(KEYS)]
+        self.peaks = parameter(self.row_tiles)
+        # Scales and sums beside each other, so that one pass takes the reciprocals of both.
+        self.pairs, self.inverses = ([parameter(2 * self.row_tiles) for _ in range(2)] for _ in range(2))
+        self.maker = SketchMaker(self.builder, config, self.d, work.tokens, pieces, places.constants)
+        words = self.maker.panels * self.maker.panel_words
+        self.sketches = [Sketch(take[Memory.WEIGHT](words), parameter(self.maker.panels)) for _ in range(2)]
+
+    def program(self) -> Program:
+        """The whole program."""
+        for name in ("exp2", "recip"):
+            self._load(
+                Memory.TABLE, TABLE_ENTRIES, self.places.tables[name], SLOTS[name] * TABLE_ENTRIES
+            )
+        emit_steps(list(self._steps()))
+        return self.builder.finish()
+
+    # --- The order of steps ------------------------------------------------------------------------------------
+
+    def _steps(self) -> Iterator[Step]:
+        tiles = [tile for head in range(self.work.heads) for tile in self._tiles(head)]
+        per_head = self.work.tiles
+        making = self._sketch_steps(0)
+        yield from making
+        done = {0: making[-1]} if making else {}
+        fillers: list[Step] = []
+        spread = 0
+        for round_ in range(len(tiles) + 3):
+            place = round_ % per_head
+            if place == 0 and round_ < len(tiles):
+                yield from fillers[spread:]
+                head = round_ // per_head
+                fillers, spread = self._sketch_steps(head + 1) if head + 1 < self.work.heads else [], 0
+                if fillers:
+                    done[head + 1] = fillers[-1]
+            yield from self._round(tiles, round_, done)
+            end = len(fillers) * (place + 1) // per_head if round_ < len(tiles) else len(fillers)
+            yield from fillers[spread:end]
+            spread = end
+
+    def _tiles(self, head: int) -> list[_Tile]:
+        first = head * self.work.tiles
+        return [
+            _Tile(first + n, head, index, self.work.seen(index), self.work.kept(index))
+            for n, index in enumerate(self.work.order)
+        ]
+
+    def _sketch_steps(self, head: int) -> list[Step]:
+        if not any(self.work.kept(tile) < self.work.seen(tile) for tile in range(self.work.tiles)):
+            return []
+        tokens = head * self.work.tokens
+        return self.maker.steps(
+            self.places.k + tokens * self.d, self.places.k_scales + tokens * 4, self.sketches[head % 2]
+        )
+
+    def _round(self, tiles: list[_Tile], number: int, made: dict[int, Step]) -> Iterator[Step]:
+        def at(index: int) -> _Tile | None:
+            return tiles[index] if 0 <= index < len(tiles) else None
+
+        chosen, gathered, softened, weighed = (at(number - lag) for lag in range(4))
+        if chosen is not None:
+            behind = (made[chosen.head],) if chosen.head in made else ()
+            ahead = [tile for tile in (at(number), at(number + 1)) if tile is not None][int(number > 0) :]
+            yield from self._choose(chosen, ahead, behind)
+        yield self._soften(gathered, softened)
+        yield self._weigh(gathered, weighed)
+
+    # --- Choosing ------------------------------------------------------------------------------------------------
+
+    def _choose(self, tile: _Tile, ahead: list[_Tile], behind: tuple[Step, ...]) -> Iterator[Step]:
+        """Each row tile's scores by themselves: their result tiles then fit the queue beside other work.
+
+        ahead : tiles whose queries are asked for now.
+        """
+
+        def load() -> None:
+            for following in ahead:
+                self._load_queries(following)
+
+        def drain() -> None:
+            if tile.number % self.work.tiles == 0:
+                words = self.factors[tile.head % len(self.factors)]
+                self._scalars(words, words, self.work.tokens // self.rows, **scaling(score_factor(None, self.d)))
+
+        if not tile.chooses:
+            yield Step(load, drain=drain)
+            return
+        for row in range(self.row_tiles):
+
+            def look(row: int = row) -> None:
+                if row == 0:
+                    drain()
+                self._rank(tile, row)
+                if row == self.row_tiles - 1:
+                    self._select(tile)
+
+            def multiply(row: int = row) -> None:
+                self._multiply_sketch(tile, row)
+
+            yield Step(load if row == 0 else nothing, multiply, look, behind)
+
+    def _looked_at(self, tile: _Tile) -> int:
+        """Blocks whose scores count: the last ones are kept whatever they score."""
+        return tile.seen - self.work.last
+
+    def _multiply_sketch(self, tile: _Tile, row: int) -> None:
+        self.builder.emit(
+            MATRIX,
+            depth=self.d,
+            inner=-(-self._looked_at(tile) * self.block // (POOL * self.rows)),
+            a=self._of(self.queries, tile) + row * self.d,
+            w=self.sketches[tile.head % 2].words,
+            w_inner=self.maker.panel_words,
+            weights=Weights.INT4_32,
+        )
+
+    def _rank(self, tile: _Tile, row: int) -> None:
+        """Scores, lifted so that none of them has a sign, and the best one of each block."""
+        blocks = self._looked_at(tile)
+        columns = self.block // POOL
+        self._pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.VECTOR,
+            mul1=FirstMultiply.COLUMN0,
+            column0=self.sketches[tile.head % 2].scales,
+            mul2=SecondMultiply.LANE0,
+            lane0=self._factors(tile) + row,
+            add2=SecondAdd.IMMEDIATE1,
+            immediate1=float_bits(LIFT),
+            function=Function.RELU,
+            columns=blocks * columns,
+            to=self.look,
+        )
+        self._pass(
+            source=Source.VECTOR,
+            tiles=blocks,
+            columns=columns,
+            x=self.look,
+            x_stride=columns,
+            maximum=Maximum.ABSOLUTE,
+            max_to=self.best,
+            max_continue=int(row > 0),
+        )
+
+    def _select(self, tile: _Tile) -> None:
+        self._pass(
+            source=Source.PARAMETER,
+            columns=tile.seen,
+            x=self.best,
+            select=tile.kept,
+            select_to=self._list(tile),
+            select_more_lanes=self.rows - 1,
+            select_first=self.work.first,
+            select_last=self.work.last,
+        )
+
+    def _list(self, tile: _Tile) -> int:
+        """Entry of the index memory where the list of a tile begins."""
+        return tile.number % 2 * self.most_keys // self.block
+
+    # --- Operands --------------------------------------------------------------------------------------------------
+
+    def _load(self, memory: Memory, words: int, address: int, local: int) -> None:
+        self.builder.emit(LOAD, memory=memory, words=words, address=address, local=local)
+
+    def _load_queries(self, tile: _Tile) -> None:
+        if tile.number % self.work.tiles == 0:
+            self._load_factors(tile.head)
+        address = self.places.q + self._tokens(tile) * self.d
+        self._load(Memory.ACTIVATION, self.row_tiles * self.d, address, self._of(self.queries, tile))
+
+    def _load_factors(self, head: int) -> None:
+        tokens = self.work.tokens
+        self._load(
+            Memory.PARAMETER, tokens // self.rows, self.places.q_scales + head * tokens * 4, self.factors[head % len(self.factors)]
+        )
+
+    def _gather(self, tile: _Tile, memory: Memory, address: int, words: int, local: int) -> None:
+        """The kept blocks of an array of which a block is ``words`` words one behind the other."""
+        size = self.rows if memory is Memory.WEIGHT else 4 * self.rows
+        chosen = {"gather": 1, "gather_from": self._list(tile)} if tile.chooses else {}
+        self.builder.emit(
+            LOAD,
+            memory=memory,
+            rows=tile.kept,
+            words=words,
+            address=address,
+            stride=words * size,
+            local=local,
+            local_stride=words,
+            **chosen,
+        )
+
+    def _gather_keys(self, tile: _Tile) -> None:
+        tokens = tile.head * self.work.tokens
+        keys, scales = self._of(self.keys, tile), self.places.k_scales + tokens * 4
+        self._gather(tile, Memory.WEIGHT, self.places.k + tokens * self.d, self.block_panels * self.d, keys)
+        self._gather(tile, Memory.PARAMETER, scales, self.block_panels, self._of(self.key_scales, tile))
+        scales = self.places.v_scales + tokens * 4
+        self._gather(tile, Memory.PARAMETER, scales, self.block_panels, self._of(self.value_scales, tile))
+
+    def _gather_values(self, tile: _Tile) -> None:
+        tokens, keys = self.work.tokens, tile.kept * self.block
+        for group in range(self.d // self.rows):
+            address = self.places.v + (tile.head * self.d // self.rows + group) * tokens * self.rows
+            self._gather(tile, Memory.WEIGHT, address, self.block, self._of(self.values, tile) + group * keys)
+
+    # --- Softmax ---------------------------------------------------------------------------------------------------
+
+    def _soften(self, gathered: _Tile | None, tile: _Tile | None) -> Step:
+        def load() -> None:
+            if gathered is not None:
+                self._gather_keys(gathered)
+
+        def multiply() -> None:
+            if tile is not None:
+                self._multiply_keys(tile)
+
+        def drain() -> None:
+            if tile is not None:
+                self._softmax(tile)
+
+        return Step(load, multiply, drain)
+
+    def _multiply_keys(self, tile: _Tile) -> None:
+        self.builder.emit(
+            MATRIX,
+            depth=self.d,
+            outer=self.row_tiles,
+            inner=tile.kept * self.block_panels,
+            a=self._of(self.queries, tile),
+            a_outer=self.d,
+            w=self._of(self.keys, tile),
+            w_inner=self.d,
+        )
+
+    def _softmax(self, tile: _Tile) -> None:
+        keys, rows = tile.kept * self.block, self.row_tiles
+        softmax = Softmax(self.scores, keys, rows, {"columns": keys})
+        hidden: dict[str, int] = {}
+        if self.work.causal:
+            # The tile's own blocks are the last ones that it keeps.
+            hidden = {"mask": Mask.CAUSAL, "first_row": keys - self.work.queries}
+        self._pass(**softmax.scores(self._of(self.key_scales, tile), self._factors(tile), self.peaks), **hidden)
+        pairs, inverses = self._of(self.pairs, tile), self._of(self.inverses, tile)
+        value_scales = self._of(self.value_scales, tile)
+        self._pass(**softmax.exponentials(self.peaks, pairs + rows, value_scales, pairs))
+        self._scalars(pairs, pairs, rows, **scaling(1 / 255))
+        self._scalars(pairs, inverses, 2 * rows, **RECIPROCAL)
+        self._pass(**softmax.probabilities(inverses, self._of(self.probabilities, tile)))
+
+    # --- Weighted values -------------------------------------------------------------------------------------------
+
+    def _weigh(self, gathered: _Tile | None, tile: _Tile | None) -> Step:
+        def load() -> None:
+            if gathered is not None:
+                self._gather_values(gathered)
+
+        def multiply() -> None:
+            if tile is not None:
+                self._multiply_values(tile)
+
+        def drain() -> None:
+            if tile is not None:
+                self._drain(tile)
+
+        return Step(load, multiply, drain)
+
+    def _multiply_values(self, tile: _Tile) -> None:
+        keys = tile.kept * self.block
+        self.builder.emit(
+            MATRIX,
+            depth=keys,
+            outer=self.row_tiles,
+            inner=self.d // self.rows,
+            a=self._of(self.probabilities, tile),
+            a_outer=keys,
+            w=self._of(self.values, tile),
+            w_inner=keys,
+            unsigned=1,
+        )
+
+    def _drain(self, tile: _Tile) -> None:
+        out = self._of(self.out, tile)
+        self._pass(
+            source=Source.ACCUMULATOR,
+            destination=Destination.VECTOR,
+            mul1=FirstMultiply.LANE1,
+            lane1=self._of(self.pairs, tile),
+            mul2=SecondMultiply.LANE0,
+            lane0=self._of(self.inverses, tile) + self.row_tiles,
+            tiles=self.row_tiles,
+            columns=self.d,
+            to=out,
+            to_stride=self.d,
+        )
+        self.builder.emit(
+            STORE,
+            memory=Memory.VECTOR,
+            words=self.row_tiles * self.d,
+            address=self.places.out + self._tokens(tile) * self.d * 4,
+            local=out,
+        )
+
+    # --- Where things lie, and passes ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _of(places: list[int], tile: _Tile) -> int:
+        return places[tile.number % len(places)]
+
+    def _tokens(self, tile: _Tile) -> int:
+        """Tokens of all heads in front of a tile's."""
+        return tile.head * self.work.tokens + tile.index * self.work.queries
+
+    def _factors(self, tile: _Tile) -> int:
+        return self.factors[tile.head % len(self.factors)] + tile.index * self.row_tiles
+
+    def _pass(self, **fields: int) -> None:
+        self.builder.emit(VECTOR, **fields)
+
+    def _scalars(self, x: int, to: int, words: int, **fields: int) -> None:
+        """One value per row: PARAMETER words from ``x`` on become those from ``to`` on."""
+        self._pass(source=Source.PARAMETER, destination=Destination.PARAMETER, columns=words, x=x, to=to, **fields)
