@@ -8,7 +8,7 @@ Tiles of queries go through three stages, each a product and what VECTOR makes o
 
 In a round the three are at work on different tiles, so that no unit waits for another one:
 
-    round r    choose r    soften r - 2    weigh r - 3        and LOAD gathers for r - 1
+    round r    choose r    soften r - 3    weigh r - 4    while LOAD gathers keys of r - 2, values of r - 3
 
 The sketch of a head is made while the head before it is attended to, a step between two rounds, and stays on chip.
 """
@@ -48,10 +48,16 @@ from .prefill_work import PrefillSparse, check_core
 from .sketch_prefill import Constants, Sketch, SketchMaker
 from .steps import Step, emit_steps, nothing
 
-#: Tiles of queries on chip: chosen for, gathered for, softened, and the next one that is loaded.
-QUERIES = 4
+#: Rounds from the choice of a tile to the gather of its keys, the softmax, the gather of its values and their product.
+#: Softmax and product are an odd and an even number behind the choice, and one gather is behind the other: where short
+#: and long tiles take turns, so do they within a round.
+KEYS_AT, SOFTEN_AT, VALUES_AT, WEIGH_AT = 2, 3, 3, 4
+#: Tiles of queries on chip: from the round before the choice to the softmax.
+QUERIES = SOFTEN_AT + 2
 #: Gathers under way or in use: of keys until they are softened, of values until they are weighed.
-KEYS, VALUES = 2, 3
+KEYS, VALUES = SOFTEN_AT - KEYS_AT + 1, WEIGH_AT - VALUES_AT + 1
+#: Lists of blocks: those of the tiles that are chosen for while an older one's is read.
+LISTS = VALUES_AT + 1
 #: Results that STORE still reads.
 RESULTS = 2
 
@@ -86,18 +92,18 @@ def prefill_sparse_program(config: CoreConfig, work: PrefillSparse, places: Plac
 
 @dataclass(frozen=True)
 class _Tile:
-    """Tile ``index`` of a head's queries; ``number`` counts the tiles of all heads in the order of the program."""
+    """Tile ``index`` of a head's queries; ``number`` counts the tiles of all heads in the order of the program.
+
+    seen, kept : blocks of keys.
+    runs : (place among the kept blocks, first block, count) where they are known beforehand; none where they are chosen.
+    """
 
     number: int
     head: int
     index: int
     seen: int
     kept: int
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it leaves anything out."""
-        return self.kept < self.seen
+    runs: tuple[tuple[int, int, int], ...] | None
 
 
 class PrefillSparseLowering:
@@ -130,8 +136,8 @@ class PrefillSparseLowering:
         self.scores = take[Memory.VECTOR](self.row_tiles * self.most_keys)
         self.out = [take[Memory.VECTOR](self.row_tiles * self.d) for _ in range(RESULTS)]
         parameter = take[Memory.PARAMETER]
-        # Of a head's factors the last ones are read two tiles after the next head's first ones are there.
-        self.factors = [parameter(work.tokens // self.rows) for _ in range(2 + -(-3 // work.tiles))]
+        # Of a head's factors the last ones are read by softmax, rounds after the next head's are there.
+        self.factors = [parameter(work.tokens // self.rows) for _ in range(2 + -(-SOFTEN_AT // work.tiles))]
         self.best = parameter(work.tokens // self.block)
         self.key_scales = [parameter(most * self.block_panels) for _ in range(KEYS)]
         self.value_scales = [parameter(most * self.block_panels) for _ in range(KEYS)]
@@ -161,7 +167,7 @@ class PrefillSparseLowering:
         done = {0: making[-1]} if making else {}
         fillers: list[Step] = []
         spread = 0
-        for round_ in range(len(tiles) + 3):
+        for round_ in range(len(tiles) + WEIGH_AT):
             place = round_ % per_head
             if place == 0 and round_ < len(tiles):
                 yield from fillers[spread:]
@@ -177,12 +183,12 @@ class PrefillSparseLowering:
     def _tiles(self, head: int) -> list[_Tile]:
         first = head * self.work.tiles
         return [
-            _Tile(first + n, head, index, self.work.seen(index), self.work.kept(index))
+            _Tile(first + n, head, index, self.work.seen(index), self.work.kept(index), self.work.runs(index))
             for n, index in enumerate(self.work.order)
         ]
 
     def _sketch_steps(self, head: int) -> list[Step]:
-        if not any(self.work.kept(tile) < self.work.seen(tile) for tile in range(self.work.tiles)):
+        if all(self.work.runs(tile) for tile in range(self.work.tiles)):
             return []
         tokens = head * self.work.tokens
         return self.maker.steps(
@@ -193,13 +199,13 @@ class PrefillSparseLowering:
         def at(index: int) -> _Tile | None:
             return tiles[index] if 0 <= index < len(tiles) else None
 
-        chosen, gathered, softened, weighed = (at(number - lag) for lag in range(4))
+        chosen = at(number)
         if chosen is not None:
             behind = (made[chosen.head],) if chosen.head in made else ()
             ahead = [tile for tile in (at(number), at(number + 1)) if tile is not None][int(number > 0) :]
             yield from self._choose(chosen, ahead, behind)
-        yield self._soften(gathered, softened)
-        yield self._weigh(gathered, weighed)
+        yield self._soften(at(number - KEYS_AT), at(number - SOFTEN_AT))
+        yield self._weigh(at(number - VALUES_AT), at(number - WEIGH_AT))
 
     # --- Choosing ------------------------------------------------------------------------------------------------
 
@@ -218,7 +224,7 @@ class PrefillSparseLowering:
                 words = self.factors[tile.head % len(self.factors)]
                 self._scalars(words, words, self.work.tokens // self.rows, **scaling(score_factor(None, self.d)))
 
-        if not tile.chooses:
+        if tile.runs is not None:
             yield Step(load, drain=drain)
             return
         for row in range(self.row_tiles):
@@ -292,7 +298,7 @@ class PrefillSparseLowering:
 
     def _list(self, tile: _Tile) -> int:
         """Entry of the index memory where the list of a tile begins."""
-        return tile.number % 2 * self.most_keys // self.block
+        return tile.number % LISTS * (self.most_keys // self.block)
 
     # --- Operands --------------------------------------------------------------------------------------------------
 
@@ -312,34 +318,57 @@ class PrefillSparseLowering:
         )
 
     def _gather(self, tile: _Tile, memory: Memory, address: int, words: int, local: int) -> None:
-        """The kept blocks of an array of which a block is ``words`` words one behind the other."""
+        """The kept blocks of an array in which they are ``words`` words each."""
         size = self.rows if memory is Memory.WEIGHT else 4 * self.rows
-        chosen = {"gather": 1, "gather_from": self._list(tile)} if tile.chooses else {}
+        for at, first, count in tile.runs or ():
+            self._load(memory, count * words, address + first * words * size, local + at * words)
+        if tile.runs is None:
+            self._gather_chosen(tile, memory, address, words, words * size, local)
+
+    def _gather_chosen(self, tile: _Tile, memory: Memory, address: int, words: int, stride: int, local: int) -> None:
         self.builder.emit(
             LOAD,
             memory=memory,
             rows=tile.kept,
             words=words,
             address=address,
-            stride=words * size,
+            stride=stride,
             local=local,
             local_stride=words,
-            **chosen,
+            gather=1,
+            gather_from=self._list(tile),
         )
 
     def _gather_keys(self, tile: _Tile) -> None:
         tokens = tile.head * self.work.tokens
-        keys, scales = self._of(self.keys, tile), self.places.k_scales + tokens * 4
-        self._gather(tile, Memory.WEIGHT, self.places.k + tokens * self.d, self.block_panels * self.d, keys)
-        self._gather(tile, Memory.PARAMETER, scales, self.block_panels, self._of(self.key_scales, tile))
-        scales = self.places.v_scales + tokens * 4
-        self._gather(tile, Memory.PARAMETER, scales, self.block_panels, self._of(self.value_scales, tile))
+        keys, words = self._of(self.keys, tile), self.block_panels
+        self._gather(tile, Memory.WEIGHT, self.places.k + tokens * self.d, words * self.d, keys)
+        for scales, local in (
+            (self.places.k_scales, self.key_scales),
+            (self.places.v_scales, self.value_scales),
+        ):
+            self._gather(tile, Memory.PARAMETER, scales + tokens * 4, words, self._of(local, tile))
 
     def _gather_values(self, tile: _Tile) -> None:
-        tokens, keys = self.work.tokens, tile.kept * self.block
-        for group in range(self.d // self.rows):
-            address = self.places.v + (tile.head * self.d // self.rows + group) * tokens * self.rows
-            self._gather(tile, Memory.WEIGHT, address, self.block, self._of(self.values, tile) + group * keys)
+        """Panel of features by panel of features; of blocks that are known, all panels at once."""
+        panels, keys, local = self.d // self.rows, tile.kept * self.block, self._of(self.values, tile)
+        stride = self.work.tokens * self.rows
+        base, block = self.places.v + tile.head * panels * stride, self.block * self.rows
+        for at, first, count in tile.runs or ():
+            self.builder.emit(
+                LOAD,
+                memory=Memory.WEIGHT,
+                rows=panels,
+                words=count * self.block,
+                address=base + first * block,
+                stride=stride,
+                local=local + at * self.block,
+                local_stride=keys,
+            )
+        if tile.runs is None:
+            for panel in range(panels):
+                place = base + panel * stride, self.block, block, local + panel * keys
+                self._gather_chosen(tile, Memory.WEIGHT, *place)
 
     # --- Softmax ---------------------------------------------------------------------------------------------------
 
@@ -358,13 +387,29 @@ class PrefillSparseLowering:
 
         return Step(load, multiply, drain)
 
+    def _seen_by_rows(self, tile: _Tile) -> list[tuple[int, int, int]]:
+        """(first row tile, count, panels of keys that any of their queries sees); in causal attention each row tile
+        sees a panel more than the one before it.
+        """
+        panels = tile.kept * self.block_panels
+        if not self.work.causal:
+            return [(0, self.row_tiles, panels)]
+        return [(row, 1, panels - (self.row_tiles - 1 - row)) for row in range(self.row_tiles)]
+
     def _multiply_keys(self, tile: _Tile) -> None:
+        for row, count, panels in self._seen_by_rows(tile):
+            self._multiply_panels(tile, row, count, panels, self.d)
+            if hidden := tile.kept * self.block_panels - panels:
+                # Scores that the mask hides may be anything.
+                self._multiply_panels(tile, row, count, hidden, 1)
+
+    def _multiply_panels(self, tile: _Tile, row: int, rows: int, panels: int, depth: int) -> None:
         self.builder.emit(
             MATRIX,
-            depth=self.d,
-            outer=self.row_tiles,
-            inner=tile.kept * self.block_panels,
-            a=self._of(self.queries, tile),
+            depth=depth,
+            outer=rows,
+            inner=panels,
+            a=self._of(self.queries, tile) + row * self.d,
             a_outer=self.d,
             w=self._of(self.keys, tile),
             w_inner=self.d,
@@ -403,18 +448,20 @@ class PrefillSparseLowering:
         return Step(load, multiply, drain)
 
     def _multiply_values(self, tile: _Tile) -> None:
+        """Keys behind the last one that a row tile sees have no probability, so they are left out."""
         keys = tile.kept * self.block
-        self.builder.emit(
-            MATRIX,
-            depth=keys,
-            outer=self.row_tiles,
-            inner=self.d // self.rows,
-            a=self._of(self.probabilities, tile),
-            a_outer=keys,
-            w=self._of(self.values, tile),
-            w_inner=keys,
-            unsigned=1,
-        )
+        for row, count, panels in self._seen_by_rows(tile):
+            self.builder.emit(
+                MATRIX,
+                depth=panels * self.rows,
+                outer=count,
+                inner=self.d // self.rows,
+                a=self._of(self.probabilities, tile) + row * keys,
+                a_outer=keys,
+                w=self._of(self.values, tile),
+                w_inner=keys,
+                unsigned=1,
+            )
 
     def _drain(self, tile: _Tile) -> None:
         out = self._of(self.out, tile)

@@ -59,7 +59,7 @@ class PrefillSparse:
             )
         if self.tokens // BLOCK > INDEX_ENTRIES:
             raise PrefillError(
-                f"{self.tokens:,} tokens are more than the {INDEX_ENTRIES} blocks of {BLOCK} that a core can list"
+                f"{self.tokens:,} tokens are more than the {INDEX_ENTRIES} blocks of {BLOCK} that a core can choose from"
             )
         if self.kept(self.tiles - 1) * BLOCK > MAX_TILE:
             raise PrefillError(f"{self.kept(self.tiles - 1) * BLOCK:,} kept keys are more than {MAX_TILE:,}")
@@ -97,10 +97,26 @@ class PrefillSparse:
         """Blocks that a tile keeps."""
         return self.rule.kept(self.seen(tile))
 
+    def runs(self, tile: int) -> tuple[tuple[int, int, int], ...] | None:
+        """(place among the kept blocks, first block, count) where there is no choice: where a tile keeps all that it
+        sees, or no more than what is always kept. None where there is one.
+        """
+        seen, kept = self.seen(tile), self.kept(tile)
+        if kept == seen:
+            return ((0, 0, seen),)
+        if kept > self.first + self.last:
+            return None
+        return (0, 0, self.first), (self.first, seen - self.last, self.last)
+
     @property
     def order(self) -> Sequence[int]:
-        """Tiles of a head in the order of the program."""
-        return range(self.tiles)
+        """Tiles of a head in the order of the program: where they differ in length, a short one and a long one in turn.
+
+        Short ones keep VECTOR busy and long ones MATRIX.
+        """
+        if not self.causal:
+            return range(self.tiles)
+        return [tile // 2 if tile % 2 == 0 else self.tiles - 1 - tile // 2 for tile in range(self.tiles)]
 
 
 def check_core(config: CoreConfig, work: PrefillSparse) -> None:

@@ -271,6 +271,7 @@ class _Unit:
             to=self._words,
             to_stride=m.panel_words // m.groups,
         )
+        self._greatest_scales()
 
     @property
     def _words(self) -> int:
@@ -299,7 +300,6 @@ class _Unit:
             to_stride=m.panel_words // m.groups,
             to_group=m.rows,
         )
-        self._greatest_scales()
 
     def _greatest_scales(self) -> None:
         """A word of ones has the lanes of the row that a key belongs to; times the key's scale, its maximum is theirs."""
