@@ -78,13 +78,14 @@ class TileBlocks(ForEachHead):
         for first in range(0, len(best), self.queries):
             rows = slice(first, first + self.queries)
             keys = np.flatnonzero(looked.seen[rows].any(axis=0))
-            count = int(keys.max(initial=-1)) // self.block + 1
+            count = keys[-1] // self.block + 1 if len(keys) else 0
             found.append(self.blocks(best[rows, :count]))
         return found
 
     def choose(self, looked: Looked) -> Visible:
         kept = np.zeros(looked.seen.shape, np.bool_)
         for tile, blocks in enumerate(self.tiles(looked)):
-            keys = (blocks[:, None] * self.block + np.arange(self.block)).reshape(-1)
-            kept[tile * self.queries : (tile + 1) * self.queries, keys[keys < kept.shape[1]]] = True
+            own = kept[tile * self.queries : (tile + 1) * self.queries]
+            for block in blocks:
+                own[:, block * self.block : (block + 1) * self.block] = True
         return kept & looked.seen

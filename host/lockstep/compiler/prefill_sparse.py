@@ -95,7 +95,7 @@ class _Tile:
     """Tile ``index`` of a head's queries; ``number`` counts the tiles of all heads in the order of the program.
 
     seen, kept : blocks of keys.
-    runs : (place among the kept blocks, first block, count) where they are known beforehand; none where they are chosen.
+    runs : (place among the kept blocks, first block, count) where they are known beforehand; none where it chooses.
     """
 
     number: int
@@ -151,9 +151,7 @@ class PrefillSparseLowering:
     def program(self) -> Program:
         """The whole program."""
         for name in ("exp2", "recip"):
-            self._load(
-                Memory.TABLE, TABLE_ENTRIES, self.places.tables[name], SLOTS[name] * TABLE_ENTRIES
-            )
+            self._load(Memory.TABLE, TABLE_ENTRIES, self.places.tables[name], SLOTS[name] * TABLE_ENTRIES)
         emit_steps(list(self._steps()))
         return self.builder.finish()
 
@@ -314,7 +312,10 @@ class PrefillSparseLowering:
     def _load_factors(self, head: int) -> None:
         tokens = self.work.tokens
         self._load(
-            Memory.PARAMETER, tokens // self.rows, self.places.q_scales + head * tokens * 4, self.factors[head % len(self.factors)]
+            Memory.PARAMETER,
+            tokens // self.rows,
+            self.places.q_scales + head * tokens * 4,
+            self.factors[head % len(self.factors)],
         )
 
     def _gather(self, tile: _Tile, memory: Memory, address: int, words: int, local: int) -> None:
@@ -388,20 +389,26 @@ class PrefillSparseLowering:
         return Step(load, multiply, drain)
 
     def _seen_by_rows(self, tile: _Tile) -> list[tuple[int, int, int]]:
-        """(first row tile, count, panels of keys that any of their queries sees); in causal attention each row tile
-        sees a panel more than the one before it.
+        """(first row tile, count, panels of keys that any of their queries sees).
+
+        In causal attention each row tile sees a panel more than the one before it. Two groups are told apart: one for
+        each row tile could fill MATRIX's queue, and the dispatcher would never come to the pass that empties it.
         """
-        panels = tile.kept * self.block_panels
-        if not self.work.causal:
+        panels, half = tile.kept * self.block_panels, self.row_tiles // 2
+        if not self.work.causal or half == 0:
             return [(0, self.row_tiles, panels)]
-        return [(row, 1, panels - (self.row_tiles - 1 - row)) for row in range(self.row_tiles)]
+        rest = self.row_tiles - half
+        return [(0, half, panels - rest), (half, rest, panels)]
 
     def _multiply_keys(self, tile: _Tile) -> None:
+        every = tile.kept * self.block_panels
         for row, count, panels in self._seen_by_rows(tile):
-            self._multiply_panels(tile, row, count, panels, self.d)
-            if hidden := tile.kept * self.block_panels - panels:
+            # Result tiles come row tile by row tile, so a product of several of them has all panels.
+            seen = panels if count == 1 else every
+            self._multiply_panels(tile, row, count, seen, self.d)
+            if seen < every:
                 # Scores that the mask hides may be anything.
-                self._multiply_panels(tile, row, count, hidden, 1)
+                self._multiply_panels(tile, row, count, every - seen, 1)
 
     def _multiply_panels(self, tile: _Tile, row: int, rows: int, panels: int, depth: int) -> None:
         self.builder.emit(

@@ -59,7 +59,7 @@ class PrefillSparse:
             )
         if self.tokens // BLOCK > INDEX_ENTRIES:
             raise PrefillError(
-                f"{self.tokens:,} tokens are more than the {INDEX_ENTRIES} blocks of {BLOCK} that a core can choose from"
+                f"{self.tokens:,} tokens are more than the {INDEX_ENTRIES} blocks of {BLOCK} that a core chooses from"
             )
         if self.kept(self.tiles - 1) * BLOCK > MAX_TILE:
             raise PrefillError(f"{self.kept(self.tiles - 1) * BLOCK:,} kept keys are more than {MAX_TILE:,}")
@@ -96,6 +96,21 @@ class PrefillSparse:
     def kept(self, tile: int) -> int:
         """Blocks that a tile keeps."""
         return self.rule.kept(self.seen(tile))
+
+    @property
+    def seen_pairs(self) -> int:
+        """Blocks of queries and keys of which some element is seen, in all heads."""
+        return self._pairs([self.seen(tile) for tile in range(self.tiles)])
+
+    @property
+    def kept_pairs(self) -> int:
+        """Those of them that are kept."""
+        return self._pairs([self.kept(tile) for tile in range(self.tiles)])
+
+    def _pairs(self, blocks: Sequence[int]) -> int:
+        each = self.queries // BLOCK
+        hidden = each * (each - 1) // 2 if self.causal else 0
+        return self.heads * sum(each * count - hidden for count in blocks)
 
     def runs(self, tile: int) -> tuple[tuple[int, int, int], ...] | None:
         """(place among the kept blocks, first block, count) where there is no choice: where a tile keeps all that it

@@ -302,7 +302,7 @@ class _Unit:
         )
 
     def _greatest_scales(self) -> None:
-        """A word of ones has the lanes of the row that a key belongs to; times the key's scale, its maximum is theirs."""
+        """A word of the mask is 1 in the lane of the row to which its key belongs, and takes the key's scale there."""
         m = self.maker
         for panel in range(self.panels):
             m.builder.emit(
