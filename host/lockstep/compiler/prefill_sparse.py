@@ -8,15 +8,16 @@ Tiles of queries go through three stages, each a product and what VECTOR makes o
 
 In a round the three are at work on different tiles, so that no unit waits for another one:
 
-    round r    choose r    soften r - 3    weigh r - 4    while LOAD gathers keys of r - 2, values of r - 3
+    round r    choose r    soften r - 3    weigh r - 4    while LOAD gathers for the next two
 
 The sketch of a head is made while the head before it is attended to, a step between two rounds, and stays on chip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from lockstep_driver.builder import ProgramBuilder
 from lockstep_isa.attention import score_factor
@@ -48,16 +49,15 @@ from .prefill_work import PrefillSparse, check_core
 from .sketch_prefill import Constants, Sketch, SketchMaker
 from .steps import Step, emit_steps, nothing
 
-#: Rounds from the choice of a tile to the gather of its keys, the softmax, the gather of its values and their product.
-#: Softmax and product are an odd and an even number behind the choice, and one gather is behind the other: where short
-#: and long tiles take turns, so do they within a round.
-KEYS_AT, SOFTEN_AT, VALUES_AT, WEIGH_AT = 2, 3, 3, 4
+#: Rounds from the choice of a tile to its softmax, and to its product with values: an odd and an even number, so that
+#: where short and long tiles take turns, they do so within a round.
+SOFTEN_AT, WEIGH_AT = 3, 4
 #: Tiles of queries on chip: from the round before the choice to the softmax.
 QUERIES = SOFTEN_AT + 2
-#: Gathers under way or in use: of keys until they are softened, of values until they are weighed.
-KEYS, VALUES = SOFTEN_AT - KEYS_AT + 1, WEIGH_AT - VALUES_AT + 1
 #: Lists of blocks: those of the tiles that are chosen for while an older one's is read.
-LISTS = VALUES_AT + 1
+LISTS = WEIGH_AT
+#: Scales of gathered keys and values: those that softmax reads, and those that are loaded for the next one.
+SCALES = 2
 #: Results that STORE still reads.
 RESULTS = 2
 
@@ -130,8 +130,6 @@ class PrefillSparseLowering:
         self.queries = [take[Memory.ACTIVATION](self.row_tiles * self.d) for _ in range(QUERIES)]
         self.probabilities = [take[Memory.ACTIVATION](self.row_tiles * self.most_keys) for _ in range(2)]
         operands = self.most_keys * self.d // self.rows
-        self.keys = [take[Memory.WEIGHT](operands) for _ in range(KEYS)]
-        self.values = [take[Memory.WEIGHT](operands) for _ in range(VALUES)]
         self.look = take[Memory.VECTOR](work.tokens // POOL)
         self.scores = take[Memory.VECTOR](self.row_tiles * self.most_keys)
         self.out = [take[Memory.VECTOR](self.row_tiles * self.d) for _ in range(RESULTS)]
@@ -139,14 +137,18 @@ class PrefillSparseLowering:
         # Of a head's factors the last ones are read by softmax, rounds after the next head's are there.
         self.factors = [parameter(work.tokens // self.rows) for _ in range(2 + -(-SOFTEN_AT // work.tiles))]
         self.best = parameter(work.tokens // self.block)
-        self.key_scales = [parameter(most * self.block_panels) for _ in range(KEYS)]
-        self.value_scales = [parameter(most * self.block_panels) for _ in range(KEYS)]
+        self.key_scales = [parameter(most * self.block_panels) for _ in range(SCALES)]
+        self.value_scales = [parameter(most * self.block_panels) for _ in range(SCALES)]
         self.peaks = parameter(self.row_tiles)
         # Scales and sums beside each other, so that one pass takes the reciprocals of both.
         self.pairs, self.inverses = ([parameter(2 * self.row_tiles) for _ in range(2)] for _ in range(2))
         self.maker = SketchMaker(self.builder, config, self.d, work.tokens, pieces, places.constants)
         words = self.maker.panels * self.maker.panel_words
         self.sketches = [Sketch(take[Memory.WEIGHT](words), parameter(self.maker.panels)) for _ in range(2)]
+        # With two places each, keys and values come a round ahead. With one, keys come while MATRIX multiplies
+        # values, and values while it multiplies keys.
+        self.roomy = pieces[Memory.WEIGHT].fit(*[operands] * 4)
+        self.keys, self.values = ([take[Memory.WEIGHT](operands) for _ in range(1 + self.roomy)] for _ in range(2))
 
     def program(self) -> Program:
         """The whole program."""
@@ -197,47 +199,59 @@ class PrefillSparseLowering:
         def at(index: int) -> _Tile | None:
             return tiles[index] if 0 <= index < len(tiles) else None
 
-        chosen = at(number)
-        if chosen is not None:
-            behind = (made[chosen.head],) if chosen.head in made else ()
-            ahead = [tile for tile in (at(number), at(number + 1)) if tile is not None][int(number > 0) :]
-            yield from self._choose(chosen, ahead, behind)
-        yield self._soften(at(number - KEYS_AT), at(number - SOFTEN_AT))
-        yield self._weigh(at(number - VALUES_AT), at(number - WEIGH_AT))
+        def load() -> None:
+            for tile in (at(0), at(1)) if number == 0 else (at(number + 1),):
+                if tile is not None:
+                    self._load_queries(tile)
+
+        def part(emit: Callable[[_Tile], None], lag: int, wanted: bool = True) -> Callable[[], None]:
+            tile = at(number - lag)
+            return partial(emit, tile) if wanted and tile is not None else nothing
+
+        chosen, roomy = at(number), self.roomy
+        values = part(self._gather_values, WEIGH_AT, not roomy)
+        if chosen is None:
+            yield Step(load, load_late=values)
+        else:
+            yield from self._choose(chosen, load, values, (made[chosen.head],) if chosen.head in made else ())
+        yield Step(
+            part(self._gather_keys, SOFTEN_AT - 1, roomy),
+            part(self._multiply_keys, SOFTEN_AT),
+            part(self._softmax, SOFTEN_AT),
+        )
+        yield Step(
+            part(self._gather_values, WEIGH_AT - 1, roomy),
+            part(self._multiply_values, WEIGH_AT),
+            part(self._drain, WEIGH_AT),
+            part(self._gather_keys, SOFTEN_AT - 1, not roomy),
+        )
 
     # --- Choosing ------------------------------------------------------------------------------------------------
 
-    def _choose(self, tile: _Tile, ahead: list[_Tile], behind: tuple[Step, ...]) -> Iterator[Step]:
-        """Each row tile's scores by themselves: their result tiles then fit the queue beside other work.
+    def _choose(
+        self, tile: _Tile, load: Callable[[], None], late: Callable[[], None], behind: tuple[Step, ...]
+    ) -> Iterator[Step]:
+        """Each row tile's scores by themselves: their result tiles then fit the queue beside other work."""
 
-        ahead : tiles whose queries are asked for now.
-        """
-
-        def load() -> None:
-            for following in ahead:
-                self._load_queries(following)
-
-        def drain() -> None:
+        def begin() -> None:
             if tile.number % self.work.tiles == 0:
                 words = self.factors[tile.head % len(self.factors)]
                 self._scalars(words, words, self.work.tokens // self.rows, **scaling(score_factor(None, self.d)))
 
         if tile.runs is not None:
-            yield Step(load, drain=drain)
+            yield Step(load, drain=begin, load_late=late)
             return
         for row in range(self.row_tiles):
 
             def look(row: int = row) -> None:
                 if row == 0:
-                    drain()
+                    begin()
                 self._rank(tile, row)
                 if row == self.row_tiles - 1:
                     self._select(tile)
 
-            def multiply(row: int = row) -> None:
-                self._multiply_sketch(tile, row)
-
-            yield Step(load if row == 0 else nothing, multiply, look, behind)
+            first = (load, late) if row == 0 else (nothing, nothing)
+            yield Step(first[0], partial(self._multiply_sketch, tile, row), look, first[1], behind)
 
     def _looked_at(self, tile: _Tile) -> int:
         """Blocks whose scores count: the last ones are kept whatever they score."""
@@ -373,21 +387,6 @@ class PrefillSparseLowering:
 
     # --- Softmax ---------------------------------------------------------------------------------------------------
 
-    def _soften(self, gathered: _Tile | None, tile: _Tile | None) -> Step:
-        def load() -> None:
-            if gathered is not None:
-                self._gather_keys(gathered)
-
-        def multiply() -> None:
-            if tile is not None:
-                self._multiply_keys(tile)
-
-        def drain() -> None:
-            if tile is not None:
-                self._softmax(tile)
-
-        return Step(load, multiply, drain)
-
     def _seen_by_rows(self, tile: _Tile) -> list[tuple[int, int, int]]:
         """(first row tile, count, panels of keys that any of their queries sees).
 
@@ -438,21 +437,6 @@ class PrefillSparseLowering:
         self._pass(**softmax.probabilities(inverses, self._of(self.probabilities, tile)))
 
     # --- Weighted values -------------------------------------------------------------------------------------------
-
-    def _weigh(self, gathered: _Tile | None, tile: _Tile | None) -> Step:
-        def load() -> None:
-            if gathered is not None:
-                self._gather_values(gathered)
-
-        def multiply() -> None:
-            if tile is not None:
-                self._multiply_values(tile)
-
-        def drain() -> None:
-            if tile is not None:
-                self._drain(tile)
-
-        return Step(load, multiply, drain)
 
     def _multiply_values(self, tile: _Tile) -> None:
         """Keys behind the last one that a row tile sees have no probability, so they are left out."""

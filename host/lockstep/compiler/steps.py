@@ -14,12 +14,15 @@ def nothing() -> None:
 class Step:
     """``load`` asks for operands, ``multiply`` starts a product, ``drain`` takes its result tiles.
 
+    load_late : asks for operands of later steps in the place of those of the step before. It is emitted behind that
+    one's drain: a LOAD that waits for a product's end must not stand in front of the pass that lets it end.
     behind : steps that must be drained before this one's parts are emitted, because it reads what they write.
     """
 
     load: Callable[[], None] = nothing
     multiply: Callable[[], None] = nothing
     drain: Callable[[], None] = nothing
+    load_late: Callable[[], None] = nothing
     behind: tuple[Step, ...] = ()
 
 
@@ -39,4 +42,5 @@ def emit_steps(steps: Sequence[Step]) -> None:
         step.load()
         step.multiply()
         drain(n)
+        step.load_late()
     drain(len(steps))
