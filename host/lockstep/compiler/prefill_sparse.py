@@ -161,30 +161,25 @@ class PrefillSparseLowering:
 
     def _steps(self) -> Iterator[Step]:
         tiles = [tile for head in range(self.work.heads) for tile in self._tiles(head)]
-        per_head = self.work.tiles
-        making = self._sketch_steps(0)
-        yield from making
-        done = {0: making[-1]} if making else {}
-        fillers: list[Step] = []
-        spread = 0
-        for round_ in range(len(tiles) + WEIGH_AT):
-            place = round_ % per_head
-            if place == 0 and round_ < len(tiles):
-                yield from fillers[spread:]
-                head = round_ // per_head
-                fillers, spread = self._sketch_steps(head + 1) if head + 1 < self.work.heads else [], 0
-                if fillers:
-                    done[head + 1] = fillers[-1]
-            yield from self._round(tiles, round_, done)
-            end = len(fillers) * (place + 1) // per_head if round_ < len(tiles) else len(fillers)
-            yield from fillers[spread:end]
-            spread = end
+        sketches = [self._sketch_steps(head) for head in range(self.work.heads)]
+        made = {head: steps[-1] for head, steps in enumerate(sketches) if steps}
+        # Each head's sketch while the head before is attended to; the first one's beside tiles that need none.
+        each, free = self.work.tiles, self.work.unchosen
+        begin = [0, free, *range(each, each * self.work.heads, each)]
+        if free == 0:
+            yield from sketches[0]
+        for number in range(len(tiles) + WEIGH_AT):
+            yield from self._round(tiles, number, made)
+            for steps, first, end in zip(sketches, begin, begin[1:], strict=False):
+                if first <= number < end:
+                    share = len(steps), end - first
+                    yield from steps[slice(*(share[0] * (number - first + n) // share[1] for n in (0, 1)))]
 
     def _tiles(self, head: int) -> list[_Tile]:
         first = head * self.work.tiles
         return [
             _Tile(first + n, head, index, self.work.seen(index), self.work.kept(index), self.work.runs(index))
-            for n, index in enumerate(self.work.order)
+            for n, index in enumerate(self.work.order(head))
         ]
 
     def _sketch_steps(self, head: int) -> list[Step]:

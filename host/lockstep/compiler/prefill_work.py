@@ -124,12 +124,17 @@ class PrefillSparse:
         return (0, 0, self.first), (self.first, seen - self.last, self.last)
 
     @property
-    def order(self) -> Sequence[int]:
+    def unchosen(self) -> int:
+        """Tiles at the beginning of a head that have no choice."""
+        return next((tile for tile in range(self.tiles) if self.runs(tile) is None), self.tiles)
+
+    def order(self, head: int) -> Sequence[int]:
         """Tiles of a head in the order of the program: where they differ in length, a short one and a long one in turn.
 
-        Short ones keep VECTOR busy and long ones MATRIX.
+        Short ones keep VECTOR busy and long ones MATRIX. The first head begins with tiles that have no choice:
+        they need no sketch.
         """
-        if not self.causal:
+        if not self.causal or head == 0:
             return range(self.tiles)
         return [tile // 2 if tile % 2 == 0 else self.tiles - 1 - tile // 2 for tile in range(self.tiles)]
 
