@@ -129,14 +129,16 @@ class PrefillSparse:
         return next((tile for tile in range(self.tiles) if self.runs(tile) is None), self.tiles)
 
     def order(self, head: int) -> Sequence[int]:
-        """Tiles of a head in the order of the program: where they differ in length, a short one and a long one in turn.
+        """Tiles of a head in the order of the program: where they differ in length, one of the shorter half and one of the
+        longer half in turn.
 
-        Short ones keep VECTOR busy and long ones MATRIX. The first head begins with tiles that have no choice:
-        they need no sketch.
+        Short ones keep VECTOR busy and long ones MATRIX. The first head begins with tiles that have no choice: they need
+        no sketch.
         """
         if not self.causal or head == 0:
             return range(self.tiles)
-        return [tile // 2 if tile % 2 == 0 else self.tiles - 1 - tile // 2 for tile in range(self.tiles)]
+        half = -(-self.tiles // 2)
+        return [tile // 2 + half * (tile % 2) for tile in range(self.tiles)]
 
 
 def check_core(config: CoreConfig, work: PrefillSparse) -> None:
