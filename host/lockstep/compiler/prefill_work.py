@@ -129,11 +129,10 @@ class PrefillSparse:
         return next((tile for tile in range(self.tiles) if self.runs(tile) is None), self.tiles)
 
     def order(self, head: int) -> Sequence[int]:
-        """Tiles of a head in the order of the program: where they differ in length, one of the shorter half and one of the
-        longer half in turn.
+        """Tiles of a head in the order of the program: where they differ in length, the shorter and the longer half in turn.
 
-        Short ones keep VECTOR busy and long ones MATRIX. The first head begins with tiles that have no choice: they need
-        no sketch.
+        Short ones keep VECTOR busy and long ones MATRIX. The first head begins with tiles that have no choice, which
+        need no sketch.
         """
         if not self.causal or head == 0:
             return range(self.tiles)
