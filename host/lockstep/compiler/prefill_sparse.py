@@ -163,23 +163,27 @@ class PrefillSparseLowering:
         tiles = [tile for head in range(self.work.heads) for tile in self._tiles(head)]
         sketches = [self._sketch_steps(head) for head in range(self.work.heads)]
         made = {head: steps[-1] for head, steps in enumerate(sketches) if steps}
-        # Each head's sketch while the head before is attended to; the first one's beside tiles that need none.
-        each, free = self.work.tiles, self.work.unchosen
-        begin = [0, free, *range(each, each * self.work.heads, each)]
-        if free == 0:
-            yield from sketches[0]
+        yield from sketches[0]
         for number in range(len(tiles) + WEIGH_AT):
             yield from self._round(tiles, number, made)
-            for steps, first, end in zip(sketches, begin, begin[1:], strict=False):
-                if first <= number < end:
-                    share = len(steps), end - first
-                    yield from steps[slice(*(share[0] * (number - first + n) // share[1] for n in (0, 1)))]
+            head, place = divmod(number, self.work.tiles)
+            if head + 1 < self.work.heads:
+                yield from self._share(sketches[head + 1], place)
+
+    def _share(self, steps: list[Step], place: int) -> list[Step]:
+        """Of the steps that make the next head's sketch those that stand behind round ``place`` of this head."""
+        # Behind the product with values of a long tile VECTOR has nothing left to do.
+        rounds = range(self.work.tiles)[1 if self.work.causal and self.work.tiles > 1 else 0 :: 1 + self.work.causal]
+        if place not in rounds:
+            return []
+        index, count = rounds.index(place), len(rounds)
+        return steps[len(steps) * index // count : len(steps) * (index + 1) // count]
 
     def _tiles(self, head: int) -> list[_Tile]:
         first = head * self.work.tiles
         return [
             _Tile(first + n, head, index, self.work.seen(index), self.work.kept(index), self.work.runs(index))
-            for n, index in enumerate(self.work.order(head))
+            for n, index in enumerate(self.work.order)
         ]
 
     def _sketch_steps(self, head: int) -> list[Step]:

@@ -124,17 +124,12 @@ class PrefillSparse:
         return (0, 0, self.first), (self.first, seen - self.last, self.last)
 
     @property
-    def unchosen(self) -> int:
-        """Tiles at the beginning of a head that have no choice."""
-        return next((tile for tile in range(self.tiles) if self.runs(tile) is None), self.tiles)
+    def order(self) -> Sequence[int]:
+        """Tiles of a head in the order of the program: of different lengths, the shorter and the longer half in turn.
 
-    def order(self, head: int) -> Sequence[int]:
-        """Tiles of a head in the order of the program: where they differ in length, the shorter and the longer half in turn.
-
-        Short ones keep VECTOR busy and long ones MATRIX. The first head begins with tiles that have no choice, which
-        need no sketch.
+        Short ones keep VECTOR busy and long ones MATRIX.
         """
-        if not self.causal or head == 0:
+        if not self.causal:
             return range(self.tiles)
         half = -(-self.tiles // 2)
         return [tile // 2 + half * (tile % 2) for tile in range(self.tiles)]
