@@ -91,6 +91,16 @@ def test_keys_that_outweigh_all_others_are_found() -> None:
         assert_same_bits(run_selected(device, work, operands).values[0], expected(work, operands))
 
 
+def test_scores_that_are_all_negative_have_an_order() -> None:
+    work = PrefillSparse(1, 256, 32, 0.25, False, 16)
+    drawn = clustered_operands(1, 256, 32)
+    operands = Operands(-np.abs(drawn.q), np.abs(drawn.k), drawn.v)
+    chosen = Chosen(work, operands).blocks[0]
+    assert any(blocks.tolist() != [0, 1, 2, 15] for blocks in chosen)
+    with open_device("fast:laptop") as device:
+        assert_same_bits(run_selected(device, work, operands).values[0], expected(work, operands))
+
+
 def test_values_that_no_tile_keeps_are_never_read() -> None:
     work = PrefillSparse(1, 256, 32, 0.2, False, 128)
     clean = clustered_operands(1, 256, 32)
