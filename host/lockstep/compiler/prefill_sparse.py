@@ -268,7 +268,7 @@ class PrefillSparseLowering:
         )
 
     def _rank(self, tile: _Tile, row: int) -> None:
-        """Scores, lifted so that none of them has a sign, and the best one of each block."""
+        """Scores, lifted so that none of them has a sign, and the best one of each block that needs one."""
         blocks = self._looked_at(tile)
         columns = self.block // POOL
         self._pass(
@@ -284,14 +284,15 @@ class PrefillSparseLowering:
             columns=blocks * columns,
             to=self.look,
         )
+        first = self.work.first
         self._pass(
             source=Source.VECTOR,
-            tiles=blocks,
+            tiles=blocks - first,
             columns=columns,
-            x=self.look,
+            x=self.look + first * columns,
             x_stride=columns,
             maximum=Maximum.ABSOLUTE,
-            max_to=self.best,
+            max_to=self.best + first,
             max_continue=int(row > 0),
         )
 

@@ -1,6 +1,6 @@
 """The sketch of a prompt's keys, made on the core: what ``lockstep_isa.sketch`` says, from panels of keys.
 
-A unit is up to ``UNIT`` panels of the sketch, of R rows and so 4 R keys each. Its three products move and add values,
+A unit is a few panels of the sketch, of R rows and so 4 R keys each. Its three products move and add values,
 nothing else, so they are exact:
 
     keys         panels of keys times the identity, drained transposed: a word for each key, which MATRIX can add up
@@ -37,8 +37,8 @@ from .allocation import Pieces
 from .passes import RECIPROCAL, float_bits, rounding, scaling
 from .steps import Step
 
-#: Panels of the sketch that are made at a time.
-UNIT = 2
+#: Words of means that are made at a time: VECTOR starts once for them, and MATRIX waits while they are drained.
+UNIT_WORDS = 256
 #: Units whose operands lie on chip at a time: one whose keys are loaded or moved, one whose levels are packed.
 PLACES = 2
 #: Added to a value inside +-2^22 and taken off again, it leaves the nearest integer.
@@ -101,7 +101,7 @@ class SketchMaker:
         self.builder, self.d, self.rows, self.tokens = builder, head_dim, config.rows, tokens
         self.panels = -(-tokens // (POOL * config.rows))
         self.panel_words = words_per_tile(head_dim, GROUP)
-        self.unit = min(UNIT, self.panels)
+        self.unit = min(max(1, UNIT_WORDS // head_dim), self.panels)
         self.groups, self.key_panels = head_dim // GROUP, self.unit * POOL
         # VECTOR meets only means, each unit's behind the other's: drains are in order, so one place is enough.
         take = {memory: pieces[memory].take for memory in pieces}
