@@ -130,7 +130,7 @@ class PrefillSparseLowering:
         self.queries = [take[Memory.ACTIVATION](self.row_tiles * self.d) for _ in range(QUERIES)]
         self.probabilities = [take[Memory.ACTIVATION](self.row_tiles * self.most_keys) for _ in range(2)]
         operands = self.most_keys * self.d // self.rows
-        self.look = take[Memory.VECTOR](work.tokens // POOL)
+        self.look = take[Memory.VECTOR](max(work.tokens // POOL, config.accumulator_tiles * self.rows))
         self.scores = take[Memory.VECTOR](self.row_tiles * self.most_keys)
         self.out = [take[Memory.VECTOR](self.row_tiles * self.d) for _ in range(RESULTS)]
         parameter = take[Memory.PARAMETER]
@@ -230,7 +230,7 @@ class PrefillSparseLowering:
     def _choose(
         self, tile: _Tile, load: Callable[[], None], late: Callable[[], None], behind: tuple[Step, ...]
     ) -> Iterator[Step]:
-        """Each row tile's scores by themselves: their result tiles then fit the queue beside other work."""
+        """Scores of as many row tiles at a time as have room for their result tiles in the queue, or of one."""
 
         def begin() -> None:
             if tile.number % self.work.tiles == 0:
@@ -240,37 +240,44 @@ class PrefillSparseLowering:
         if tile.runs is not None:
             yield Step(load, drain=begin, load_late=late)
             return
-        for row in range(self.row_tiles):
+        count = max(1, min(self.row_tiles, self.config.accumulator_tiles // self._panels(tile)))
+        for row in range(0, self.row_tiles, count):
 
-            def look(row: int = row) -> None:
+            def look(row: int = row, end: int = min(row + count, self.row_tiles)) -> None:
                 if row == 0:
                     begin()
-                self._rank(tile, row)
-                if row == self.row_tiles - 1:
+                self._rank(tile, row, end - row)
+                if end == self.row_tiles:
                     self._select(tile)
 
             first = (load, late) if row == 0 else (nothing, nothing)
-            yield Step(first[0], partial(self._multiply_sketch, tile, row), look, first[1], behind)
+            multiply = partial(self._multiply_sketch, tile, row, min(count, self.row_tiles - row))
+            yield Step(first[0], multiply, look, first[1], behind)
 
     def _looked_at(self, tile: _Tile) -> int:
         """Blocks whose scores count: the last ones are kept whatever they score."""
         return tile.seen - self.work.last
 
-    def _multiply_sketch(self, tile: _Tile, row: int) -> None:
+    def _panels(self, tile: _Tile) -> int:
+        """Panels of the sketch that a tile looks at."""
+        return -(-self._looked_at(tile) * self.block // (POOL * self.rows))
+
+    def _multiply_sketch(self, tile: _Tile, row: int, rows: int) -> None:
         self.builder.emit(
             MATRIX,
             depth=self.d,
-            inner=-(-self._looked_at(tile) * self.block // (POOL * self.rows)),
+            outer=rows,
+            inner=self._panels(tile),
             a=self._of(self.queries, tile) + row * self.d,
+            a_outer=self.d,
             w=self.sketches[tile.head % 2].words,
             w_inner=self.maker.panel_words,
             weights=Weights.INT4_32,
         )
 
-    def _rank(self, tile: _Tile, row: int) -> None:
+    def _rank(self, tile: _Tile, row: int, rows: int) -> None:
         """Scores, lifted so that none of them has a sign, and the best one of each block that needs one."""
-        blocks = self._looked_at(tile)
-        columns = self.block // POOL
+        blocks, columns, first = self._looked_at(tile), self.block // POOL, self.work.first
         self._pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
@@ -281,20 +288,22 @@ class PrefillSparseLowering:
             add2=SecondAdd.IMMEDIATE1,
             immediate1=float_bits(LIFT),
             function=Function.RELU,
+            tiles=rows,
             columns=blocks * columns,
             to=self.look,
+            to_stride=blocks * columns,
         )
-        first = self.work.first
-        self._pass(
-            source=Source.VECTOR,
-            tiles=blocks - first,
-            columns=columns,
-            x=self.look + first * columns,
-            x_stride=columns,
-            maximum=Maximum.ABSOLUTE,
-            max_to=self.best + first,
-            max_continue=int(row > 0),
-        )
+        for each in range(rows):
+            self._pass(
+                source=Source.VECTOR,
+                tiles=blocks - first,
+                columns=columns,
+                x=self.look + (each * blocks + first) * columns,
+                x_stride=columns,
+                maximum=Maximum.ABSOLUTE,
+                max_to=self.best + first,
+                max_continue=int(row + each > 0),
+            )
 
     def _select(self, tile: _Tile) -> None:
         self._pass(
