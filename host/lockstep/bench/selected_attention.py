@@ -18,8 +18,8 @@ from lockstep_isa.selectors import Looked
 from numpy.typing import NDArray
 
 from lockstep.compiler.block_mask import BlockSparse, default_tile, dense_mask
-from lockstep.compiler.prefill_sparse import Places, prefill_sparse_program
-from lockstep.compiler.prefill_work import PrefillSparse, check_core
+from lockstep.compiler.prefill_sparse import prefill_sparse_program
+from lockstep.compiler.prefill_work import Places, PrefillSparse, check_core
 from lockstep.compiler.sketch_prefill import Constants, sketch_constants
 
 from .limits import Limit, ceil_div

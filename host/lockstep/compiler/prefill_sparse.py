@@ -45,8 +45,8 @@ from lockstep_isa.sketch import POOL
 
 from .allocation import Pieces
 from .passes import RECIPROCAL, SLOTS, Softmax, float_bits, scaling
-from .prefill_work import PrefillSparse, check_core
-from .sketch_prefill import Constants, Sketch, SketchMaker
+from .prefill_work import Places, PrefillSparse, check_core
+from .sketch_prefill import Sketch, SketchMaker
 from .steps import Step, emit_steps, nothing
 
 #: Rounds from the choice of a tile to its softmax, and to its product with values: an odd and an even number, so that
@@ -60,26 +60,6 @@ LISTS = WEIGH_AT
 SCALES = 2
 #: Results that STORE still reads.
 RESULTS = 2
-
-
-@dataclass(frozen=True)
-class Places:
-    """Byte addresses in device memory, for ``tokens`` tokens of each head and panels of R tokens or features.
-
-    q : int8[heads, tokens / R, head_dim, R], as are keys ``k``. v : int8[heads, head_dim / R, tokens, R].
-    q_scales, k_scales, v_scales : float32[heads, tokens]. out : float32[heads, tokens / R, head_dim, R].
-    tables : of each function in :data:`~.passes.SLOTS` that softmax needs. constants : of the maker of sketches.
-    """
-
-    q: int
-    q_scales: int
-    k: int
-    k_scales: int
-    v: int
-    v_scales: int
-    out: int
-    tables: dict[str, int]
-    constants: Constants
 
 
 def prefill_sparse_program(config: CoreConfig, work: PrefillSparse, places: Places) -> Program:

@@ -1,4 +1,4 @@
-"""A prompt's attention to the blocks of keys that tiles of queries choose, without instructions: sizes and checks."""
+"""A prompt's attention to blocks of keys that tiles of queries choose, without instructions: sizes, checks, places."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from lockstep_isa.prefill_selection import TileBlocks
 from lockstep_isa.sketch import GROUP
 
 from lockstep.errors import ModelError
+
+from .sketch_prefill import Constants
 
 #: Keys of a block.
 BLOCK = 16
@@ -133,6 +135,26 @@ class PrefillSparse:
             return range(self.tiles)
         half = -(-self.tiles // 2)
         return [tile // 2 + half * (tile % 2) for tile in range(self.tiles)]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Byte addresses in device memory, for ``tokens`` tokens of each head and panels of R tokens or features.
+
+    q : int8[heads, tokens / R, head_dim, R], as are keys ``k``. v : int8[heads, head_dim / R, tokens, R].
+    q_scales, k_scales, v_scales : float32[heads, tokens]. out : float32[heads, tokens / R, head_dim, R].
+    tables : of each function in :data:`~.passes.SLOTS` that softmax needs. constants : of the maker of sketches.
+    """
+
+    q: int
+    q_scales: int
+    k: int
+    k_scales: int
+    v: int
+    v_scales: int
+    out: int
+    tables: dict[str, int]
+    constants: Constants
 
 
 def check_core(config: CoreConfig, work: PrefillSparse) -> None:
