@@ -93,6 +93,14 @@ def greatest(values: F32, count: int) -> Visible:
     return kept & (values > -np.inf)
 
 
+def block_scores(looked: Looked, block: int) -> F32:
+    """The best score of each block's rows of the sketch, lifted by :data:`LIFT`: float32[M, blocks]."""
+    rows, scales = sketch_rows(looked.k8, looked.sk)
+    z = relu(add(scores(looked.q8, mul(looked.sq, looked.factor), rows, scales), LIFT))
+    whole = np.pad(z, ((0, 0), (0, -z.shape[1] % (block // POOL))))
+    return whole.reshape(len(z), -1, block // POOL).max(axis=2)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """The blocks of keys that hold the best rows of the :mod:`sketch <lockstep_isa.sketch>`: what a core selects by
@@ -125,7 +133,7 @@ class Blocks:
 
     def select(self, heads: Sequence[Looked], /) -> list[Visible]:
         keys, seen = len(heads[0].k8), heads[0].seen
-        best = np.max([self._best(looked) for looked in heads], axis=0)
+        best = np.max([block_scores(looked, self.block) for looked in heads], axis=0)
         count = -(-keys // self.block)
         padded = np.pad(seen, ((0, 0), (0, -keys % self.block)))
         holds = padded.reshape(len(seen), count, self.block).any(axis=2)
@@ -135,13 +143,6 @@ class Blocks:
         best = np.where(holds, np.where(forced, np.float32(np.inf), best), np.float32(-np.inf))
         kept = np.repeat(greatest(best, self.keys // self.block), self.block, axis=1)[:, :keys] & seen
         return [kept] * len(heads)
-
-    def _best(self, looked: Looked) -> F32:
-        """The best score of each block, lifted: float32[M, blocks]."""
-        rows, scales = sketch_rows(looked.k8, looked.sk)
-        z = relu(add(scores(looked.q8, mul(looked.sq, looked.factor), rows, scales), LIFT))
-        whole = np.pad(z, ((0, 0), (0, -z.shape[1] % (self.block // POOL))))
-        return whole.reshape(len(z), -1, self.block // POOL).max(axis=2)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ class Bar:
     figure: str | None = None
 
     def reached(self, measured: Sequence[Measurement]) -> bool | None:
-        """Whether measurements of one core reach the bar; none where they are too few to say."""
+        """Whether measurements of one core reach the bar; none where they are too few to say, or lack its figure."""
+        if self.figure is not None and any(self.figure not in one.figures for one in measured):
+            return None
         values = [one.share if self.figure is None else one.figures[self.figure] for one in measured]
         return self.met(values, measured[0].core)
 

@@ -86,6 +86,10 @@ class SparseAttentionSizes:
     pattern: Annotated[str, "Without --mask: causal, window:W, sinks:S+window:W (in blocks), or random:DENSITY."] = (
         "random:0.4"
     )
+    select: Annotated[
+        float | None, "The core chooses this share of the blocks of 16 keys by itself, in the place of a mask."
+    ] = None
+    queries: Annotated[int, "With --select: queries that choose together, a multiple of 16."] = 32
     heads: Annotated[int | None, "Heads; unasked, the mask's, or 4."] = None
     seq: Annotated[int | None, "Tokens; unasked, the mask's, or 512."] = None
     head_dim: Annotated[int, "Features of a head."] = 128

@@ -6,7 +6,7 @@ results return there as float32. Both runs come from one maker of programs, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -14,6 +14,7 @@ import numpy as np
 from lockstep_driver import Device
 from lockstep_isa import attention
 from lockstep_isa.config import CoreConfig
+from lockstep_isa.program import Program
 from lockstep_isa.quantisation import quantise_rows
 from numpy.typing import NDArray
 
@@ -73,8 +74,27 @@ def golden(work: BlockSparse, operands: Operands) -> NDArray[np.float32]:
 
 def run_attention(device: Device, work: BlockSparse, operands: Operands) -> Ran:
     """Place the operands, run the program, and read ``float32[heads, tokens, head_dim]``."""
-    rows = device.config.rows
-    arrays: dict[str, np.ndarray] = {name: table_words(name) for name in TABLES}
+
+    def program(places: Mapping[str, int], tables: dict[str, int]) -> Program:
+        return block_sparse_program(device.config, work, Places(**places, tables=tables))
+
+    return run_program(device, operands, {}, program)
+
+
+def run_program(
+    device: Device,
+    operands: Operands,
+    constants: Mapping[str, NDArray[np.generic]],
+    program: Callable[[Mapping[str, int], dict[str, int]], Program],
+) -> Ran:
+    """Place operands and constants in device memory, run a program of attention, and read its result.
+
+    program : makes it from the addresses of all arrays by name, those of function tables apart.
+
+    Gives ``float32[heads, tokens, head_dim]``.
+    """
+    rows, (heads, tokens, head_dim) = device.config.rows, operands.q.shape
+    arrays: dict[str, np.ndarray] = {name: table_words(name) for name in TABLES} | dict(constants)
     for name, (values, scales) in operands.quantised.items():
         panels = [to_panels(head.T if name == "v" else head, rows) for head in values]
         arrays[name] = np.concatenate(panels)
@@ -89,12 +109,18 @@ def run_attention(device: Device, work: BlockSparse, operands: Operands) -> Ran:
         buffers["out"].data[:] = 0xFF
         places = {name: buffer.address for name, buffer in buffers.items()}
         tables = {name: places.pop(name) for name in TABLES}
-        counters = device.run(block_sparse_program(device.config, work, Places(**places, tables=tables)))
-        raw = buffers["out"].data.view(np.float32).reshape(-1, work.head_dim, rows)
-        return Ran([from_panels(raw, work.heads * work.tokens).reshape(out.shape)], counters)
+        counters = device.run(program(places, tables))
+        raw = buffers["out"].data.view(np.float32).reshape(-1, head_dim, rows)
+        return Ran([from_panels(raw, heads * tokens).reshape(out.shape)], counters)
     finally:
         for buffer in buffers.values():
             device.free(buffer)
+
+
+def block_slots(config: CoreConfig, block: int, head_dim: int) -> int:
+    """Cycles of the array for both products of a block of queries with a block of keys."""
+    values = ceil_div(block, config.rows) * ceil_div(head_dim, config.columns) * block
+    return mac_slots(config, block, block, head_dim) + values
 
 
 def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
@@ -104,10 +130,10 @@ def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
     passes over zeros, probabilities above the diagonal do not count; others that come out as 0 do.
     """
     block, d = work.block, work.head_dim
-    tiles, groups = ceil_div(block, config.rows), ceil_div(d, config.columns)
-    each = mac_slots(config, block, block, d) + tiles * groups * block
+    each = block_slots(config, block, d)
     diagonal = int(work.mask.diagonal(axis1=1, axis2=2).sum()) if config.zero_skipping and work.causal else 0
-    zeros = tiles * (tiles - 1) // 2 * groups * config.rows
+    tiles = ceil_div(block, config.rows)
+    zeros = tiles * (tiles - 1) // 2 * ceil_div(d, config.columns) * config.rows
     slots = work.kept * each - diagonal * zeros
     subtracted = f" - {diagonal:,} * {zeros:,}" if diagonal else ""
     read = work.heads * work.tokens * (d + 4) + int(work.mask.any(axis=1).sum()) * block * 2 * (d + 4)
@@ -124,7 +150,12 @@ def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
 
 
 def run(sizes: SparseAttentionSizes, bench: Bench) -> Iterator[Measurement]:
-    """Dense first, then the mask."""
+    """Dense first, then the mask, or what the core chooses."""
+    if sizes.select is not None:
+        from .selected_attention import run_selection
+
+        yield from run_selection(sizes, sizes.select, bench)
+        return
     work = _work(sizes)
     shape = (work.heads, work.tokens, work.head_dim)
     bench.say(f"golden attention of {work.heads} heads, {work.tokens} tokens")
@@ -139,11 +170,16 @@ def run(sizes: SparseAttentionSizes, bench: Bench) -> Iterator[Measurement]:
         "causal": work.causal,
         "seed": sizes.seed,
     }
-    dense = _measure(work.dense, operands, parameters, bench)
-    found = _measure(work, operands, parameters, bench, dense.cycles)
-    if not dense.identical:
-        raise BenchError(f"dense attention has {dense.differences:,} values of other bits than golden on {bench.uri}")
-    yield found
+    dense = measure_dense(work.dense, operands, parameters, bench)
+    yield _measure(work, operands, parameters, bench, dense)
+
+
+def measure_dense(dense: BlockSparse, operands: Operands, parameters: Mapping[str, object], bench: Bench) -> int:
+    """The cycles of attention that skips nothing; raises :class:`BenchError` where its bits are not golden's."""
+    found = _measure(dense, operands, parameters, bench)
+    if not found.identical:
+        raise BenchError(f"dense attention has {found.differences:,} values of other bits than golden on {bench.uri}")
+    return found.cycles
 
 
 def _measure(
