@@ -40,12 +40,15 @@ FEATURE_FIT: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]] = {
         "VECTOR": {"each": (1628.0, 667.0)},
         "control": {"each": (240.0, 188.0)},
     },
+    "zero_skipping": {"MATRIX": {"each": (380.0, 151.0)}, "control": {"each": (135.0, 56.0)}},
 }
 #: Feature -> the multipliers and block RAMs that it adds: second products of elements, and two multipliers of int4 for
-#: each column; the index memory, with a copy of values beside it, and the product of an index with a stride.
+#: each column; the index memory, with a copy of values beside it, and the product of an index with a stride; a bit
+#: for each word of ACTIVATION.
 FEATURE_BLOCKS: Mapping[str, Callable[[CoreConfig], tuple[int, int]]] = {
     "packed": lambda c: (c.macs_per_cycle + 2 * c.columns, 0),
     "selection": lambda c: (2, 3),
+    "zero_skipping": lambda c: (0, 4),
 }
 #: Multipliers and block RAMs of a lane: its products, and its function tables and partial sums.
 _LANE_MULTIPLIERS, _LANE_RAMS = 18, 7

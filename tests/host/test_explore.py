@@ -88,7 +88,11 @@ def test_the_estimate_is_near_what_synthesis_of_ulx3s_counted() -> None:
 
 @pytest.mark.parametrize(
     ("feature", "logic", "flip_flops", "multipliers", "block_rams"),
-    [("packed", 46_621, 28_716, 180, 166), ("selection", 41_324, 25_747, 102, 169)],
+    [
+        ("packed", 46_621, 28_716, 180, 166),
+        ("selection", 41_324, 25_747, 102, 169),
+        ("zero_skipping", 39_823, 24_927, 100, 170),
+    ],
 )
 def test_the_estimate_knows_what_features_take(
     feature: str, logic: int, flip_flops: int, multipliers: int, block_rams: int
