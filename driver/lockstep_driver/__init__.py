@@ -3,7 +3,7 @@
 from .device import Counters, Device, Fence, LoadedProgram
 from .errors import DeviceError, DeviceNotFound, DeviceTimeout, DriverError, IncompatibleDevice, OutOfDeviceMemory
 from .memory import Buffer
-from .uri import SCHEMES, DeviceUri, open_device, parse
+from .uri import SCHEMES, DeviceUri, open_device, open_parsed, parse
 
 __all__ = [
     "SCHEMES",
@@ -20,5 +20,6 @@ __all__ = [
     "LoadedProgram",
     "OutOfDeviceMemory",
     "open_device",
+    "open_parsed",
     "parse",
 ]

@@ -57,7 +57,8 @@ def _size(text: str) -> int:
 
 
 def parse(text: str) -> DeviceUri:
-    """Read a URI ``SCHEME:CORE[?memory=SIZE&latency=N&refresh=INTERVAL&wave=PATH]``.
+    """Read a URI ``SCHEME:CORE[?memory=SIZE&latency=N&refresh=INTERVAL&without=FEATURE&wave=PATH]``; ``without`` may be
+    given again, for the core as it is without a feature.
 
     Raises :class:`DeviceNotFound` naming what is unknown and what there is.
     """
@@ -79,11 +80,14 @@ def parse(text: str) -> DeviceUri:
                 timing = MemoryTiming(int(value), timing.refresh_interval, timing.refresh_cycles)
             elif key == "refresh":
                 timing = MemoryTiming(timing.latency, int(value), timing.refresh_cycles)
+            elif key == "without":
+                config = _without(text, config, value)
             elif key == "wave" and scheme == "rtl" and value:
                 wave = value
             else:
                 raise DeviceNotFound(
-                    f"device '{text}': unknown option '{key}'; options are memory, latency, refresh, and wave for rtl"
+                    f"device '{text}': unknown option '{key}'; options are memory, latency, refresh, without, and "
+                    "wave for rtl"
                 )
         except ValueError:
             raise DeviceNotFound(
@@ -91,6 +95,15 @@ def parse(text: str) -> DeviceUri:
                 "refresh=780"
             ) from None
     return DeviceUri(scheme, config, memory, timing, wave)
+
+
+def _without(text: str, config: CoreConfig, feature: str) -> CoreConfig:
+    """The core without a feature that it has."""
+    there = [name for name in config.feature_names() if getattr(config, name)]
+    if feature not in there:
+        has = f"it has {', '.join(there)}" if there else "it has none"
+        raise DeviceNotFound(f"device '{text}': core '{config.name}' has no feature '{feature}'; {has}")
+    return config.replace(**{feature: False})
 
 
 def open_device(
@@ -105,4 +118,9 @@ def open_device(
     parsed = parse(uri)
     if wave is not None:
         parsed = dataclasses.replace(parsed, wave=wave, window=window)
-    return Device(SCHEMES[parsed.scheme][0](parsed, progress), uri)
+    return open_parsed(parsed, uri, progress)
+
+
+def open_parsed(parsed: DeviceUri, name: str, progress: Progress = None) -> Device:
+    """The device that a parsed URI stands for, called ``name`` in messages; raises as :func:`open_device` does."""
+    return Device(SCHEMES[parsed.scheme][0](parsed, progress), name)

@@ -18,6 +18,13 @@ def test_a_uri_names_scheme_core_and_options() -> None:
     assert (uri.timing.latency, uri.timing.refresh_interval) == (7, 0)
 
 
+def test_a_core_can_lack_a_feature() -> None:
+    config = parse("fast:tiny?without=packed&without=selection").config
+    assert config == preset("tiny").replace(packed=False, selection=False)
+    with open_device("fast:tiny?without=zero_skipping") as device:
+        assert device.config == preset("tiny").replace(zero_skipping=False)
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
@@ -27,6 +34,9 @@ def test_a_uri_names_scheme_core_and_options() -> None:
         ("rtl:tiny?memory=lots", "'lots' is no value for memory"),
         ("rtl:tiny?memory=9G", "'9G' is no value for memory"),
         ("rtl:tiny?colour=red", "unknown option 'colour'"),
+        ("fast:tiny?without=wings", "core 'tiny' has no feature 'wings'; it has packed, selection, zero_skipping"),
+        ("fast:ulx3s?without=packed", "core 'ulx3s' has no feature 'packed'; it has none"),
+        ("fast:tiny?without=packed&without=packed", "core 'tiny' has no feature 'packed'; it has selection"),
         ("fast:tiny?wave=x.fst", "unknown option 'wave'"),
     ],
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from lockstep_driver import Counters, Device, DeviceUri, open_device, parse
+from lockstep_driver import Counters, Device, DeviceUri, open_parsed, parse
 from lockstep_hls.toolchain import Progress
 from lockstep_isa.config import CoreConfig
 
@@ -219,13 +219,11 @@ class Bench:
         known = self._open.get(scheme)
         if known is not None and known.memory_bytes >= least:
             return known
-        timing = self.parsed.timing
-        options = f"memory={least >> 20}M&latency={timing.latency}&refresh={timing.refresh_interval}"
-        if scheme == "rtl" and self.parsed.wave:
-            options += f"&wave={self.parsed.wave}"
+        wave = self.parsed.wave if scheme == "rtl" else None
+        wanted = replace(self.parsed, scheme=scheme, memory_bytes=least, wave=wave)
         if known is not None:
             self._open.pop(scheme).close()
-        self._open[scheme] = open_device(f"{scheme}:{self.config.name}?{options}", self.progress)
+        self._open[scheme] = open_parsed(wanted, self.uri, self.progress)
         return self._open[scheme]
 
 
