@@ -52,13 +52,12 @@ class ZeroWords(wiring.Component):
         begins, ends = Signal(reset_less=True), Signal(reset_less=True)  # of a word: these are its first, last lanes
         busy = [Signal(rows, name=f"busy{n}", reset_less=True) for n in range(banks)]
         mask = self.write.mask
-        m.d.sync += [
-            *(enable.eq(self.write.enable), address.eq(self.write.address)),
-            *(begins.eq(mask[0]), ends.eq(mask[-1])),
-        ]
-        for n, lanes in enumerate(busy):
-            word = self.write.data.word_select(n, 8 * rows)
-            m.d.sync += lanes.eq(Cat(word.word_select(r, 8).any() & mask[r] for r in range(rows)))
+        m.d.sync += enable.eq(self.write.enable)
+        with m.If(self.write.enable.any()):
+            m.d.sync += [address.eq(self.write.address), begins.eq(mask[0]), ends.eq(mask[-1])]
+            for n, lanes in enumerate(busy):
+                word = self.write.data.word_select(n, 8 * rows)
+                m.d.sync += lanes.eq(Cat(word.word_select(r, 8).any() & mask[r] for r in range(rows)))
 
         # Cycle 1: the bits. Only VECTOR writes in parts, so LOAD may come between two of them.
         so_far = Signal(reset_less=True)

@@ -82,7 +82,9 @@ class ChunkFinder(wiring.Component):
         # Cycle 1: the answer.
         looked, end = Signal(), Signal()
         zeros = Signal(chunk_bits(self.config))
-        m.d.sync += [looked.eq(asks), end.eq(ends)]
+        m.d.sync += looked.eq(asks)
+        with m.If(asks):
+            m.d.sync += end.eq(ends)
         m.d.comb += [
             self.skipped.eq(looked & ~end & self.read.zero),
             queue.w_en.eq(looked & ~self.skipped),
