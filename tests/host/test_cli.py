@@ -213,7 +213,9 @@ def test_disasm_shows_what_a_run_must_give(cli: Command, tmp_path: Path) -> None
     out = cli("disasm", path).out
     assert "; operand 1 context: 0 to 512\n" in out
     assert "words=1+context" in out
-    assert cli("disasm", path, "--json").json["operands"] == [{"name": "context", "least": 0, "greatest": 512}]
+    assert cli("disasm", path, "--json").json["operands"] == [
+        {"name": "context", "least": 0, "greatest": 512, "step": 1}
+    ]
 
 
 def test_synth_shows_resources_and_clock(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ def run(
 ) -> None:
     """Run a model or a program on one device and show what its counters say.
 
-    Without a text, a model runs on a random input. Weights that a program file does not hold are zeros.
+    Without a text, a model runs on a random input. Weights that a program file does not hold are zeros; a core that
+    passes over those takes fewer cycles than with a model's own, so compile and run for CORE?without=zero_skipping.
     """
     require_core(device)
     check_texts(texts or [])
