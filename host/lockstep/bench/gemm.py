@@ -106,7 +106,8 @@ class _Writer:
             while ahead < min(number + AHEAD, len(order)):
                 self.fetch(order[ahead])
                 ahead += 1
-                if ahead == 2 or len(order) == 1:
+                # Nobody needs them before a sum is complete, and what the array needs next should come first.
+                if order[ahead - 1].depth.end == self.k and ahead >= min(2, len(order)):
                     self.fetch_scales()
             self.compute(box)
         return self.builder.finish()

@@ -1,9 +1,10 @@
 """The order in which a matrix product is computed: boxes of panels, and what each needs from memory.
 
 The array eats one word from each side a cycle, and the bus brings one word in all. So a product begins on a small
-block of tiles, whose panels come in pieces of depth: n x n tiles use each word n times, and the array starts when the
-first pieces are there instead of the first panels. From there the block grows by a panel at a time, on the shorter
-side, and each new panel meets all of the other side: one word from memory then feeds many cycles of the array.
+block of tiles, whose panels come in pieces of depth: high x wide tiles use a word of one side as often as the other
+side has panels, and the array starts when the first pieces are there instead of the first panels. From there the block
+grows by a panel at a time, on the shorter side, and each new panel meets all of the other side: one word from memory
+then feeds many cycles of the array.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from lockstep_isa.config import CoreConfig
 
 from lockstep.compiler.packing import Packing
 
+from .limits import ceil_div
+
 #: Deepest sums that may be cut: partial sums of int8 products up to 2^24 are exact in fp32, and so is their sum.
 EXACT_DEPTH = 1024
-#: The array's time for the first block over the bus's for its panels: 3 x 3 tiles of dense operands have that.
-OPENING = 1.5
+#: The array's time for the first block over the bus's for its panels; the bus is slower with pieces than with panels.
+OPENING = 1.25
 #: Most tiles on a side of the first block.
 MOST_OPENING = 6
-#: Steps in the pieces of the first block, of dense and of packed weights: fewer, and the vector unit adds pieces slower
-#: than they come.
-PIECE, PACKED_PIECE = 32, 24
+#: Steps in the first piece of the first block, and how much longer each further one is: the vector unit adds pieces of
+#: as many steps as a tile has columns no faster than they come, and later ones should let it catch up.
+PIECE, LONGER = 16, 1.1
+#: Row panels whose last pieces are one box: their results can leave, and a packed product costs start-up cycles.
+LEAVING = 2
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,7 @@ def boxes(config: CoreConfig, m: int, n: int, k: int, form: Packing | None = Non
     steps = k // form.rate
     stored = config.columns * (config.beats_per_vector_word + 2)
     # Where results leave more slowly than they are made, the first one should come soon.
-    side = min(MOST_OPENING, int(OPENING * (k + form.words) / steps)) if steps > stored else 1
-    high, wide = min(side, m), min(side, n)
+    high, wide = _first_block(m, n, k, form) if steps > stored else (1, 1)
     yield from _opening(config, high, wide, k, form)
     growth: list[Box] = []
     while high < m or wide < n:
@@ -73,16 +77,49 @@ def boxes(config: CoreConfig, m: int, n: int, k: int, form: Packing | None = Non
         yield from _ending(growth[-1], form, starved, fine=steps > stored)
 
 
+def _first_block(m: int, n: int, k: int, form: Packing) -> tuple[int, int]:
+    """Row and column panels of the first block: no more than keep the array longer than the bus, by the side that
+    gains more.
+    """
+
+    def gain(block: tuple[int, int]) -> float:
+        high, wide = block
+        return high * wide * (k // form.rate) / (high * k + wide * form.words)
+
+    block = 1, 1
+    while gain(block) < OPENING:
+        high, wide = block
+        larger = [(high + 1, wide)] * (high < min(m, MOST_OPENING)) + [(high, wide + 1)] * (wide < min(n, MOST_OPENING))
+        # Behind the last product come its drain and its store, so a part is left that can end in small boxes.
+        larger = [block for block in larger if block != (m, n)]
+        if not larger:
+            break
+        block = max(larger, key=lambda block: (gain(block), block))
+    return block
+
+
 def _opening(config: CoreConfig, high: int, wide: int, k: int, form: Packing) -> Iterator[Box]:
-    """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
-    least = max(PIECE if form.rate == 1 else PACKED_PIECE, config.rows) * form.rate
-    ends = _cuts(k, k // least, form.unit) if k <= EXACT_DEPTH and k >= 2 * least else [k]
+    """The first block: piece by piece of its depth, and the last piece a few rows at a time, so that results can
+    leave.
+    """
     begin = 0
-    for end in ends[:-1]:
+    for end in _pieces(config, wide, k, form) if k <= EXACT_DEPTH else ():
         yield Box(Span(0, high), Span(0, wide), Span(begin, end))
         begin = end
-    for row in range(high):
-        yield Box(Span(row, row + 1), Span(0, wide), Span(begin, k))
+    for row in range(0, high, LEAVING):
+        yield Box(Span(row, min(high, row + LEAVING)), Span(0, wide), Span(begin, k))
+
+
+def _pieces(config: CoreConfig, wide: int, k: int, form: Packing) -> list[int]:
+    """The ends of all pieces of the first block's depth but the last one."""
+    # A pass of the vector unit has a start that a single tile does not hide.
+    least = max(PIECE, config.rows) * form.rate * (2 if wide == 1 else 1)
+    ends, begin, size = [], 0, float(least)
+    while k - begin >= size + least:
+        begin += ceil_div(int(size), form.unit) * form.unit
+        ends.append(begin)
+        size *= LONGER
+    return ends
 
 
 def _cuts(total: int, count: int, unit: int) -> list[int]:
