@@ -79,6 +79,36 @@ def test_queries_may_see_what_comes_later(pattern: str) -> None:
     check(BlockSparse(mask, 64, 8, 192, causal=False))
 
 
+@pytest.mark.parametrize("device", ["fast:tiny", "fast:laptop?without=zero_skipping"])
+@pytest.mark.parametrize(("density", "seed"), [(0.0, 0), (0.15, 1), (0.5, 2)])
+def test_any_mask_has_the_bits_of_golden(density: float, seed: int, device: str) -> None:
+    mask = np.random.default_rng(seed).random((3, 6, 6)) < density
+    mask[1] &= seed != 1
+    work = BlockSparse(mask, 16, 20, 16)
+    head, block = work.empty[0]
+    assert not masked(work, random_operands(3, work.tokens, 20))[head, block * 16].any()
+    check(work, device)
+
+
+def test_what_comes_after_a_query_is_not_seen() -> None:
+    mask = np.random.default_rng(0).random((2, 5, 5)) < 0.7
+    assert np.triu(mask, 1).any()
+    work = BlockSparse(mask, 64, 16, 320)
+    assert (work.mask == np.tril(mask)).all()
+    assert BlockSparse(mask, 64, 16, 320, causal=False).kept == mask.sum()
+    check(work)
+
+
+def test_zeros_are_stored_while_the_array_is_busy() -> None:
+    """Of 2,048 tokens about half of the query blocks keep nothing; their zeros cost no time of their own."""
+    mask = pattern_mask("random:0.3", 4, 32, True, 0)
+    mask[:, ::2] = False
+    work = BlockSparse(mask, 64, 64, 2048)
+    with open_device("fast:laptop") as device:
+        cycles = run_attention(device, work, random_operands(4, 2048, 64)).counters.cycles
+    assert cycles <= 1.06 * sparse_limit(LAPTOP, work).cycles  # 1.15 where they all come first, or last
+
+
 @pytest.mark.parametrize("head_dim", [1, 3, 30])
 def test_heads_need_not_fill_panels(head_dim: int) -> None:
     check(BlockSparse(uneven(3), 16, head_dim, 16))
@@ -219,36 +249,26 @@ def test_mistakes_in_masks_are_named() -> None:
         with pytest.raises(BlockMaskError, match=match):
             strips(LAPTOP, dataclasses.replace(good, **changes))  # type: ignore[arg-type]
 
-    future, empty = good.mask.copy(), good.mask.copy()
-    future[1, 2, 3] = True
-    empty[0, 3] = False
-    refused("head 1, query block 2 keeps key block 3", mask=future)
-    refused("head 0, query block 3 keeps no key block; ", mask=empty)
     refused("of uint8", mask=good.mask.astype(np.uint8))
     refused(r"not \[4, 4\]", mask=good.mask[0])
     refused(r"not \[2, 4, 3\]", mask=good.mask[:, :, :3])
     refused("100 tokens are no multiple of the 16 rows of core 'laptop'", block=100, tile=100)
     refused("no whole number of blocks of 64", tile=100)
     refused("multiple of 64 keys", block=32, tile=64)
-    future[:, :, 3] = True
-    refused(r"\(and so for 5 more\)", mask=future)
-    with pytest.raises(BlockMaskError, match="block 0 keeps key block 3"):
-        dataclasses.replace(good, mask=future)
-    assert dataclasses.replace(good, mask=future, causal=False).kept == 20 + 6
 
 
 def test_files_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "mask.npy"
     np.save(file, dense_mask(2, 4, True))
-    assert read_mask(file, None, None, True).sum() == 20
+    assert read_mask(file, None, None).sum() == 20
     with pytest.raises(BenchError, match="has 2 heads, --heads ask for 3"):
-        read_mask(file, 3, None, True)
+        read_mask(file, 3, None)
     with pytest.raises(BenchError, match="has 4 blocks of tokens"):
-        read_mask(file, None, 5, True)
+        read_mask(file, None, 5)
     (tmp_path / "no.npy").write_text("no array")
     for name in ("no.npy", "missing.npy"):
         with pytest.raises(BenchError, match=f"{name} is no array of NumPy"):
-            read_mask(tmp_path / name, None, None, True)
+            read_mask(tmp_path / name, None, None)
 
 
 # --- The command ----------------------------------------------------------------------------------------------------

@@ -126,8 +126,9 @@ def block_slots(config: CoreConfig, block: int, head_dim: int) -> int:
 def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
     """The multiply-accumulates of the kept blocks over the array, or the bytes over the bus: whichever takes longer.
 
-    Keys and values count once, if any query keeps them: a core with endless memory would read them once. Where the core
-    passes over zeros, probabilities above the diagonal do not count; others that come out as 0 do.
+    Queries count if they keep any key, keys and values count once, if any query keeps them: a core with endless memory
+    would read them once. Where the core passes over zeros, probabilities above the diagonal do not count; others that
+    come out as 0 do.
     """
     block, d = work.block, work.head_dim
     each = block_slots(config, block, d)
@@ -136,7 +137,8 @@ def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
     zeros = tiles * (tiles - 1) // 2 * ceil_div(d, config.columns) * config.rows
     slots = work.kept * each - diagonal * zeros
     subtracted = f" - {diagonal:,} * {zeros:,}" if diagonal else ""
-    read = work.heads * work.tokens * (d + 4) + int(work.mask.any(axis=1).sum()) * block * 2 * (d + 4)
+    queries, keys = (int(work.mask.any(axis=axis).sum()) * block for axis in (2, 1))
+    read = (queries + 2 * keys) * (d + 4)
     written = work.heads * work.tokens * d * 4
     beats = ceil_div(read + written, config.bus_bytes)
     return Limit(
@@ -156,7 +158,7 @@ def run(sizes: SparseAttentionSizes, bench: Bench) -> Iterator[Measurement]:
 
         yield from run_selection(sizes, sizes.select, bench)
         return
-    work = _work(sizes)
+    work = _work(sizes, bench)
     shape = (work.heads, work.tokens, work.head_dim)
     bench.say(f"golden attention of {work.heads} heads, {work.tokens} tokens")
     operands = random_operands(*shape, sizes.seed)
@@ -211,7 +213,7 @@ def _measure(
     )
 
 
-def _work(sizes: SparseAttentionSizes) -> BlockSparse:
+def _work(sizes: SparseAttentionSizes, bench: Bench) -> BlockSparse:
     """The attention that was asked for; raises :class:`BenchError` and what :class:`BlockSparse` raises."""
     if sizes.block < 1:
         raise BenchError(f"blocks of {sizes.block} tokens hold nothing; give --block a multiple of the core's rows")
@@ -224,7 +226,10 @@ def _work(sizes: SparseAttentionSizes) -> BlockSparse:
     mask: BlockMask
     if sizes.mask is not None:
         blocks = None if sizes.seq is None else sizes.seq // sizes.block
-        mask = read_mask(sizes.mask, sizes.heads, blocks, sizes.causal)
+        mask = read_mask(sizes.mask, sizes.heads, blocks)
+        hidden = int(np.triu(mask, 1).sum()) if sizes.causal else 0
+        if hidden:
+            bench.say(f"{hidden:,} blocks of {sizes.mask} come after their queries, which do not see them")
     else:
         blocks = (sizes.seq or ceil_div(TOKENS, sizes.block) * sizes.block) // sizes.block
         mask = pattern_mask(sizes.pattern, sizes.heads or HEADS, blocks, sizes.causal, sizes.seed)

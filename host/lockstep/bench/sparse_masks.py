@@ -17,9 +17,9 @@ BlockMask = NDArray[np.bool_]
 PATTERNS = "causal, window:W, sinks:S+window:W with W and S in blocks, and random:DENSITY from 0 to 1"
 
 
-def read_mask(file: Path, heads: int | None, blocks: int | None, causal: bool) -> BlockMask:
+def read_mask(file: Path, heads: int | None, blocks: int | None) -> BlockMask:
     """bool[heads, query blocks, key blocks] of a file of NumPy; raises :class:`BenchError`, also where its sizes are
-    not those that were asked for, and :class:`BlockMaskError` as :func:`check_mask` does.
+    not those that were asked for, and :class:`BlockMaskError` for what is no mask.
     """
     try:
         mask = np.load(file, allow_pickle=False)
@@ -27,7 +27,7 @@ def read_mask(file: Path, heads: int | None, blocks: int | None, causal: bool) -
         raise BenchError(f"{file} is no array of NumPy: {error}; write it with numpy.save") from None
     if not isinstance(mask, np.ndarray):
         raise BenchError(f"{file} holds several arrays; write one with numpy.save")
-    check_mask(mask, causal)
+    check_mask(mask)
     for name, option, asked, found in (
         ("heads", "--heads", heads, mask.shape[0]),
         ("blocks of tokens", "--seq and --block", blocks, mask.shape[1]),

@@ -42,7 +42,9 @@ class BlockSparse:
 
     Attributes
     ----------
-    mask : bool[heads, query blocks, key blocks], as many of the one as of the other; True is kept.
+    mask : bool[heads, query blocks, key blocks], as many of the one as of the other; True is kept. Blocks above the
+    diagonal of causal attention hold no key that is seen, so they are left out. Where a query block keeps no block, its
+    results are +0.
     block : tokens of a block. head_dim : features of a head. tile : keys per tile of the stream, counted from the first
     key whether kept or not; part of the result. causal : a query sees keys up to its own position.
 
@@ -56,7 +58,8 @@ class BlockSparse:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        check_mask(self.mask, self.causal)
+        check_mask(self.mask)
+        object.__setattr__(self, "mask", self.mask & dense_mask(len(self.mask), self.mask.shape[1], self.causal))
         if self.block < 1 or self.head_dim < 1:
             raise BlockMaskError(f"blocks of {self.block} tokens and heads of {self.head_dim} features hold nothing")
         if self.tile < 1 or self.tile % self.block or self.tile > MAX_TILE:
@@ -92,6 +95,11 @@ class BlockSparse:
         """Kept blocks over those of dense attention."""
         return self.kept / self.dense.kept
 
+    @property
+    def empty(self) -> list[tuple[int, int]]:
+        """(head, query block) of those that keep nothing."""
+        return [(int(head), int(block)) for head, block in np.argwhere(~self.mask.any(axis=2))]
+
     def seen(self, head: int) -> NDArray[np.bool_]:
         """Which keys each query of a head sees: bool[tokens, tokens]."""
         ones = np.ones((self.block, self.block), np.bool_)
@@ -112,32 +120,14 @@ def default_tile(block: int, tokens: int) -> int:
     return max(1, min(tokens, LONGEST_TILE) // block) * block
 
 
-def check_mask(mask: NDArray[np.generic], causal: bool) -> None:
-    """Raise :class:`BlockMaskError` for what is no mask, for a query block with no key, for a block of the future."""
+def check_mask(mask: NDArray[np.generic]) -> None:
+    """Raise :class:`BlockMaskError` for what is no mask."""
     if mask.dtype != np.bool_:
         raise BlockMaskError(f"a mask is bool[heads, query blocks, key blocks], this one is of {mask.dtype}")
     if mask.ndim != 3 or 0 in mask.shape or mask.shape[1] != mask.shape[2]:
         raise BlockMaskError(
             f"a mask is bool[heads, query blocks, key blocks] with as many query as key blocks, not {list(mask.shape)}"
         )
-    future = np.argwhere(np.triu(mask, 1)) if causal else np.empty((0, 3), int)
-    if len(future):
-        head, query, key = future[0]
-        raise BlockMaskError(
-            f"head {head}, query block {query} keeps key block {key}, which comes after it{_others(len(future) - 1)}; "
-            "in causal attention a mask keeps nothing above its diagonal"
-        )
-    empty = np.argwhere(~mask.any(axis=2))
-    if len(empty):
-        head, query = empty[0]
-        raise BlockMaskError(
-            f"head {head}, query block {query} keeps no key block{_others(len(empty) - 1)}; a softmax needs a key, so "
-            "keep at least the diagonal"
-        )
-
-
-def _others(count: int) -> str:
-    return f" (and so for {count} more)" if count else ""
 
 
 @dataclass(frozen=True)
@@ -166,7 +156,8 @@ class Room:
     Attributes
     ----------
     queries : ACTIVATION words of the queries of a block. probabilities : ACTIVATION words. scores : VECTOR words.
-    out : VECTOR words of the results of a block. operands : WEIGHT words of keys or values that one product takes.
+    out : VECTOR words of the results of a block, of which there are ``PARTS``, and one more of zeros for query blocks
+    that keep nothing, if there are any. operands : WEIGHT words of keys or values that one product takes.
     """
 
     queries: int
@@ -198,14 +189,14 @@ def room(config: CoreConfig, work: BlockSparse) -> Room:
     return Room(
         own,
         (config.activation_words - PARTS * own) // 2,
-        config.vector_words - PARTS * own,
+        config.vector_words - (PARTS + bool(work.empty)) * own,
         own,
         operands,
     )
 
 
 def strips(config: CoreConfig, work: BlockSparse) -> list[Strip]:
-    """All rows of all heads, those with the most keys first.
+    """All rows of all heads that see a key, those with the most keys first.
 
     A softmax stands beside the products of the strip before it: where both have about as many keys, neither unit waits
     for the other, however uneven the heads are. And behind the last strip, the shortest, there is little left to do.
@@ -215,6 +206,8 @@ def strips(config: CoreConfig, work: BlockSparse) -> list[Strip]:
     space, row_tiles, found = room(config, work), work.block // config.rows, []
     for head, rows in enumerate(work.mask):
         for query, kept in enumerate(rows):
+            if not kept.any():
+                continue
             sections = _sections(np.flatnonzero(kept).tolist(), work.tile // work.block)
             keys = max(len(section) for section in sections) * work.block
             tiles = min(row_tiles, space.probabilities // keys, space.scores // keys)

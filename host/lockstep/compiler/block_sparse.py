@@ -38,6 +38,7 @@ from lockstep_isa.program import Program
 
 from .allocation import Pieces
 from .block_mask import AHEAD, PARTS, QUARTERS, BlockSparse, Strip, room, runs, strips
+from .empty_blocks import EmptyBlocks
 from .passes import RECIPROCAL, SLOTS, Softmax, scaling
 
 #: Strips whose scales of queries are made ready by one short pass.
@@ -113,7 +114,11 @@ class BlockSparseLowering:
         self.rows, self.d = config.rows, work.head_dim
         self.groups, self.row_tiles = -(-self.d // self.rows), work.block // self.rows
         self.steps = 0
-        most = max(len(section) for strip in self.strips for section in strip.sections)
+        zeros = self.space.scores + PARTS * self.space.out
+        self.empty = EmptyBlocks(self.builder, work, self.row_tiles, zeros, places.out)
+        # Blocks of strips that are done, times their row tiles.
+        self.worked = 0
+        most = max((len(section) for strip in self.strips for section in strip.sections), default=1)
         self.most_blocks = max(1, min(most, self.space.operands // (self.row_tiles * self.d)))
         words = Pieces("PARAMETER", 0, config.parameter_words)
         self.key_scales = words.take(QUARTERS * self.most_blocks * self.row_tiles)
@@ -136,6 +141,7 @@ class BlockSparseLowering:
                 address=self.places.tables[name],
                 local=SLOTS[name] * TABLE_ENTRIES,
             )
+        self.empty.begin()
         steps = list(self._steps())
         for step in steps[:AHEAD]:
             step.load()
@@ -151,7 +157,9 @@ class BlockSparseLowering:
             for before in steps[drained:n]:
                 before.drain()
             drained = max(drained, n)
-        steps[-1].drain()
+        for step in steps[-1:]:
+            step.drain()
+        self.empty.store(1, 1)
         return self.builder.finish()
 
     # --- The order of steps ------------------------------------------------------------------------------------
@@ -163,8 +171,8 @@ class BlockSparseLowering:
             if before is not None:
                 yield from self._value_steps(*before)
             before = turn, softened
-        assert before is not None
-        yield from self._value_steps(*before)
+        if before is not None:
+            yield from self._value_steps(*before)
 
     def _turns(self) -> Iterator[_Turn]:
         number = 0
@@ -470,6 +478,8 @@ class BlockSparseLowering:
             address=self.places.out + self._tokens(turn.strip) * self.d * 4,
             local=out,
         )
+        self.worked += turn.strip.kept * tiles
+        self.empty.store(self.worked, self.work.kept * self.row_tiles)
 
     # --- Passes ------------------------------------------------------------------------------------------------------
 
