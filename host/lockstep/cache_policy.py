@@ -90,30 +90,30 @@ def asked_policy(
     eviction = asked_eviction(evict, keep)
     if cache_bits is not None and cache_bits not in BITS:
         raise InputError(f"{cache_bits!r} is no number of bits for keys and values; give {' or '.join(map(str, BITS))}")
-    if cache_bits == 4:
-        if eviction is not None:
-            raise InputError("two tokens of a cache of 4 bits share a byte, so none is given up; give keep or 4 bits")
-        if select is not None:
-            raise InputError("keys of 4 bits cannot be chosen from; give select or 4 bits")
-        return CachePolicy(bits=4)
+    bits = WHOLE.bits if cache_bits is None else cache_bits
     if select is None:
-        return CachePolicy(eviction)
+        return CachePolicy(eviction, bits=bits)
     if eviction is not None:
         raise InputError("keys are either given up (keep) or chosen anew for each token (select); give one of them")
-    return CachePolicy(selector=selector(str(select)))
+    return CachePolicy(selector=selector(str(select)), bits=bits)
 
 
 def hosted(policy: CachePolicy) -> tuple[tuple[str, str], ...]:
     """What runs on the host where a model runs on a core, with the reason."""
-    if policy.selector is None or isinstance(policy.selector, Blocks):
-        return ()
-    return (("attention", f"cores choose blocks of keys, not by {policy.selector}"),)
+    chosen, reason = policy.selector, None
+    if chosen is not None and not (isinstance(chosen, Blocks) and chosen.block == Blocks.block):
+        reason = f"cores choose blocks of {Blocks.block} keys, not by {chosen}"
+    elif chosen is not None and policy.bits == 4:
+        reason = "cores make sketches of keys of 8 bits, not of 4"
+    elif policy.eviction is not None and policy.bits == 4:
+        reason = "cores give up no token of a cache of 4 bits, in which two share a byte"
+    return () if reason is None else (("attention", reason),)
 
 
 def check_policy(graph: Graph, policy: CachePolicy) -> None:
     """Raise :class:`ModelError` where the attention of ``graph`` cannot be treated so."""
     if policy.bits == 4:
-        _check_int4(graph, policy)
+        _check_int4(graph)
     if policy.eviction is not None:
         check_eviction(graph, policy.eviction)
     if policy.selector is None:
@@ -130,11 +130,7 @@ def check_policy(graph: Graph, policy: CachePolicy) -> None:
             )
 
 
-def _check_int4(graph: Graph, policy: CachePolicy) -> None:
-    if policy.eviction is not None:
-        raise ModelError("two tokens of a cache of 4 bits share a byte, so none of them can be given up")
-    if policy.selector is not None:
-        raise ModelError("keys of 4 bits cannot be chosen from; a sketch is made of those of 8")
+def _check_int4(graph: Graph) -> None:
     for node in graph.of(Attention):
         if node.head_dim % GROUP:
             raise ModelError(

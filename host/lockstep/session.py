@@ -148,7 +148,8 @@ class HostSession:
         self._ids = np.zeros(capacity, self._input.dtype)
         held = self.slots.held
         self._caches = {node.value: (_Cache(node, held), _Cache(node, held)) for node in graph.of(Attention)}
-        self._importance = np.zeros((0, 0), np.float32)
+        #: float32[tokens, slots seen]: what each token of the piece at hand gave to keys, if that is asked for.
+        self.importance = np.zeros((0, 0), np.float32)
 
     def extend(self, token_ids: np.ndarray, logits: Logits = "last") -> np.ndarray:
         ids = checked_ids(self, self._graph, token_ids)
@@ -165,15 +166,19 @@ class HostSession:
 
     def _extend(self, piece: Piece, logits: Logits) -> np.ndarray:
         """The logits of new tokens that share a turn."""
-        self._importance = np.zeros((piece.count, piece.seen), np.float32)
+        self.begin(piece)
         values: dict[Value, Any] = {}
         for step in self._plans[logits]:
             values[step.node.value] = self._run(step, values, piece)
             for value in step.drop:
                 del values[value]
         if self.slots.weighs:
-            self.slots.credit(self._importance)
+            self.slots.credit(self.importance)
         return values[self._graph.output]
+
+    def begin(self, piece: Piece) -> None:
+        """New tokens come, whose attentions follow one behind the other."""
+        self.importance = np.zeros((piece.count, piece.seen), np.float32)
 
     def truncate(self, length: int) -> None:
         self.slots.check_truncation(self.length, length)
@@ -221,7 +226,7 @@ class HostSession:
         if self.slots.weighs:
             shown = visible(positions, seen, causal=True)
             weights = key_importance(q, shown, *keys, held[1], scale=node.scale)
-            self._importance = add(self._importance, weights)
+            self.importance = add(self.importance, weights)
         if self._selector is not None:
             shown = visible(positions, seen, node.causal, node.window)
             found, _ = attention_selected(

@@ -199,7 +199,7 @@ def test_a_report_counts_what_a_core_did(folder: Path) -> None:
 def test_a_report_says_what_the_host_runs_for_a_core(folder: Path) -> None:
     with lockstep.load(folder, device="fast:tiny") as loaded:
         report = loaded.generate(PROMPT, max_new_tokens=3, select="sinks:6").report
-    assert report.hosted == (("attention", "cores choose blocks of keys, not by Sinks(first=4, last=2)"),)
+    assert report.hosted == (("attention", "cores choose blocks of 16 keys, not by Sinks(first=4, last=2)"),)
     assert "on the host: attention (cores choose" in str(report)
     assert report.as_dict()["hosted"][0]["part"] == "attention"
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 from lockstep.bench.decode import random_cache
 from lockstep.bench.random_models import LlamaShape, llama_graph, random_weights
-from lockstep.cache_policy import CachePolicy, asked_policy
+from lockstep.cache_policy import CachePolicy, asked_policy, hosted
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.errors import InputError, ModelError
-from lockstep.eviction import Streaming
 from lockstep.graph import Graph
 from lockstep.model import HostExecutor
 from lockstep.native import NativeExecutor
@@ -20,7 +20,6 @@ from lockstep_driver import open_device
 from lockstep_hls import kernels
 from lockstep_isa import int4_cache, operations
 from lockstep_isa.int4_cache import LevelError
-from lockstep_isa.selectors import Blocks
 from lockstep_isa.weights import expand
 from support import assert_same_bits
 
@@ -136,23 +135,32 @@ def test_rows_that_are_no_numbers_become_zeros() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"cache_bits": 5}, "5 is no number of bits for keys and values; give 8 or 4"),
-        ({"cache_bits": 4, "keep": 20}, "two tokens of a cache of 4 bits share a byte"),
-        ({"cache_bits": 4, "select": 32}, "keys of 4 bits cannot be chosen from"),
-    ],
+    "asked", [{"keep": 20, "evict": "h2o"}, {"keep": 20}, {"select": 32}, {"select": "sanger:0.02"}]
 )
-def test_what_does_not_go_with_4_bits_is_refused(asked: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        asked_policy(**asked)  # type: ignore[arg-type]
+def test_what_no_core_does_with_4_bits_has_the_same_bits_on_the_host(asked: dict[str, Any]) -> None:
+    model, policy = graph("one tile"), asked_policy(**asked, cache_bits=4)
+    wanted = HostExecutor(operations).open_session(model, TOKENS, policy).extend(IDS, "all")
+    for other in (asked_policy(**asked), INT4):
+        found = HostSession(model, TOKENS, kernels, other).extend(IDS, "all")
+        assert not (found == wanted).all(axis=1)[-10:].any()
+    assert_same_bits(in_pieces(HostSession(model, TOKENS, kernels, policy), (5, 23, 24)), wanted)
+    ((part, _),) = hosted(policy)
+    assert part == "attention"
+    # One of the cores has neither packed weights nor selection.
+    for core in ("tiny", "ulx3s"):
+        with open_device(f"fast:{core}") as device:
+            session = DeviceExecutor(device).open_session(model, TOKENS, policy)
+            assert_same_bits(in_pieces(session, (5, 23, 24)), wanted)
+
+
+def test_other_numbers_of_bits_are_refused() -> None:
+    with pytest.raises(InputError, match="5 is no number of bits for keys and values; give 8 or 4"):
+        asked_policy(cache_bits=5)
 
 
 @pytest.mark.parametrize(
     ("open_session", "message"),
     [
-        (lambda: HostSession(graph("one tile"), 9, kernels, CachePolicy(Streaming(5), bits=4)), "share a byte"),
-        (lambda: HostSession(graph("one tile"), 9, kernels, CachePolicy(None, Blocks(32), 4)), "cannot be chosen from"),
         (lambda: NativeExecutor().open_session(narrow(), 9, INT4), "heads of 16 features, which are no groups of 32"),
         (
             lambda: on_core("ulx3s", graph("one tile")),

@@ -16,7 +16,7 @@ from lockstep_isa import operations
 from lockstep_isa.int4_cache import quantise_keys, quantise_values
 from lockstep_isa.selectors import Blocks
 
-from lockstep.cache_policy import WHOLE, CachePolicy, asked_policy
+from lockstep.cache_policy import WHOLE, CachePolicy, asked_policy, hosted
 from lockstep.compiler.cache_form import CacheForm
 from lockstep.compiler.execute import DeviceExecutor
 from lockstep.compiler.sketch import BLOCK
@@ -136,6 +136,8 @@ def run(sizes: DecodeSizes, bench: Bench) -> Iterator[Measurement]:
 
 def _measure(name: str, graph: Graph, context: int, sizes: DecodeSizes, bench: Bench) -> Measurement:
     policy = asked_policy(sizes.evict, sizes.keep, sizes.select, sizes.cache_bits)
+    for part, reason in hosted(policy):
+        raise BenchError(f"{part} would run on the host, which has no cycles: {reason}; ask for one of them alone")
     kept = _most_kept(policy)
     if policy.bits == WHOLE.bits and (kept is None or kept >= context):
         return _token(name, graph, context, WHOLE, sizes, bench).token

@@ -12,7 +12,7 @@ from lockstep_hls import kernels
 from lockstep_isa.numerics import add
 from lockstep_isa.selectors import Blocks
 
-from lockstep.cache_policy import WHOLE, CachePolicy
+from lockstep.cache_policy import WHOLE, CachePolicy, hosted
 from lockstep.errors import ModelError
 from lockstep.eviction import Piece, Slots
 from lockstep.graph import Attention, Graph, Indices, Input, Linear, PositionBias, Value
@@ -43,8 +43,8 @@ class DeviceSession:
     Parameters
     ----------
     executor : holds the device and the parameters in its memory. graph : a causal language model, contract stage.
-    capacity : most tokens. policy : how its cache is treated. Attention whose selector no core has runs on the host,
-        and its cache lies there.
+    capacity : most tokens. policy : how its cache is treated. Attention that no core can treat so runs on the host, and
+        its cache lies there.
 
     Raises :class:`ModelError` for a graph that cannot be run piece by piece, :class:`OutOfDeviceMemory` and
     :class:`CapacityError` for what does not fit.
@@ -59,7 +59,8 @@ class DeviceSession:
             )
         self._executor, self._graph = executor, graph
         device = executor.device
-        if policy.eviction is not None and not device.config.selection:
+        on_host = bool(hosted(policy))
+        if policy.eviction is not None and not on_host and not device.config.selection:
             raise ModelError(
                 f"core '{device.config.name}' cannot replace a token in its cache: it lacks 'selection'; generate "
                 "without an eviction policy, or on another core"
@@ -70,16 +71,15 @@ class DeviceSession:
                 "append a single one to a cache; run causal models on a core with a bus of at most "
                 f"{device.config.rows} bytes"
             )
-        form = CacheForm(policy.bits)
+        form = INT8 if on_host else CacheForm(policy.bits)
         check_form(device.config, graph, form)
-        self._blocks, self._hosted = None, None
-        if isinstance(policy.selector, Blocks) and policy.selector.block == BLOCK:
+        self._blocks = None
+        self._hosted = HostSession(graph, capacity, kernels, policy) if on_host else None
+        if isinstance(policy.selector, Blocks) and not on_host:
             check_sketch(device.config, graph)
             check_tiles(graph, policy.selector)
             # Where all keys are kept, none are chosen.
             self._blocks = policy.selector if policy.selector.keys < capacity else None
-        elif policy.selector is not None:
-            self._hosted = HostSession(graph, capacity, kernels, policy)
         self._rows, self._form = device.config.rows, form
         self.capacity = capacity
         self.slots = Slots(capacity, policy.eviction)
@@ -99,7 +99,7 @@ class DeviceSession:
         self.length = 0
         self._closed = False
         try:
-            if self.slots.weighs:
+            if self.slots.weighs and self._hosted is None:
                 size = self._most * self._held * device.config.vector_word_bytes
                 for node in graph.of(Attention):
                     self._importance[node.value] = device.allocate(size)
@@ -170,8 +170,9 @@ class DeviceSession:
             self.slots.restore(length, len(given))
         if self._hosted is not None:
             self._hosted.restore(length, caches)
-        for value, rows in caches.items():
-            self._cache.write(value, rows)
+        else:
+            for value, rows in caches.items():
+                self._cache.write(value, rows)
         self.length = length
         if self._sketches is not None:
             self._sketches.truncate(0)
@@ -200,6 +201,8 @@ class DeviceSession:
         chooses = self._blocks is not None and piece.seen > self._blocks.keys
         if chooses and self._sketches is not None:
             self._sketches.make(piece.slot // BLOCK, self._executor.launch)
+        if self._hosted is not None:
+            self._hosted.begin(piece)
         for number, stage in enumerate(self._stages):
             for node in stage.host:
                 if isinstance(node, Input):
@@ -229,6 +232,8 @@ class DeviceSession:
 
     def _credit(self, piece: Piece, tiles: int) -> np.ndarray:
         """float32[count, seen]: the attention that the new tokens gave, over all layers in their order."""
+        if self._hosted is not None:
+            return self._hosted.importance
         lane, total = piece.slot % self._rows, np.zeros((piece.count, piece.seen), np.float32)
         for node in self._graph.of(Attention):
             words = self._importance[node.value].data.view(np.float32)
