@@ -60,6 +60,13 @@ def embed(
             help="Behind this layer, that share of its tokens stay, those with most attention; may be given again.",
         ),
     ] = None,
+    prune_heads: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER:SHARE",
+            help="Behind this layer, that share of all heads stay, those that say most; may be given again.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors."""
@@ -68,10 +75,11 @@ def embed(
 
     check_uri(device)
     check_texts(texts)
-    schedule = schedule_of(prune or [])
+    schedule, heads = schedule_of(prune or []), schedule_of(prune_heads or [])
     with Steps() as steps:
         loaded = open_model(model, steps)
-        loaded = loaded.pruned(schedule) if schedule else loaded
+        if schedule or heads:
+            loaded = loaded.pruned(schedule or None, heads=heads or None)
         tokens = [len(ids) for ids in loaded.tokenize(texts)]
         with executor(device, steps) as opened:
             steps(f"running on {device}")
@@ -85,6 +93,7 @@ def embed(
                 "texts": texts,
                 "tokens": tokens,
                 "pruned": schedule,
+                "pruned_heads": heads,
                 "features": int(vectors.shape[1]),
                 "embeddings": vectors.tolist(),
                 "cycles": cycles,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from lockstep_isa.config import CoreConfig
@@ -492,9 +492,13 @@ class StageCompiler:
             bias = (self.bindings[node.bias].address, self.bindings[node.bias].features)
             self.pending_reads[node.bias] -= 1
         shape = (node.heads, node.head_dim, node.scale)
-        lowering = AttentionLowering(self.low, q, k, v, *shape, into, absmax, node.kv_heads, bias)
+        lowering = self._lowering_of(node)(self.low, q, k, v, *shape, into, absmax, node.kv_heads, bias)
         lowering.emit(self.sequences, self._ready)
         self._ready = self.tiles
         for value, producer in producers.items():
             self._done(producer.quantised if isinstance(producer, Linear) else value)
         self._finish(node, into)
+
+    def _lowering_of(self, node: Attention) -> Callable[..., AttentionLowering]:
+        """What makes the lowering of an attention."""
+        return AttentionLowering

@@ -27,6 +27,7 @@ class Chunk:
     panels : panels of ``columns`` output channels each, the last one padded.
     weights : byte address of the WEIGHT words of its panels.
     parameters : byte address of ``panels`` PARAMETER words of scales, then as many of biases if there are any.
+    operand : a run-time operand that is added to both addresses; 0: none.
     """
 
     first: int
@@ -34,6 +35,7 @@ class Chunk:
     panels: int
     weights: int
     parameters: int
+    operand: int = 0
 
 
 @dataclass(frozen=True)
