@@ -157,8 +157,8 @@ class PresentHeadsLowering(AttentionLowering):
         for words in self.results:
             self.low.vectors.give(words)
 
-    def _begin(self, head: Head, ready: int) -> None:
-        super()._begin(head, ready)
+    def _clear(self) -> None:
+        """Fill the columns of all heads with zeros."""
         into, rows = self.into, self.low.config.rows
         zeros = self.low.image.constant(("zeros", into.features), np.zeros((into.features, rows), np.float32))
         self.low.builder.emit(
@@ -225,6 +225,9 @@ class PresentHeadsLowering(AttentionLowering):
     def _forget(self, head: Head) -> None:
         """Send a head's results on their way, and those of the head before from there to their columns."""
         super()._forget(head)
+        if self._turns == 0:
+            # Not sooner: the weights of the next turn are asked for by now, and those of the one behind it can wait.
+            self._clear()
         self._bring_back()
         s, d = head.sequence, self.head_dim
         self.low.store(Panels(self.results[self._turns % 2], d, s.tiles), self._transit_of(head))
