@@ -14,11 +14,11 @@ from command_line import Command, save_small_model
 from lockstep.bench.random_weights import random_integers
 from lockstep.compiler.allocation import CapacityError
 from lockstep.compiler.execute import DeviceExecutor
-from lockstep.compiler.head_pruning import HeadOffset, HeadOperands, most_sequences
+from lockstep.compiler.head_pruning import HeadOffset, HeadOperands, most_sequences, whole_columns
 from lockstep.errors import InputError, ModelError
 from lockstep.evaluate import run_reference
 from lockstep.graph import Attention, Graph, Linear
-from lockstep.head_pruning import KeepHeads, prune_heads
+from lockstep.head_pruning import HeadImportance, KeepHeads, prune_heads
 from lockstep.model import Model, load
 from lockstep.native import NativeExecutor
 from lockstep.pruning import prune_tokens
@@ -115,11 +115,13 @@ def test_importance_is_the_sum_of_magnitudes() -> None:
 def test_the_heads_that_stay_are_those_that_said_most(blocks: Graph) -> None:
     pruned = prune_heads(blocks, SCHEDULE)
     layers, whole = pruned.of(Attention), blocks.of(Attention)
-    choices = set()
+    importance, choices = [node.value for node in pruned.of(HeadImportance)], set()
     for seed in range(6):
         inputs = rows(11, seed)
         said = [np.abs(value(pruned, node.value, inputs).reshape(11, HEADS, -1)).sum(axis=(0, 2)) for node in layers]
         first, second = kept(pruned, inputs)
+        for found, wanted in zip(importance, (said[0], said[0] + said[2]), strict=True):
+            assert np.abs(value(pruned, found, inputs) - wanted).max() < 1e-5 * wanted.max()
         assert first == sorted(np.argsort(-said[0])[:3])
         among = np.where(np.isin(range(HEADS), first), said[0] + said[2], -1)
         assert second == sorted(np.argsort(-among)[:2])
@@ -190,7 +192,8 @@ def test_sequences_of_a_batch_keep_heads_of_their_own(blocks: Graph) -> None:
     batch = [rows(9, seed) for seed in range(10)]
     assert len({str(kept(graph, one)) for one in batch}) > 2
     (counters,) = assert_devices_agree(graph, batch, "fast:laptop")
-    assert most_sequences(graph) == 63 // 4
+    assert most_sequences(graph, 100) == 63 // 4
+    assert most_sequences(blocks, 100) == 100
     assert len(counters) == 2
     # Three of four heads, and 13 sequences: 10 in the first run of each program.
     graph, batch = prune_heads(blocks, {1: 0.75}), [rows(5, seed) for seed in range(13)]
@@ -289,6 +292,16 @@ def test_programs_have_operands_for_some_heads_only(blocks: Graph) -> None:
     assert operands.of(HeadOffset(9, 0, 5, 256)) == 6
 
 
+def test_queries_that_cross_have_the_columns_of_their_heads() -> None:
+    queries, keys = (Linear(1, 0, "weight", "scales", None, present=9, head_dim=2) for _ in range(2))
+    present = np.array([0, 0, 1, 1, 0, 0, 1, 1], np.bool_)
+    found = whole_columns(queries, np.arange(1, 9, dtype=np.float32)[None], {9: present})
+    assert found.tolist() == [[0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0, 5, 6, 7, 8]]
+    # Two heads share keys.
+    found = whole_columns(keys, np.arange(1, 5, dtype=np.float32)[None], {9: present})
+    assert found.tolist() == [[0, 0, 1, 2, 0, 0, 3, 4]]
+
+
 def test_the_cpu_computes_nothing_for_heads_that_left(blocks: Graph) -> None:
     seen: list[tuple[str, int]] = []
 
@@ -319,7 +332,12 @@ def test_minilm_takes_fewer_cycles(minilm: Model) -> None:
     whole = minilm.embed(texts, NativeExecutor())
     ids = np.concatenate(minilm.tokenize([" ".join(SENTENCES[:14])]))[:128]
     cycles: dict[str, int] = {}
-    for name, schedule in {"12": {}, "6": {2: 0.5}, "9, then 6": {2: 0.75, 4: 0.5}}.items():
+    for name, schedule in {
+        "12": {},
+        "12 behind layer 2": {2: 1.0},
+        "6": {2: 0.5},
+        "9, then 6": {2: 0.75, 4: 0.5},
+    }.items():
         model = minilm.pruned(heads=schedule) if schedule else minilm
         found = model.embed(texts, NativeExecutor())
         counters: list[Counters] = []
@@ -329,9 +347,10 @@ def test_minilm_takes_fewer_cycles(minilm: Model) -> None:
         cycles[name] = sum(c.cycles for c in counters)
         skipped = sum(c.skipped_chunks for c in counters)
         cosines = np.round((whole * found).sum(axis=1), 2)
-        print(f"{name} heads: {cycles[name]:,} cycles, {skipped:,} chunks passed over, cosines {cosines}")
-    assert cycles["6"] < 0.9 * cycles["12"]
-    assert cycles["6"] < cycles["9, then 6"] < 0.95 * cycles["12"]
+        print(f"{name}: {cycles[name]:,} cycles, {skipped:,} chunks passed over, cosines {cosines}")
+    assert cycles["all"] < cycles["12 behind layer 2"] < 1.01 * cycles["all"]
+    assert cycles["6 behind layer 2"] < 0.9 * cycles["all"]
+    assert cycles["6 behind layer 2"] < cycles["9, then 6"] < 0.95 * cycles["all"]
     assert skipped > 5000
 
 
@@ -389,3 +408,13 @@ def test_a_command_prunes_heads(cli: Command, tmp_path: Path) -> None:
     assert (found["pruned_heads"], whole["pruned_heads"]) == ({"1": 0.5}, {})
     assert (both["pruned_heads"], both["pruned"], found["pruned"]) == ({"1": 0.5}, {"1": 0.5}, {})
     assert len({str(one["embeddings"]) for one in (found, whole, both)}) == 3
+    options = ("--prune-heads", "1:0.5", "--prune", "1:0.9", "--device", "fast:tiny")
+    same = cli("verify", folder, *options, "--json").json
+    assert (same["identical"], same["pruned_heads"], same["pruned"]) == (True, {"1": 0.5}, {"1": 0.9})
+    ran, plain = cli("run", folder, *options, "--json").json, cli("run", folder, *options[4:], "--json").json
+    assert (ran["programs"], plain["programs"]) == (2, 1)
+    assert ran["skipped_chunks"] > plain["skipped_chunks"]
+    said = cli("explain", folder, *options, "--json").json
+    assert (said["programs"], said["pruned_heads"]) == (2, {"1": 0.5})
+    page = cli("report", folder, *options, "--output", tmp_path / "page.html", "--json").json
+    assert (page["identical"], page["pruned_heads"]) == (True, {"1": 0.5})

@@ -80,7 +80,7 @@ class DeviceExecutor:
         results: list[np.ndarray] = []
         position = 0
         # A bias on positions has a shape of its own for every length.
-        most = 1 if graph.of(PositionBias) else most_sequences(graph)
+        most = 1 if graph.of(PositionBias) else most_sequences(graph, len(arrays))
         while position < len(arrays):
             count = min(most, len(arrays) - position)
             while True:

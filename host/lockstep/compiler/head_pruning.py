@@ -84,11 +84,11 @@ def operand_values(offsets: Mapping[str, HeadOffset], values: Sequence[Mapping[V
     return {name: offset.value(values[offset.sequence][offset.choice]) for name, offset in offsets.items()}
 
 
-def most_sequences(graph: Graph) -> int:
-    """Sequences whose heads one program can place; at least 1."""
+def most_sequences(graph: Graph, count: int) -> int:
+    """Sequences of ``count`` whose heads one program can place; at least 1."""
     biased = 1 if graph.of(PositionBias) else 0
     needed = [(2 + biased) * keep.kept + (keep.kept_kv if keep.group > 1 else 0) for keep in graph.of(KeepHeads)]
-    return max(1, (OPERANDS - 1) // max(needed, default=1))
+    return max(1, (OPERANDS - 1) // max(needed)) if needed else count
 
 
 def crossing_features(graph: Graph, stage: Stage) -> dict[Value, int]:
