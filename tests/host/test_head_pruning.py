@@ -332,12 +332,8 @@ def test_minilm_takes_fewer_cycles(minilm: Model) -> None:
     whole = minilm.embed(texts, NativeExecutor())
     ids = np.concatenate(minilm.tokenize([" ".join(SENTENCES[:14])]))[:128]
     cycles: dict[str, int] = {}
-    for name, schedule in {
-        "12": {},
-        "12 behind layer 2": {2: 1.0},
-        "6": {2: 0.5},
-        "9, then 6": {2: 0.75, 4: 0.5},
-    }.items():
+    schedules = {"all": {}, "12 behind layer 2": {2: 1.0}, "6 behind layer 2": {2: 0.5}, "9, then 6": {2: 0.75, 4: 0.5}}
+    for name, schedule in schedules.items():
         model = minilm.pruned(heads=schedule) if schedule else minilm
         found = model.embed(texts, NativeExecutor())
         counters: list[Counters] = []

@@ -243,9 +243,7 @@ class StageCompiler:
         x, y = self._read(node.x), self._read(node.y)
         into = self._reuse_or_new(node.x, x.features)
         absmax = self.readers.wanted_maxima(node.value)
-        fields = {}
-        if absmax is not None and absmax[0] is None:
-            fields = self.low.absmax_fields(into, None, 0, False)
+        fields = self.low.absmax_fields(into, None, 0, False) if absmax == (None,) else {}
         self.low.multiply(x, y, into, **fields)
         self._done(node.x)
         self._done(node.y)
@@ -265,10 +263,8 @@ class StageCompiler:
         image = self._image_of(linear)
         into = self._reuse_or_new(other, operand.features)
         absmax = self.readers.wanted_maxima(node.value)
-        if isinstance(node, Add):
-            self.low.linear(q, image, into, absmax, residual=operand)
-        else:
-            self.low.linear(q, image, into, absmax, factor=operand)
+        residual, factor = (operand, None) if isinstance(node, Add) else (None, operand)
+        self.low.linear(q, image, into, absmax, residual=residual, factor=factor)
         self._done(linear.quantised)
         self._done(other)
         return into
