@@ -39,6 +39,7 @@ from lockstep.graph import (
     Route,
     Value,
 )
+from lockstep.head_pruning import HeadImportance, KeepHeads, attend_present, multiply_present
 from lockstep.pruning import KeepTokens, TokenImportance
 
 
@@ -186,7 +187,7 @@ def host_node(graph: Graph, node: Node, given: list[Any]) -> Any:
             return table[given[0]]
         case Route():
             return route(node, given[0])
-        case TokenImportance() | KeepTokens():
+        case TokenImportance() | KeepTokens() | HeadImportance() | KeepHeads():
             return node.run(*given)
     raise ValueError(f"{type(node).__name__} {node.value} does not belong to this stage of the graph")
 
@@ -216,10 +217,14 @@ def run_node(graph: Graph, node: Node, given: list[Any], operations: Operations 
             return operations.apply_function(node.function, given[0])
         case Quantise():
             return operations.quantise_rows(given[0], tensor(node.prescale))
+        case Linear() if node.present is not None:
+            return multiply_present(node, given, graph.tensors, operations.linear)
         case Linear():
             (q, s), weight = given[0], tensor(node.weight)
             weight.flags.writeable = False  # so that the kernels may keep a packed copy
             return operations.linear(q, s, weight, tensor(node.scales), tensor(node.bias))
+        case Attention() if node.present is not None:
+            return attend_present(node, given, lambda part, own: run_node(graph, part, own, operations, first))
         case Attention():
             k, v = (quantise_heads(x, node, operations.quantise_rows) for x in given[1:3])
             bias = given[3] if len(given) > 3 else None

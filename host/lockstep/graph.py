@@ -218,17 +218,20 @@ class Linear(Node):
     """``out = (q . weight.T) * s * scales + bias`` with an exact int32 sum.
 
     ``quantised`` is the value of a ``Quantise``; weight: ``int8[N, K]``, scales: ``float32[N]``, bias: ``float32[N]``
-    or none, all of them names in ``Graph.tensors``.
+    or none, all of them names in ``Graph.tensors``. ``present`` is as for ``Attention``, for queries, keys or values
+    of ``head_dim`` features a head: those of other heads are +0.
     """
 
     quantised: Value
     weight: str
     scales: str
     bias: str | None
+    present: Value | None = None
+    head_dim: int = 0
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        return (self.quantised,)
+        return (self.quantised,) if self.present is None else (self.quantised, self.present)
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,8 @@ class Attention(Node):
     beginning at multiples of ``tile``.
 
     A token at position p sees keys up to p if ``causal``, and of those with a ``window`` the last ``window`` ones.
-    ``bias`` is the value of a ``PositionBias`` that is added to the scaled scores, or none.
+    ``bias`` is the value of a ``PositionBias`` that is added to the scaled scores, or none. ``present`` is the value of
+    a ``KeepHeads``, which heads are computed (the features of others are +0), or none for all of them.
     """
 
     q: Value
@@ -255,13 +259,15 @@ class Attention(Node):
     causal: bool = False
     window: int | None = None
     bias: Value | None = None
+    present: Value | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        return (self.q, self.k, self.v) if self.bias is None else (self.q, self.k, self.v, self.bias)
+        optional = (self.bias, self.present)
+        return (self.q, self.k, self.v, *(value for value in optional if value is not None))
 
 
 @dataclass(frozen=True)

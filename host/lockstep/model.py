@@ -32,6 +32,7 @@ from lockstep.generation import (
     room,
 )
 from lockstep.graph import Fallback, Graph, Input
+from lockstep.head_pruning import HeadSchedule, prune_heads
 from lockstep.inspection import ModelReport, inspect
 from lockstep.pooling import Pooling, read_pooling
 from lockstep.pruning import Schedule, prune_tokens
@@ -149,11 +150,15 @@ class Model:
         hidden_states = (executor or self.executor).run(self.graph, sequences)
         return np.stack([self.pooling(hidden) for hidden in hidden_states])
 
-    def pruned(self, schedule: Schedule) -> Model:
-        """The same model with fewer tokens behind some layers: the number of a layer of attention, counted from 1, maps
-        to the share of its tokens that stay; see :mod:`lockstep.pruning`, also for what is raised.
+    def pruned(self, schedule: Schedule | None = None, *, heads: HeadSchedule | None = None) -> Model:
+        """The same model with fewer tokens or heads behind some layers.
+
+        schedule : the number of a layer of attention, counted from 1, maps to the share of its tokens that stay; see
+        :mod:`lockstep.pruning`. heads : the same for heads, with shares of all heads of the model; see
+        :mod:`lockstep.head_pruning`. What is raised is said there; one of the two is needed.
         """
-        return replace(self, graph=prune_tokens(self.graph, schedule))
+        graph = self.graph if schedule is None and heads is not None else prune_tokens(self.graph, schedule or {})
+        return replace(self, graph=graph if heads is None else prune_heads(graph, heads))
 
     # --- Generation ----------------------------------------------------------------------------------------------
 

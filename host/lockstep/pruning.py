@@ -160,6 +160,8 @@ def _check_schedule(schedule: Schedule, layers: int) -> None:
 def _check_graph(graph: Graph) -> None:
     if any(node.causal for node in graph.of(Attention)):
         raise ModelError(f"{graph.source} is causal: its tokens leave the cache by an eviction policy, not by layers")
+    if any(node.present is not None for node in graph.of(Attention)):
+        raise ModelError(f"heads of {graph.source} leave already; let tokens leave first, or both at once")
     kinds: tuple[tuple[type[Node], str], ...] = (
         (PositionBias, "adds a bias on positions to its scores"),
         (Rotary, "rotates queries and keys by their positions"),

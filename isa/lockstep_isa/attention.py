@@ -136,6 +136,18 @@ def key_importance(
     return result
 
 
+def head_importance(x: npt.ArrayLike, heads: int) -> F32:
+    """How much each head says: the magnitudes of what it gives, x: float32[M, heads * d], as float32[heads].
+
+    The d features of a token are added by :func:`lockstep_isa.numerics.rowsum`, then tokens in their order.
+    """
+    x = np.asarray(x, np.float32)
+    total = np.zeros(heads, np.float32)
+    for token in rowsum(np.abs(x).reshape(len(x) * heads, -1)).reshape(-1, heads):
+        total = add(total, token)
+    return total
+
+
 def attention(
     q: npt.ArrayLike,
     k: npt.ArrayLike,

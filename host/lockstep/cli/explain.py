@@ -9,6 +9,7 @@ import typer
 from .failures import guarded
 from .models import ModelArgument, check_texts, fallbacks, open_model, show_fallbacks
 from .output import JsonOption, Steps, emit, results
+from .prune_options import Leaving, PruneHeadsOption, PruneOption
 from .run import (
     RunDeviceOption,
     RunGenerateOption,
@@ -31,6 +32,8 @@ def explain(
     device: RunDeviceOption = "fast:laptop",
     tokens: RunTokensOption = 12,
     generate: RunGenerateOption = None,
+    prune: PruneOption = None,
+    prune_heads: PruneHeadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what bounds a model on a core and what would help, in sentences.
@@ -40,8 +43,9 @@ def explain(
     """
     require_core(device)
     check_texts(texts or [])
+    leaving = Leaving(prune, prune_heads)
     with Steps() as steps:
-        loaded = open_model(model, steps)
+        loaded = leaving.of(open_model(model, steps))
         from lockstep.explain import explain as find
 
         found = find(device, work_of(loaded, texts or [], tokens, generate), steps)
@@ -51,6 +55,7 @@ def explain(
                 "model": model,
                 "device": device,
                 "texts": texts or [],
+                **leaving.report,
                 "programs": found.programs,
                 **counted(found.counters),
                 "bound": found.bound,

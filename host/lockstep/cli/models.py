@@ -11,6 +11,7 @@ import typer
 from .cache_options import CacheBitsOption, EvictOption, KeepOption, SelectOption
 from .failures import DIFFERENT, UsageError, guarded
 from .output import JsonOption, Steps, emit, results, table
+from .prune_options import Leaving, PruneHeadsOption, PruneOption
 from .waves import check_wave, described, show_wave, write_difference
 
 if TYPE_CHECKING:
@@ -53,25 +54,18 @@ def embed(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.")],
     device: Annotated[str, typer.Option(help="Where to run; 'lockstep devices' lists them.")] = "cpu",
-    prune: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="LAYER:SHARE",
-            help="Behind this layer, that share of its tokens stay, those with most attention; may be given again.",
-        ),
-    ] = None,
+    prune: PruneOption = None,
+    prune_heads: PruneHeadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors."""
     from lockstep.executors import check_uri, executor
-    from lockstep.pruning import schedule_of
 
     check_uri(device)
     check_texts(texts)
-    schedule = schedule_of(prune or [])
+    leaving = Leaving(prune, prune_heads)
     with Steps() as steps:
-        loaded = open_model(model, steps)
-        loaded = loaded.pruned(schedule) if schedule else loaded
+        loaded = leaving.of(open_model(model, steps))
         tokens = [len(ids) for ids in loaded.tokenize(texts)]
         with executor(device, steps) as opened:
             steps(f"running on {device}")
@@ -84,7 +78,7 @@ def embed(
                 "device": device,
                 "texts": texts,
                 "tokens": tokens,
-                "pruned": schedule,
+                **leaving.report,
                 "features": int(vectors.shape[1]),
                 "embeddings": vectors.tolist(),
                 "cycles": cycles,
@@ -121,6 +115,8 @@ def verify(
     evict: EvictOption = None,
     select: SelectOption = None,
     cache_bits: CacheBitsOption = None,
+    prune: PruneOption = None,
+    prune_heads: PruneHeadsOption = None,
     wave: Annotated[
         Path | None,
         typer.Option(help="Where an rtl device differs, write the waveform around its first wrong value here (.fst)."),
@@ -143,11 +139,11 @@ def verify(
     for uri in devices:
         check_uri(uri)
     check_texts(text or [])
-    policy = _cache_policy(generate, keep, evict, select, cache_bits)
+    policy, leaving = _cache_policy(generate, keep, evict, select, cache_bits), Leaving(prune, prune_heads)
     if wave is not None:
         check_wave(wave, devices)
     with Steps() as steps:
-        loaded = open_model(model, steps)
+        loaded = leaving.of(open_model(model, steps))
         from lockstep.verification import random_inputs, replay, verify_generation
         from lockstep.verification import verify as compare
 
@@ -169,6 +165,7 @@ def verify(
         "devices": devices,
         "reference": found.reference,
         "generated": generate,
+        **leaving.report,
         "identical": found.identical,
         "values_compared": found.values_compared,
         "differences": found.differences,

@@ -10,6 +10,7 @@ import typer
 from .failures import DIFFERENT, UsageError, guarded
 from .models import ModelArgument, check_texts, open_model
 from .output import JsonOption, Steps, emit, results
+from .prune_options import Leaving, PruneHeadsOption, PruneOption
 from .run import RunDeviceOption, RunGenerateOption, RunTokensOption, TextsArgument, require_core, work_of
 
 
@@ -26,6 +27,8 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     tokens: RunTokensOption = 12,
     generate: RunGenerateOption = None,
+    prune: PruneOption = None,
+    prune_heads: PruneHeadsOption = None,
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Predict other cores too, as explain does; builds each once.")
     ] = False,
@@ -37,10 +40,11 @@ def report(
     """
     require_core(device)
     check_texts(texts or [])
+    leaving = Leaving(prune, prune_heads)
     if not output.absolute().parent.is_dir():
         raise UsageError(f"there is no folder '{output.parent}'; make it first")
     with Steps() as steps:
-        loaded = open_model(model, steps)
+        loaded = leaving.of(open_model(model, steps))
         from lockstep.executors import executor
         from lockstep.explain import explain, explanation
         from lockstep.html_report import compare_bits, page
@@ -66,6 +70,7 @@ def report(
                 "model": model,
                 "device": device,
                 "output": str(output),
+                **leaving.report,
                 "cycles": total.cycles,
                 "identical": bits.first is None,
                 "values_compared": bits.values,

@@ -10,6 +10,7 @@ import typer
 from .failures import UsageError, guarded
 from .models import as_expanded, check_texts, fallbacks, open_model, show_expanded, show_fallbacks
 from .output import JsonOption, Steps, emit, results, table
+from .prune_options import Leaving, PruneHeadsOption, PruneOption
 
 if TYPE_CHECKING:
     from lockstep_driver import Counters
@@ -46,6 +47,8 @@ def run(
     ] = None,
     tokens: RunTokensOption = 12,
     generate: RunGenerateOption = None,
+    prune: PruneOption = None,
+    prune_heads: PruneHeadsOption = None,
     operand: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for each operand that a program declares.")
     ] = None,
@@ -58,9 +61,12 @@ def run(
     """
     require_core(device)
     check_texts(texts or [])
+    leaving = Leaving(prune, prune_heads)
     program = is_program(target)
-    if program and (texts or generate):
-        raise UsageError(f"{target} is a program, which takes no texts and generates nothing; leave them out")
+    if program and (texts or generate or prune or prune_heads):
+        raise UsageError(
+            f"{target} is a program, which takes no texts, generates nothing and prunes nothing; leave them out"
+        )
     if operand and not program:
         raise UsageError("operands are those of a program file; leave --operand out for a model")
     names: list[str] = []
@@ -73,7 +79,7 @@ def run(
             from lockstep.compiler.packing import expanded
             from lockstep.executors import executor
 
-            loaded = open_model(target, steps)
+            loaded = leaving.of(open_model(target, steps))
             falls = fallbacks(loaded)
             with executor(device, steps) as opened:
                 grown = expanded(loaded.graph, opened.config)
@@ -90,6 +96,7 @@ def run(
                 "target": target,
                 "device": device,
                 "texts": texts or [],
+                **leaving.report,
                 "programs": len(found.runs),
                 **counted(total),
                 "timeline": None if timeline is None else str(timeline),

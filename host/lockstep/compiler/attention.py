@@ -48,7 +48,7 @@ class Projection:
 
 
 @dataclass
-class _Part:
+class Part:
     """One head's q, k or v on its way: quantised rows, its chunks, and from the first drain on where values (VECTOR)
     and maxima (PARAMETER) are.
     """
@@ -62,7 +62,7 @@ class _Part:
 
 
 @dataclass
-class _Head:
+class Head:
     """What one head of one sequence has on chip between its steps."""
 
     sequence: Sequence
@@ -113,7 +113,7 @@ class AttentionLowering:
         """All heads of all sequences; what makes row tiles from ``ready`` on is emitted here, beside products of those
         before.
         """
-        heads = [_Head(s, h) for s in sequences for h in range(self.heads)]
+        heads = [Head(s, h) for s in sequences for h in range(self.heads)]
         self._begin(heads[0], ready)
         for n, head in enumerate(heads):
             blocks = self._query_blocks(head.sequence)
@@ -129,7 +129,7 @@ class AttentionLowering:
         if self.absmax is not None:
             self.low.drop_columns(self.absmax[0])
 
-    def _kv(self, head: _Head) -> tuple[int, int]:
+    def _kv(self, head: Head) -> tuple[int, int]:
         """The key head that a query head attends to, and how many there are."""
         return head.head // (self.heads // self.kv_heads), self.kv_heads
 
@@ -141,7 +141,7 @@ class AttentionLowering:
 
     # --- Projections -------------------------------------------------------------------------------------------
 
-    def _begin(self, head: _Head, ready: int) -> None:
+    def _begin(self, head: Head, ready: int) -> None:
         """The projections of the first head, those of the row tiles that are ready first."""
         low, tiles = self.low, head.sequence.tiles
         linear = all(projection.linear is not None for projection in self.projections)
@@ -159,7 +159,7 @@ class AttentionLowering:
                 if first:
                     self._convert(head, part)
 
-    def _project(self, head: _Head) -> Iterator:
+    def _project(self, head: Head) -> Iterator:
         """Start the three products of a head now; yields what makes an operand of each, to be called in order."""
         low, s = self.low, head.sequence
         for name, projection in zip("qkv", self.projections, strict=True):
@@ -188,13 +188,13 @@ class AttentionLowering:
             part = self._part(head, name)
             words = self._multiply(part, 0, s.tiles)
 
-            def drain(part: _Part = part, words: list[tuple[int, int]] = words) -> None:
+            def drain(part: Part = part, words: list[tuple[int, int]] = words) -> None:
                 self._collect(part, words, 0, s.tiles)
                 self._convert(head, part)
 
             yield drain
 
-    def _part(self, head: _Head, name: str) -> _Part:
+    def _part(self, head: Head, name: str) -> Part:
         """A head's part of the projection to q, k or v."""
         projection, s = self.projections["qkv".index(name)], head.sequence
         quantised, linear = projection.quantised, projection.linear
@@ -203,14 +203,14 @@ class AttentionLowering:
         number, count = (head.head, self.heads) if name == "q" else self._kv(head)
         per_head = len(linear.chunks) // count
         chunks = linear.chunks[number * per_head : (number + 1) * per_head]
-        return _Part(name, rows_of(quantised, s.first, s.tiles), linear, chunks)
+        return Part(name, rows_of(quantised, s.first, s.tiles), linear, chunks)
 
-    def _multiply(self, part: _Part, first: int, tiles: int) -> list[tuple[int, int]]:
+    def _multiply(self, part: Part, first: int, tiles: int) -> list[tuple[int, int]]:
         """Start the products of some row tiles."""
         rows = rows_of(part.rows, first, tiles)
         return [self.low.product(rows, part.linear, chunk) for chunk in part.chunks]
 
-    def _collect(self, part: _Part, words: list[tuple[int, int]], first: int, tiles: int) -> None:
+    def _collect(self, part: Part, words: list[tuple[int, int]], first: int, tiles: int) -> None:
         """Drain the products of some row tiles."""
         low, d = self.low, self.head_dim
         if part.value < 0:
@@ -228,13 +228,13 @@ class AttentionLowering:
                 max_continue=int(n > 0),
             )
 
-    def _convert(self, head: _Head, part: _Part) -> None:
+    def _convert(self, head: Head, part: Part) -> None:
         """Make an operand of the drained values."""
         self._operand(head, part.name, part.value, self.head_dim, part.maxima)
         self.low.parameters.give(part.maxima)
         self.low.vectors.give(part.value)
 
-    def _operand(self, head: _Head, name: str, start: int, stride: int, maxima: int) -> None:
+    def _operand(self, head: Head, name: str, start: int, stride: int, maxima: int) -> None:
         """Quantise one of q, k, v per row, into the memory and the layout in which the array wants it."""
         low, s, d = self.low, head.sequence, self.head_dim
         rows = low.config.rows
@@ -268,7 +268,7 @@ class AttentionLowering:
 
     # --- Products and softmax ----------------------------------------------------------------------------------
 
-    def _scores(self, head: _Head, first: int, tiles: int) -> None:
+    def _scores(self, head: Head, first: int, tiles: int) -> None:
         """Queries of some row tiles times all keys."""
         assert head.q is not None
         q = rows_of(head.q, first, tiles)
@@ -283,7 +283,7 @@ class AttentionLowering:
             w_inner=q.features,
         )
 
-    def _softmax(self, head: _Head, first: int, tiles: int) -> tuple[int, int, int]:
+    def _softmax(self, head: Head, first: int, tiles: int) -> tuple[int, int, int]:
         """Scores to uint8 probabilities: ACTIVATION words, and PARAMETER words of their scales and reciprocal sums."""
         low, keys = self.low, head.sequence.tokens
         weights = low.vectors.take(tiles * keys)
@@ -298,7 +298,7 @@ class AttentionLowering:
                 memory=Memory.VECTOR,
                 rows=tiles,
                 words=keys,
-                address=address + (first * features + head.head * keys) * word,
+                **self._bias_of(head, address + first * features * word, keys * word),
                 stride=features * word,
                 local=start,
                 local_stride=keys,
@@ -318,7 +318,11 @@ class AttentionLowering:
             low.parameters.give(words)
         return probabilities, scale, total
 
-    def _forget(self, head: _Head) -> None:
+    def _bias_of(self, head: Head, address: int, size: int) -> dict[str, int]:
+        """Where the biases of a head begin, which take ``size`` bytes a row."""
+        return {"address": address + head.head * size}
+
+    def _forget(self, head: Head) -> None:
         """The head's operands are not needed any more."""
         low = self.low
         assert head.q is not None
@@ -328,7 +332,7 @@ class AttentionLowering:
         for words in (head.q.scales, head.c, head.sk, head.sv):
             low.parameters.give(words)
 
-    def _mix(self, head: _Head, first: int, tiles: int, probabilities: int, scale: int, total: int) -> None:
+    def _mix(self, head: Head, first: int, tiles: int, probabilities: int, scale: int, total: int) -> None:
         """Probabilities times values, into the head's columns of the result."""
         low, s, d = self.low, head.sequence, self.head_dim
         rows = low.config.rows
@@ -343,11 +347,9 @@ class AttentionLowering:
             w_inner=s.tiles * rows,
             unsigned=1,
         )
-        column, row = head.head * d, s.first + first
-        fields: dict[str, int] = {}
-        if self.absmax is not None:
-            fields = low.absmax_fields(self.into, self.absmax[0], column, head.head > 0)
-            fields["max_to"] += row
+        fields = {} if self.absmax is None else self._maxima(head, self.absmax[0])
+        if fields:
+            fields["max_to"] += s.first + first
         low.emit_pass(
             source=Source.ACCUMULATOR,
             destination=Destination.VECTOR,
@@ -357,10 +359,18 @@ class AttentionLowering:
             lane0=total,
             tiles=tiles,
             columns=d,
-            to=self.into.start + row * self.into.features + column,
-            to_stride=self.into.features,
+            **self._place(head, first),
             **fields,
         )
         low.activations.give(probabilities)
         low.parameters.give(scale)
         low.parameters.give(total)
+
+    def _maxima(self, head: Head, prescale: str | None) -> dict[str, int]:
+        """Fields that keep the maxima of a head's results, for row tile 0."""
+        return self.low.absmax_fields(self.into, prescale, head.head * self.head_dim, head.head > 0)
+
+    def _place(self, head: Head, first: int) -> dict[str, int]:
+        """Fields that say where a head's results go, from row tile ``first`` of its sequence on."""
+        row, features = head.sequence.first + first, self.into.features
+        return {"to": self.into.start + row * features + head.head * self.head_dim, "to_stride": features}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from lockstep_isa.config import CoreConfig
@@ -243,9 +243,7 @@ class StageCompiler:
         x, y = self._read(node.x), self._read(node.y)
         into = self._reuse_or_new(node.x, x.features)
         absmax = self.readers.wanted_maxima(node.value)
-        fields = {}
-        if absmax is not None and absmax[0] is None:
-            fields = self.low.absmax_fields(into, None, 0, False)
+        fields = self.low.absmax_fields(into, None, 0, False) if absmax == (None,) else {}
         self.low.multiply(x, y, into, **fields)
         self._done(node.x)
         self._done(node.y)
@@ -265,10 +263,8 @@ class StageCompiler:
         image = self._image_of(linear)
         into = self._reuse_or_new(other, operand.features)
         absmax = self.readers.wanted_maxima(node.value)
-        if isinstance(node, Add):
-            self.low.linear(q, image, into, absmax, residual=operand)
-        else:
-            self.low.linear(q, image, into, absmax, factor=operand)
+        residual, factor = (operand, None) if isinstance(node, Add) else (None, operand)
+        self.low.linear(q, image, into, absmax, residual=residual, factor=factor)
         self._done(linear.quantised)
         self._done(other)
         return into
@@ -492,9 +488,13 @@ class StageCompiler:
             bias = (self.bindings[node.bias].address, self.bindings[node.bias].features)
             self.pending_reads[node.bias] -= 1
         shape = (node.heads, node.head_dim, node.scale)
-        lowering = AttentionLowering(self.low, q, k, v, *shape, into, absmax, node.kv_heads, bias)
+        lowering = self._lowering_of(node)(self.low, q, k, v, *shape, into, absmax, node.kv_heads, bias)
         lowering.emit(self.sequences, self._ready)
         self._ready = self.tiles
         for value, producer in producers.items():
             self._done(producer.quantised if isinstance(producer, Linear) else value)
         self._finish(node, into)
+
+    def _lowering_of(self, node: Attention) -> Callable[..., AttentionLowering]:
+        """What makes the lowering of an attention."""
+        return AttentionLowering

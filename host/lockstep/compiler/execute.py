@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,19 @@ from lockstep_isa.program import Program
 from lockstep.cache_policy import WHOLE, CachePolicy
 from lockstep.errors import ModelError
 from lockstep.evaluate import check_inputs, host_node
-from lockstep.graph import Attention, Experts, Graph, Node, PositionBias, Value
+from lockstep.graph import Attention, Experts, Graph, Linear, Node, PositionBias, Value
 
 from .allocation import CapacityError
 from .compile import StageCompiler
 from .experts import DeviceExperts, Run
+from .head_pruning import (
+    HeadOffset,
+    PresentHeadsCompiler,
+    crossing_features,
+    most_sequences,
+    operand_values,
+    whole_columns,
+)
 from .image import Image
 from .layout import from_panels, panel_count, to_panels
 from .placed import Placed, place
@@ -43,7 +52,7 @@ class DeviceExecutor:
         self._stages: list[Stage] = []
         self._features: dict[Value, int] = {}
         self._image: Image | None = None
-        self._compiled: dict[tuple[int, tuple[int, ...]], Placed] = {}
+        self._compiled: dict[tuple[int, tuple[int, ...]], _Compiled] = {}
         self._parts: list[DeviceExecutor] = []
         self._experts = DeviceExperts(device, self._open_part)
 
@@ -71,7 +80,7 @@ class DeviceExecutor:
         results: list[np.ndarray] = []
         position = 0
         # A bias on positions has a shape of its own for every length.
-        most = 1 if graph.of(PositionBias) else len(arrays)
+        most = 1 if graph.of(PositionBias) else most_sequences(graph, len(arrays))
         while position < len(arrays):
             count = min(most, len(arrays) - position)
             while True:
@@ -112,8 +121,8 @@ class DeviceExecutor:
 
     def close(self) -> None:
         """Free what lies in device memory; the device stays open."""
-        for placed in self._compiled.values():
-            placed.close()
+        for compiled in self._compiled.values():
+            compiled.placed.close()
         self._compiled.clear()
         for part in self._parts:
             part.close()
@@ -127,7 +136,7 @@ class DeviceExecutor:
         """The program of one stage for sequences of these lengths."""
         self._use(graph)
         values = {v: np.zeros((1, 1)) for v in self._stages[stage].inputs}
-        return self._compile(graph, stage, lengths, [values] * len(lengths)).program
+        return self._compile(graph, stage, lengths, [values] * len(lengths)).placed.program
 
     def _use(self, graph: Graph) -> None:
         if self._graph is not graph:
@@ -148,25 +157,29 @@ class DeviceExecutor:
             if stage.device:
                 # What the host hands over says how many rows there are: an image has no tokens of its own.
                 lengths = tuple(max(len(_rows(known[value])) for value in stage.inputs) for known in values)
-                placed = self._compile(graph, number, lengths, values)
-                self._run_stage(stage, placed, lengths, values)
+                compiled = self._compile(graph, number, lengths, values)
+                self._run_stage(stage, compiled, lengths, values)
         return [known[graph.output] for known in values]
 
-    def _compile(self, graph: Graph, number: int, lengths: tuple[int, ...], values: list[dict[Value, Any]]) -> Placed:
+    def _compile(
+        self, graph: Graph, number: int, lengths: tuple[int, ...], values: list[dict[Value, Any]]
+    ) -> _Compiled:
         key = (number, lengths)
         if key not in self._compiled:
             image, stage, config = self._image, self._stages[number], self.device.config
             assert image is not None
             tiles = sum(panel_count(tokens, config.rows) for tokens in lengths)
+            features = {**self._features, **crossing_features(graph, stage)}
             shapes = {
-                value: (tiles, self._features.get(value) or self._infer(stage, value, values[0]))
-                for value in (*stage.inputs, *stage.outputs)
+                value: (tiles, features.get(value) or self._infer(stage, value, values[0]))
+                for value in (*stage.inputs, *stage.outputs, *stage.choices)
             }
-            self._compiled[key], _ = place(
-                self.device,
-                shapes,
-                lambda bindings: StageCompiler(config, graph, stage, image, lengths, bindings),
+            kind = PresentHeadsCompiler if stage.choices else StageCompiler
+            placed, made = place(
+                self.device, shapes, lambda bindings: kind(config, graph, stage, image, lengths, bindings)
             )
+            offsets = made.operands.offsets if isinstance(made, PresentHeadsCompiler) else {}
+            self._compiled[key] = _Compiled(placed, offsets)
         return self._compiled[key]
 
     def _infer(self, stage: Stage, value: Value, known: dict[Value, Any]) -> int:
@@ -183,9 +196,9 @@ class DeviceExecutor:
         raise ModelError(f"the number of features of value {value} is not known; this graph cannot run on a device")
 
     def _run_stage(
-        self, stage: Stage, placed: Placed, lengths: tuple[int, ...], values: list[dict[Value, Any]]
+        self, stage: Stage, compiled: _Compiled, lengths: tuple[int, ...], values: list[dict[Value, Any]]
     ) -> None:
-        rows = self.device.config.rows
+        rows, placed = self.device.config.rows, compiled.placed
         for value in stage.inputs:
             features = placed.bindings[value].features
             panels = [
@@ -193,11 +206,21 @@ class DeviceExecutor:
                 for known, tokens in zip(values, lengths, strict=True)
             ]
             placed.write(value, np.concatenate(panels))
-        self.launch(placed.loaded)
+        self.launch(placed.loaded, operand_values(compiled.offsets, values))
+        products = {node.value: node for node in stage.device if isinstance(node, Linear)}
         for value in stage.outputs:
-            raw = placed.read(value)
+            raw, node = placed.read(value), products.get(value)
             for known, sequence in zip(values, sequences_of(lengths, rows), strict=True):
-                known[value] = from_panels(raw[sequence.first : sequence.first + sequence.tiles], sequence.tokens)
+                array = from_panels(raw[sequence.first : sequence.first + sequence.tiles], sequence.tokens)
+                known[value] = array if node is None else whole_columns(node, array, known)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A stage on the device, and the operands by which it knows which heads are there."""
+
+    placed: Placed
+    offsets: Mapping[str, HeadOffset]
 
 
 def _rows(array: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from lockstep_driver import Buffer, Device
+from lockstep_driver.memory import ALIGNMENT
 from lockstep_isa.config import CoreConfig
 from lockstep_isa.numerics import flush
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ class Chunk:
     panels : panels of ``columns`` output channels each, the last one padded.
     weights : byte address of the WEIGHT words of its panels.
     parameters : byte address of ``panels`` PARAMETER words of scales, then as many of biases if there are any.
+    operand : a run-time operand that is added to both addresses; 0: none.
     """
 
     first: int
@@ -34,6 +36,7 @@ class Chunk:
     panels: int
     weights: int
     parameters: int
+    operand: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,25 @@ class LinearImage:
     packing: Packing
     chunks: tuple[Chunk, ...]
     has_bias: bool
+
+
+#: Names of a linear layer's weight, scales, and bias or none.
+LinearNames = tuple[str, str, str | None]
+
+
+@dataclass(frozen=True)
+class HeadRecords:
+    """Linear layers in device memory, head by head.
+
+    Attributes
+    ----------
+    stride : bytes from what belongs to one head to what belongs to the next. images : each layer, with the chunks of
+    head 0. columns : byte address of the PARAMETER words that come with them for head 0, one value per column.
+    """
+
+    stride: int
+    images: tuple[LinearImage, ...]
+    columns: int
 
 
 class Image:
@@ -135,29 +157,69 @@ class Image:
             self._known[key] = self._pack(weight, scales, bias, group, panels_per_chunk)
         return self._known[key]  # type: ignore[return-value]
 
+    def records(
+        self, layers: tuple[LinearNames, ...], columns: str | None, group: int, panels_per_chunk: int
+    ) -> HeadRecords:
+        """Linear layers head by head, each head's chunks of all of them one behind the other.
+
+        layers : names of weight, scales and bias of each, with as many columns as the others. columns : names a tensor
+        float32[heads * group] that comes with them, or none. group, panels_per_chunk : as for :meth:`linear`.
+        """
+        key = ("records", layers, columns, group, panels_per_chunk)
+        if key not in self._known:
+            self._known[key] = self._pack_records(layers, columns, group, panels_per_chunk)
+        return self._known[key]  # type: ignore[return-value]
+
+    def _pack_records(self, layers: tuple[LinearNames, ...], columns: str | None, group: int, most: int) -> HeadRecords:
+        rows, outputs = self._config.rows, len(self._tensors[layers[0][0]])
+        record: list[NDArray[np.uint8]] = []
+        places: list[int] = []
+        for start in range(0, outputs, group):
+            arrays: list[NDArray[np.generic]] = []
+            for names in layers:
+                for first in range(start, start + group, most * rows):
+                    arrays += self._chunk(*names, first, min(first + most * rows, start + group))
+            if columns is not None:
+                arrays.append(column_words(np.asarray(self._tensors[columns], np.float32)[start : start + group], rows))
+            padded = [_whole(array) for array in arrays]
+            places = np.cumsum([0, *(array.size for array in padded)]).tolist()
+            record += padded
+        address, stride = self._place(np.concatenate(record)), places[-1]
+        at = (address + place for place in places)
+        images = []
+        for weight, _, bias in layers:
+            chunks = []
+            for first in range(0, group, most * rows):
+                width = min(most * rows, group - first)
+                chunks.append(Chunk(first, width, -(-width // rows), next(at), next(at)))
+            images.append(LinearImage(self._tensors[weight].shape[1], self.packing(weight), tuple(chunks), bool(bias)))
+        return HeadRecords(stride, tuple(images), next(at))
+
     def _pack(self, weight: str, scales: str, bias: str | None, group: int | None, most: int) -> LinearImage:
-        w = np.asarray(self._tensors[weight], np.int8)
-        s = np.asarray(self._tensors[scales], np.float32)
-        b = None if bias is None else np.asarray(self._tensors[bias], np.float32)
         rows = self._config.rows
-        outputs, depth = w.shape
+        outputs, depth = self._tensors[weight].shape
         group = group or outputs
-        form, stored = self.packing(weight), self._stored.get(weight)
         chunks = []
         for start in range(0, outputs, group):
             for first in range(start, min(start + group, outputs), most * rows):
                 end = min(first + most * rows, start + group, outputs)
-                if stored is not None and form != Packing(depth):
-                    panels = packed_panels(stored, first, end, rows)
-                else:
-                    panels = to_panels(w[first:end], rows)
-                words = [column_words(flush(s[first:end]), rows)]
-                if b is not None:
-                    words.append(column_words(flush(b[first:end]), rows))
-                chunks.append(
-                    Chunk(first, end - first, len(panels), self._place(panels), self._place(np.concatenate(words)))
-                )
-        return LinearImage(depth, form, tuple(chunks), b is not None)
+                panels, words = self._chunk(weight, scales, bias, first, end)
+                chunks.append(Chunk(first, end - first, len(panels), self._place(panels), self._place(words)))
+        return LinearImage(depth, self.packing(weight), tuple(chunks), bias is not None)
+
+    def _chunk(
+        self, weight: str, scales: str, bias: str | None, first: int, end: int
+    ) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
+        """Panels of some output columns of a linear layer, and the PARAMETER words that come with them."""
+        w, form, stored = np.asarray(self._tensors[weight], np.int8), self.packing(weight), self._stored.get(weight)
+        rows = self._config.rows
+        if stored is not None and form != Packing(w.shape[1]):
+            panels = packed_panels(stored, first, end, rows)
+        else:
+            panels = to_panels(w[first:end], rows)
+        names = [scales] if bias is None else [scales, bias]
+        columns = [np.asarray(self._tensors[name], np.float32)[first:end] for name in names]
+        return panels, np.concatenate([column_words(flush(values), rows) for values in columns])
 
 
 def _word_columns(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
@@ -166,3 +228,9 @@ def _word_columns(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]
     words = np.zeros((positions, -(-columns // rows) * rows), np.float32)
     words[:, :columns] = values
     return words.reshape(positions, -1, rows)
+
+
+def _whole(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """The bytes of an array, and zeros up to where a buffer could begin."""
+    raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    return np.concatenate([raw, np.zeros(-raw.size % ALIGNMENT, np.uint8)])

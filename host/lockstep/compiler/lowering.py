@@ -350,8 +350,10 @@ class Lowering:
         for key, ahead in list(self._ahead.items()):
             if ahead.touches(weights, words, scales, parameters):
                 del self._ahead[key]
-        self.builder.emit(LOAD, memory=Memory.WEIGHT, words=words, address=chunk.weights, local=weights)
-        self.builder.emit(LOAD, memory=Memory.PARAMETER, words=parameters, address=chunk.parameters, local=scales)
+        moved = {"address_operand": chunk.operand}
+        emit = self.builder.emit
+        emit(LOAD, memory=Memory.WEIGHT, words=words, address=chunk.weights, local=weights, **moved)
+        emit(LOAD, memory=Memory.PARAMETER, words=parameters, address=chunk.parameters, local=scales, **moved)
         return Fetched(weights, scales)
 
     def scratch_weights(self, words: int) -> int:

@@ -22,6 +22,7 @@ from lockstep.graph import (
     Rotary,
     Value,
 )
+from lockstep.head_pruning import KeepHeads
 
 #: What a core executes.
 DEVICE_NODES = (Activation, Add, Attention, LayerNorm, Linear, Multiply, Quantise, RMSNorm, Rotary)
@@ -32,13 +33,14 @@ class Stage:
     """Host nodes, then the device nodes of one program.
 
     ``inputs`` are values that the program loads, ``outputs`` those that it stores because the host or a later stage
-    needs them.
+    needs them; ``choices`` are values that become its run-time operands.
     """
 
     host: tuple[Node, ...]
     device: tuple[Node, ...]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    choices: tuple[Value, ...] = ()
 
 
 def split(graph: Graph, on_host: tuple[type[Node], ...] = ()) -> list[Stage]:
@@ -58,6 +60,7 @@ def split(graph: Graph, on_host: tuple[type[Node], ...] = ()) -> list[Stage]:
             readers.setdefault(value, []).append(node)
     for node in graph.of(Quantise):
         level[node.value] = min((level[r.value] for r in readers.get(node.value, [])), default=level[node.value])
+    kept = {node.value for node in graph.of(KeepHeads)}
     stages = []
     for number in range(max(level.values(), default=0) + 1):
         members = [n for n in graph if level[n.value] == number]
@@ -70,5 +73,7 @@ def split(graph: Graph, on_host: tuple[type[Node], ...] = ()) -> list[Stage]:
             if n.value == graph.output or any(r.value not in own for r in readers.get(n.value, []))
         ]
         host = tuple(n for n in members if not on_device[n.value])
-        stages.append(Stage(host, device, tuple(inputs), tuple(outputs)))
+        choices = tuple(value for value in inputs if value in kept)
+        loaded = tuple(value for value in inputs if value not in kept)
+        stages.append(Stage(host, device, loaded, tuple(outputs), choices))
     return stages
