@@ -129,15 +129,19 @@ class Probe:
 
 
 class Source:
-    """Sends numbers into a stream; a number once shown stays until it is taken."""
+    """Sends numbers into a stream; a number once shown stays until it is taken. ``presented`` and ``taken`` list the
+    cycles of both.
+    """
 
     def __init__(self, dut: Any, name: str, items: Sequence[int] = (), gap: Gap = never) -> None:
         self.valid, self.ready, self.payload = (getattr(dut, f"{name}_{p}") for p in ("valid", "ready", "payload"))
         self.items, self.gap, self.shown, self.taken = deque(items), gap, False, []
+        self.presented: list[int] = []
 
     def drive(self) -> None:
         if not self.shown and self.items and not self.gap():
             self.shown = True
+            self.presented.append(self.bench.cycle)
             self.payload.value = self.items[0]
         self.valid.value = self.shown
 

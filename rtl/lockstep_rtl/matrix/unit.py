@@ -35,10 +35,12 @@ class MatrixUnit(wiring.Component):
     whatever S the tile before had, and columns of two tiles never meet in the array's ``result``. Results reach the
     queue by themselves: ``done`` frees the operands, not the results.
 
-    A step of packed weights takes 2 k (int8 with 2:4, int4 without N:M) or 4 k, so S = K / 2 or K / 4. In front of the
-    first tile of such an instruction there are ``PACKED_START`` idle cycles more, in which its first weights come.
-    From then on a step has its weights from the decoder in the cycle in which it has its activations from the memory:
-    four of them, which begin at a multiple of 4, of which int8 with 2:4 and int4 without N:M look at in two steps.
+    A step of packed weights takes 2 k (int8 with 2:4, int4 without N:M) or 4 k, so S = K / 2 or K / 4. Words of such an
+    instruction are asked for as soon as the last one of the instruction before has been, if both have one format; where
+    its first words were asked for two cycles before that one ends, it follows without a bubble. Otherwise there are
+    ``PACKED_START`` idle cycles more in front of its first tile, in which its first weights come. From then on a step
+    has its weights from the decoder in the cycle in which it has its activations from the memory: four of them, which
+    begin at a multiple of 4, of which int8 with 2:4 and int4 without N:M look at in two steps.
 
     An instruction that may skip goes chunk by chunk, and behind the last chunk there are depth mod R steps more. In the
     step before a chunk's last one the finder says where the next one is. If it cannot yet, the last step waits.
@@ -82,6 +84,8 @@ class MatrixUnit(wiring.Component):
 
         # Steps of a tile, or those until a chunk's end, and k of a step: of the instruction that runs, and of the next.
         steps, stride, next_steps, late = i.depth, 1, n.depth, 0
+        # Whether the first weights of the next instruction are there when this one ends.
+        carried = Signal(name="carried") if self.config.packed else 0
         if self.config.packed or self.config.zero_skipping:
             steps = Signal(ADDRESS_BITS, name="steps")
         if self.config.packed:
@@ -140,7 +144,9 @@ class MatrixUnit(wiring.Component):
             idles_first = Mux(short, columns - next_steps, 0)
             m.d.sync += [i.eq(n), active.eq(1), words.eq(first_steps), last_word.eq(next_steps == 1)]
             m.d.sync += [padding.eq(idles_first), padded.eq(short)]
-            m.d.sync += [idle.eq(idles_first + Mux(late, PACKED_START, 0)), idles.eq(short | late)]
+            waits_for_weights = late & ~carried if self.config.packed else late
+            m.d.sync += [idle.eq(idles_first + Mux(waits_for_weights, PACKED_START, 0))]
+            m.d.sync += idles.eq(short | waits_for_weights)
             loops.begin(m, n)
             if self.config.packed or self.config.zero_skipping:
                 m.d.sync += steps.eq(first_steps)
@@ -194,16 +200,26 @@ class MatrixUnit(wiring.Component):
         m.submodules.reader = reader = WeightReader(self.config)
         m.submodules.decoder = decoder = WeightDecoder(self.config)
         packed, packed_1 = Signal(name="packed"), Signal(name="packed_1")
+        # The reader has gone on to the next instruction; its first words are asked for; those are in the ring.
+        ahead, asked = Signal(name="ahead"), Signal(name="asked")
+        early, one_format = Signal(name="early"), Signal(name="one_format")
         m.d.sync += packed_1.eq(packed)
-        with m.If(begin):
-            m.d.sync += packed.eq(late)
         m.d.comb += [
-            reader.start.eq(begin),
+            one_format.eq(packed & (n.weights == i.weights) & (n.sparsity == i.sparsity)),
+            early.eq(active & self.instruction.valid & one_format & reader.ended & ~ahead),
+        ]
+        with m.If(early):
+            m.d.sync += ahead.eq(1)
+        with m.If(ahead):
+            m.d.sync += [asked.eq(asked | reader.ask[0]), carried.eq(asked)]
+        with m.If(begin):
+            m.d.sync += [packed.eq(late), ahead.eq(0), asked.eq(0), carried.eq(0)]
+        m.d.comb += [
+            reader.start.eq(early | (begin & ~carried)),
             reader.next.eq(n),
-            reader.running.eq(i),
-            reader.steps.eq(steps),
+            reader.steps.eq(next_steps),
             reader.room.eq(decoder.room),
-            decoder.start.eq(begin),
+            decoder.start.eq(begin & ~carried),
             decoder.weights.eq(i.weights),
             decoder.sparsity.eq(i.sparsity),
             decoder.ask.eq(reader.ask),

@@ -24,8 +24,10 @@ class WeightDecoder(wiring.Component):
 
     Ports
     -----
-    start : In(1), an instruction begins; what is left of the one before is forgotten.
-    weights : In(Weights), sparsity : In(Sparsity), its format, from the cycle behind ``start`` on.
+    start : In(1), an instruction begins; what is left of the one before is forgotten. One of the same format needs none
+        where its first words were asked for two cycles before the last step of the one before: its tiles are further
+        ones then.
+    weights : In(Weights), sparsity : In(Sparsity), the format, from the cycle behind ``start`` on.
     ask : In(2), words that the memory is asked for, of which bit 1 is only set together with bit 0.
     words : In(2 of 8 C), its answer, in the cycle behind. room : Out(1), two words may be asked for.
     step : In(1), the next step is taken. upper : In(1), with it: int4 without N:M takes activations 2 and 3 of four.
@@ -45,8 +47,8 @@ class WeightDecoder(wiring.Component):
 
     Never both, so the ring has two banks, for even and odd words, and shows one value word and one side word at a time.
     A value word of int4 with 1:4 is looked at in two steps. No step takes more than two words, and it takes less
-    than two on average: the ring never runs empty. Behind the last step of an instruction a word that is not there may
-    be taken for multipliers; nothing comes of it.
+    than two on average: the ring never runs empty. Behind the last step in front of a ``start`` a word that is not
+    there may be taken for multipliers; nothing comes of it.
     """
 
     def __init__(self, config: CoreConfig) -> None:

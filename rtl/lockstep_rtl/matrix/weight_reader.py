@@ -28,9 +28,10 @@ class WeightReader(wiring.Component):
 
     Ports
     -----
-    start : In(1) with ``next`` : In(MATRIX), an instruction begins, packed or not: one that is not asks for nothing.
-    running : In(MATRIX), the same, from the cycle behind on, with ``steps`` : In(16), those of a tile.
+    start : In(1) with ``next`` : In(MATRIX) and ``steps`` : In(16), those of a tile: go on with this instruction; for
+        one that is not packed it asks for nothing. What is left of the one before is forgotten.
     room : In(1), of the decoder. ask : Out(2) with ``address`` : Out(16), to the memory and to the decoder.
+    ended : Out(1), nothing is left behind what is asked for in this cycle.
 
     The first words are asked for in the cycle behind ``start``. How many a tile has is known one cycle later only:
     it has at least 5, so the first two are never its last. A tile with an odd number of words ends with one word.
@@ -42,27 +43,27 @@ class WeightReader(wiring.Component):
             {
                 "start": In(1),
                 "next": In(layout),
-                "running": In(layout),
                 "steps": In(ADDRESS_BITS),
                 "room": In(1),
                 "ask": Out(2),
                 "address": Out(ADDRESS_BITS),
+                "ended": Out(1),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        i = self.running
+        i, steps = Signal.like(self.next, name="i"), Signal.like(self.steps, name="steps_of_tile")
         loops = TileLoops("w")
         word = loops.words["w"]
 
         # Words of a tile: values, and positions for each 4 of them, and multipliers for each group.
         int4, sparse = i.weights != Weights.INT8, i.sparsity != Sparsity.DENSE
         two = i.sparsity == Sparsity.TWO_OF_FOUR
-        values = Mux(int4 & (i.sparsity == Sparsity.ONE_OF_FOUR), self.steps >> 1, self.steps)
-        positions = Mux(sparse, Mux(int4 & two, self.steps >> 1, self.steps >> 2), 0)
+        values = Mux(int4 & (i.sparsity == Sparsity.ONE_OF_FOUR), steps >> 1, steps)
+        positions = Mux(sparse, Mux(int4 & two, steps >> 1, steps >> 2), 0)
         # A group has 32 k and more, of which a step takes 2, or 4 with N:M.
-        groups = Mux(sparse, self.steps, self.steps >> 1) >> (i.weights + 2)
+        groups = Mux(sparse, steps, steps >> 1) >> (i.weights + 2)
         words = Signal(ADDRESS_BITS)
         m.d.comb += words.eq(values + positions + Mux(int4, groups, 0))
         # Pairs of words: the one that is next, the last one, and whether that has two words.
@@ -78,6 +79,7 @@ class WeightReader(wiring.Component):
             last.eq((pair == last_pair) & pair.any()),
             self.ask.eq(Cat(asks, asks & (~last | whole))),
             self.address.eq(word),
+            self.ended.eq(~reading | (asks & last & loops.last)),
         ]
         with m.If(asks):
             m.d.sync += [pair.eq(pair + 1), word.eq(word + 2)]
@@ -85,6 +87,6 @@ class WeightReader(wiring.Component):
                 m.d.sync += [pair.eq(0), reading.eq(~loops.last)]
                 loops.advance(m, i)
         with m.If(self.start):
-            m.d.sync += [reading.eq(is_packed(self.next)), pair.eq(0)]
+            m.d.sync += [reading.eq(is_packed(self.next)), pair.eq(0), i.eq(self.next), steps.eq(self.steps)]
             loops.begin(m, self.next)
         return m

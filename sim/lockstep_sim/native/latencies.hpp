@@ -27,6 +27,7 @@ struct Latencies {
     static constexpr Time kSettle = 2;          // last done to the fence
     static constexpr Time kArrayLatency = 4;    // last operand read to the array's first result, memory included
     static constexpr Time kPackedStart = 3;     // what the first step of packed weights comes later than of others
+    static constexpr Time kPackedAhead = 3;     // but not where it was to be seen so long before it was accepted
     static constexpr Time kLoadLatency = 1;     // last beat to done
     static constexpr Time kGatherStart = 4;     // what the first burst of a LOAD that gathers is later than of others
     static constexpr size_t kFetchAhead = 8, kLoadsInFlight = 5, kOutstandingBursts = 4;

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <utility>
 #include <vector>
 
 #include "bus.hpp"
@@ -20,6 +21,7 @@
 #include "prediction.hpp"
 #include "requests.hpp"
 #include "selection.hpp"
+#include "timing_items.hpp"
 #include "timing_recorder.hpp"
 
 namespace lockstep {
@@ -64,7 +66,7 @@ class TimingModel : Latencies {
         Item& item = add(i);
         const WeightFormat format(i);
         item.steps = format.steps(i.depth), item.tiles = i.outer * i.inner;
-        item.prologue = format.packed() ? kPackedStart : 0;
+        item.prologue = format.packed() ? kPackedStart : 0, item.format = uint32_t(i.weights) << 8 | uint32_t(i.sparsity);
         result_.mac_cycles += uint64_t(item.steps) * item.tiles;
         item.jump = search_.add(jumps, result_);
     }
@@ -108,32 +110,8 @@ class TimingModel : Latencies {
     const Prediction& prediction() const { return result_; }
 
   private:
-    struct Item {
-        int unit;
-        uint32_t wait, signal, selectors;
-        bool idle = false;
-        uint32_t address = 0, stride = 0, rows = 0, beats = 0, words = 0, steps = 0, tiles = 0, columns = 0;
-        Time prologue = 0;  // of MATRIX, in front of its first tile; of LOAD, in front of its first burst
-        size_t gathered = SIZE_MAX;  // of a LOAD that gathers: where its rows' numbers are
-        size_t jump = ChunkSearch::kNone;  // the next one
-        uint32_t writes = 0;  // cycles of a row in which LOAD writes and takes no beat
-        VectorShape shape{};
-        Time dispatched = 0, accepted = -1, start = -1, end = -1;
-        Time waits = 0;       // from when on it waits for tokens
-        Time words_read = 0;  // of STORE: when its words have been read
-        // Progress of an instruction that waits in its middle.
-        uint32_t row = 0, tile = 0;
-        Time now = 0;
-    };
-    struct Lane {
-        std::vector<size_t> queue;  // all items of the unit so far, in order
-        size_t begun = 0;           // the first that has not been accepted
-        size_t next = 0;            // the first that has not ended
-        Time free = 0;              // when the unit can accept the next one
-        Time ended = 0;             // when all of its items so far have ended
-        std::vector<Time> given[4]; // times of tokens given to each unit
-        size_t taken[4] = {};       // tokens taken from each unit
-    };
+    using Item = TimedItem;
+    using Lane = TimedLane;
 
     template <class Type>
     Item& add(const Type& i) {
@@ -202,6 +180,10 @@ class TimingModel : Latencies {
         for (int source = 0; source < 4; source++) lane.taken[source] += item.wait >> source & 1;
         item.waits = std::max(item.dispatched, lane.free);
         item.accepted = item.start = item.now = std::max(item.waits, ready);
+        // The first packed weights of an instruction are asked for ahead, behind those of another one of their format.
+        if (unit == Unit::kMatrix && !item.idle && std::exchange(format_, item.format) == item.format &&
+            item.accepted - std::max(item.dispatched, ready) >= kPackedAhead)
+            item.prologue = 0;
         lane.begun++;
         return true;
     }
@@ -481,7 +463,8 @@ class TimingModel : Latencies {
     TimingRecorder record_;
     std::vector<Item> items_;
     size_t dispatched_ = 0, done_ = 0;
-    Time now_ = 0;  // of the last dispatch
+    Time now_ = 0;         // of the last dispatch
+    uint32_t format_ = 0;  // of the weights of the last MATRIX instruction
     std::vector<uint32_t> gathered_;  // rows of device memory, of all LOADs that gather
     ChunkSearch search_;
     Lane lanes_[4];

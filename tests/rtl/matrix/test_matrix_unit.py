@@ -94,9 +94,12 @@ def steps(i):
     return i.depth // RATES[i.weights, i.sparsity]
 
 
-def late(i):
-    """Cycles by which the first step comes later than without packed weights."""
-    return 0 if RATES[i.weights, i.sparsity] == 1 else PACKED_START
+def late(i, before=None, seen=0):
+    """Cycles by which the first step comes later than without packed weights, behind another instruction that ended
+    ``seen`` cycles after this one was there to be seen.
+    """
+    carried = before is not None and (i.weights, i.sparsity) == (before.weights, before.sparsity) and seen >= 3
+    return 0 if RATES[i.weights, i.sparsity] == 1 or carried else PACKED_START
 
 
 class Finder:
@@ -134,10 +137,11 @@ def chunk_cycles(i, tile, finder, now):
     return cycles + list(range(now, now + i.depth % SIZE))
 
 
-def step_cycles(instructions, taken, pops, zero):
-    """The cycle of every step, if instructions are taken and tiles of results are popped in these cycles."""
+def step_cycles(instructions, presented, taken, pops, zero):
+    """The cycle of every step, if instructions are shown and taken and tiles of results are popped in these cycles."""
     cycles, tile = [], 0
-    for i, start in zip(instructions, taken, strict=True):
+    before = [None, *instructions[:-1]]
+    for i, previous, shown, start in zip(instructions, before, presented, taken, strict=True):
         now = start + 1
         skipped = skipped_chunks(CONFIG, i, zero)
         finder = Finder(skipped, now)
@@ -145,7 +149,7 @@ def step_cycles(instructions, taken, pops, zero):
             # A tile waits for room, then for the weights if it is the first one, then until its period's end is due.
             if tile >= TILES:
                 now = max(now, pops[tile - TILES] + 1)
-            now += max(0, SIZE - steps(i)) + (late(i) if n == 0 else 0)
+            now += max(0, SIZE - steps(i)) + (late(i, previous, start - shown) if n == 0 else 0)
             if may_skip(CONFIG, i):
                 cycles += chunk_cycles(i, skipped[n], finder, now)
             else:
@@ -171,16 +175,16 @@ async def run(dut, instructions, gap=never, source_gap=never):
     await world.step(4 * SIZE)
     assert_equal(reader.tiles, expected, "tile, row, column ")
     assert probe.count("done") == len(instructions)
-    expected = step_cycles(instructions, source.taken, reader.pops, core.zero)
+    expected = step_cycles(instructions, source.presented, source.taken, reader.pops, core.zero)
     assert_equal(probe.cycles("streaming"), expected, "cycle of step ")
     if CONFIG.zero_skipping:
         assert probe.count("skipped") == core.skipped_chunks
     return probe, reader, source
 
 
-def periods(i):
-    """Cycles of an instruction that never waits and passes over nothing."""
-    return late(i) + i.outer * i.inner * max(steps(i), SIZE)
+def periods(i, before=None):
+    """Cycles of an instruction that never waits and passes over nothing, behind another one that took as many."""
+    return late(i, before, SIZE - 1) + i.outer * i.inner * max(steps(i), SIZE)
 
 
 def chunked(seed, count):
@@ -218,14 +222,20 @@ NEGATIVE = [
 
 
 def mixed(seed, count):
-    """Instructions of all formats in any order, half of them dense where the core takes others too."""
+    """Instructions of all formats in any order, half of them dense where the core takes others too; half of them have
+    the format of the one before.
+    """
+    format = Weights.INT8, Sparsity.DENSE
     rng = np.random.default_rng(seed)
 
     def some(least, most, unit=1):
         return int(rng.integers(least // unit, most // unit + 1)) * unit
 
     def one():
-        weights, sparsity = list(RATES)[rng.integers(len(RATES)) if CONFIG.packed and some(0, 1) else 0]
+        nonlocal format
+        if some(0, 1):
+            format = list(RATES)[rng.integers(len(RATES)) if CONFIG.packed and some(0, 1) else 0]
+        weights, sparsity = format
         rate = RATES[weights, sparsity]
         unit = WEIGHT_GROUPS[weights] or {1: 1, 2: 8, 4: 16}[rate]
         depth = some(unit, max(unit, 64 if some(0, 1) else 12), unit)
@@ -246,7 +256,8 @@ def mixed(seed, count):
 async def follow_without_a_bubble(dut, instructions):
     probe, _, source = await run(dut, instructions)
     assert probe.count("stalled") == 0
-    expected = source.taken[0] + np.cumsum([periods(i) for i in instructions])
+    before = [None, *instructions[:-1]]
+    expected = source.taken[0] + np.cumsum([periods(*pair) for pair in zip(instructions, before, strict=True)])
     assert_equal(probe.cycles("done"), expected, "cycle of done of instruction ")
     # The next instruction is taken in the cycle in which the one before is done.
     assert_equal(source.taken[1:], expected[:-1], "cycle in which the next is taken after instruction ")
@@ -266,6 +277,23 @@ async def formats_follow_each_other_without_a_bubble(dut):
 async def formats_with_a_slow_reader_and_gaps(dut):
     await run(dut, mixed(2, 60), gap=stalls(0.9, 4), source_gap=stalls(0.5, 5))
     await run(dut, mixed(3, 60), gap=stalls(0.6, 6))
+
+
+@cocotb.test(skip=not CONFIG.packed)
+async def weights_come_ahead_of_an_instruction_that_is_seen_early_enough(dut):
+    """Behind one of the same format, three cycles before that one ends; whenever else it is seen, it begins anew."""
+    for weights, sparsity in list(RATES)[1:]:
+        depth = WEIGHT_GROUPS[weights] or 16
+        one, other = (
+            Instruction(MATRIX, weights=weights, sparsity=sparsity, depth=depth, w=w, a=w, inner=2, w_inner=3)
+            for w in (8, 40)
+        )
+        seen = []
+        for delay in (1, *range(periods(one) - 4, periods(one) + 2)):
+            late_by = iter([False] + [True] * (delay - 1) + [False])
+            _, _, source = await run(dut, [one, other], source_gap=lambda late_by=late_by: next(late_by))
+            seen.append(source.taken[1] - source.presented[1])
+        assert {0, 1, 2, 3, 4} <= set(seen)
 
 
 @cocotb.test(skip=not CONFIG.zero_skipping)
