@@ -16,9 +16,9 @@ from lockstep.bench.gemm import random_operands, run_gemm
 from lockstep.bench.gemm_schedule import boxes
 from lockstep.bench.measure import Bench, BenchError, Ran
 from lockstep.bench.random_models import Gpt2Shape, LlamaShape, gpt2_graph, llama_graph, random_weights
-from lockstep.bench.random_weights import INT8, SPARSITY, WEIGHTS, depth_unit, format_of
+from lockstep.bench.random_weights import INT8, SPARSITY, WEIGHTS, depth_unit, format_of, random_integers
 from lockstep.compiler.execute import DeviceExecutor
-from lockstep.compiler.packing import Packing
+from lockstep.compiler.packing import Packing, packing
 from lockstep.graph import Attention, Graph
 from lockstep.quantisation.formats import Format
 from lockstep.session import HostSession
@@ -86,10 +86,21 @@ def test_a_bar_of_many_looks_at_their_median_and_the_worst_one() -> None:
 # --- Products -----------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 1100), st.sampled_from(["tiny", "laptop"]))
-def test_boxes_cover_every_tile_and_depth_once_and_in_order(m: int, n: int, k: int, core: str) -> None:
+@given(
+    m=st.integers(1, 12),
+    n=st.integers(1, 12),
+    k=st.integers(1, 1100),
+    format=st.sampled_from([format_of(*names) for names in itertools.product(WEIGHTS, SPARSITY)]),
+    core=st.sampled_from(["tiny", "laptop"]),
+)
+def test_boxes_cover_every_tile_and_depth_once_and_in_order(m: int, n: int, k: int, format: Format, core: str) -> None:
+    unit = depth_unit(format)
+    k = -(-k // unit) * unit
+    stored = random_integers(1, k, format, np.random.default_rng(0))
+    form = packing(PRESETS[core], k, stored)
     reached = np.zeros((m, n), int)
-    for box in boxes(PRESETS[core], m, n, k):
+    for box in boxes(PRESETS[core], m, n, k, form):
+        assert box.depth.start % form.unit == 0
         tiles = reached[box.rows.start : box.rows.end, box.columns.start : box.columns.end]
         assert tiles.size
         assert len(box.depth) > 0

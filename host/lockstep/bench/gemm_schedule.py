@@ -16,8 +16,6 @@ from lockstep_isa.config import CoreConfig
 
 from lockstep.compiler.packing import Packing
 
-from .limits import ceil_div
-
 #: Deepest sums that may be cut: partial sums of int8 products up to 2^24 are exact in fp32, and so is their sum.
 EXACT_DEPTH = 1024
 #: The array's time for the first block over the bus's for its panels; the bus is slower with pieces than with panels.
@@ -27,8 +25,6 @@ MOST_OPENING = 6
 #: Steps in the first piece of the first block, and how much longer each further one is: the vector unit adds pieces of
 #: as many steps as a tile has columns no faster than they come, and later ones should let it catch up.
 PIECE, LONGER = 16, 1.1
-#: Row panels whose last pieces are one box: their results can leave, and a packed product costs start-up cycles.
-LEAVING = 2
 
 
 @dataclass(frozen=True)
@@ -99,27 +95,26 @@ def _first_block(m: int, n: int, k: int, form: Packing) -> tuple[int, int]:
 
 
 def _opening(config: CoreConfig, high: int, wide: int, k: int, form: Packing) -> Iterator[Box]:
-    """The first block: piece by piece of its depth, and the last piece a few rows at a time, so that results can
-    leave.
-    """
+    """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
     begin = 0
     for end in _pieces(config, wide, k, form) if k <= EXACT_DEPTH else ():
         yield Box(Span(0, high), Span(0, wide), Span(begin, end))
         begin = end
-    for row in range(0, high, LEAVING):
-        yield Box(Span(row, min(high, row + LEAVING)), Span(0, wide), Span(begin, k))
+    for row in range(high):
+        yield Box(Span(row, row + 1), Span(0, wide), Span(begin, k))
 
 
 def _pieces(config: CoreConfig, wide: int, k: int, form: Packing) -> list[int]:
-    """The ends of all pieces of the first block's depth but the last one."""
+    """The ends of all pieces of the first block's depth but the last one, which is no shorter than those before: STORE
+    reads the first results while the vector unit adds the last ones, and should find it idle now and then.
+    """
     # A pass of the vector unit has a start that a single tile does not hide.
     least = max(PIECE, config.rows) * form.rate * (2 if wide == 1 else 1)
-    ends, begin, size = [], 0, float(least)
-    while k - begin >= size + least:
-        begin += ceil_div(int(size), form.unit) * form.unit
-        ends.append(begin)
+    ends, size = [0], float(least)
+    while (end := ends[-1] + max(1, round(size / form.unit)) * form.unit) <= k - size:
+        ends.append(end)
         size *= LONGER
-    return ends
+    return ends[1:]
 
 
 def _cuts(total: int, count: int, unit: int) -> list[int]:
