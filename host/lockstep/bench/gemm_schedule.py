@@ -25,6 +25,8 @@ MOST_OPENING = 6
 #: Steps in the first piece of the first block, and how much longer each further one is: the vector unit adds pieces of
 #: as many steps as a tile has columns no faster than they come, and later ones should let it catch up.
 PIECE, LONGER = 16, 1.1
+#: Row panels whose last pieces are one box: the vector unit starts once for them, and their results leave soon enough.
+LEAVING = 2
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,15 @@ def _first_block(m: int, n: int, k: int, form: Packing) -> tuple[int, int]:
 
 
 def _opening(config: CoreConfig, high: int, wide: int, k: int, form: Packing) -> Iterator[Box]:
-    """The first block: piece by piece of its depth, and the last piece row by row, so that results can leave."""
+    """The first block: piece by piece of its depth, and the last piece a few rows at a time, so that results can
+    leave.
+    """
     begin = 0
     for end in _pieces(config, wide, k, form) if k <= EXACT_DEPTH else ():
         yield Box(Span(0, high), Span(0, wide), Span(begin, end))
         begin = end
-    for row in range(high):
-        yield Box(Span(row, row + 1), Span(0, wide), Span(begin, k))
+    for row in range(0, high, LEAVING):
+        yield Box(Span(row, min(high, row + LEAVING)), Span(0, wide), Span(begin, k))
 
 
 def _pieces(config: CoreConfig, wide: int, k: int, form: Packing) -> list[int]:
