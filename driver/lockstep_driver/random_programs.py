@@ -43,8 +43,8 @@ from numpy.typing import NDArray
 
 from .builder import ProgramBuilder
 from .random_attention import random_softmax, random_weighing
-from .random_selection import INDEX_USED, MOST_COLUMNS, fill_index, random_gather, random_selection, store_index
 from .random_sections import random_sections
+from .random_selection import INDEX_USED, MOST_COLUMNS, fill_index, random_gather, random_selection, store_index
 from .random_values import random_floats, random_operands
 
 #: On-chip words that a random program uses of each memory.

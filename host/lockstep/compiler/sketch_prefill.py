@@ -115,13 +115,25 @@ class SketchMaker:
         self.key_scales = [take[Memory.PARAMETER](self.key_panels) for _ in range(PLACES + 1)]
         self.identity = take[Memory.WEIGHT](rows)
         self.pool, self.pack = take[Memory.ACTIVATION](POOL * rows), take[Memory.ACTIVATION](2 * rows)
-        self.mask, self.magic = take[Memory.VECTOR](POOL * rows), take[Memory.PARAMETER](1)
+        self.mask, self.magic = take[Memory.VECTOR](self.key_panels * rows), take[Memory.PARAMETER](1)
         self._load(Memory.WEIGHT, rows, constants.identity, self.identity)
         self._load(Memory.ACTIVATION, POOL * rows, constants.pool, self.pool)
         self._load(Memory.ACTIVATION, 2 * rows, constants.pack, self.pack)
         self._load(Memory.VECTOR, POOL * rows, constants.mask, self.mask)
         self._load(Memory.PARAMETER, 1, constants.magic, self.magic)
         self._made = 0
+        # VECTOR has time for copies of the mask while the first keys are loaded; the bus has none.
+        if self.unit > 1:
+            builder.emit(
+                VECTOR,
+                source=Source.VECTOR,
+                destination=Destination.VECTOR,
+                tiles=self.unit - 1,
+                columns=POOL * rows,
+                x=self.mask,
+                to=self.mask + POOL * rows,
+                to_stride=POOL * rows,
+            )
 
     def steps(self, keys: int, scales: int, into: Sketch) -> list[Step]:
         """The steps that make one head's sketch, in an order in which none waits for the one before it.
@@ -304,15 +316,15 @@ class _Unit:
     def _greatest_scales(self) -> None:
         """A word of the mask is 1 in the lane of the row to which its key belongs, and takes the key's scale there."""
         m = self.maker
-        for panel in range(self.panels):
-            m.builder.emit(
-                VECTOR,
-                source=Source.VECTOR,
-                destination=Destination.NONE,
-                mul1=FirstMultiply.COLUMN0,
-                column0=self._of(m.key_scales) + panel * POOL,
-                columns=min(POOL, self._key_panels - panel * POOL) * m.rows,
-                x=m.mask,
-                maximum=Maximum.ABSOLUTE,
-                max_to=self.into.scales + self.first + panel,
-            )
+        m.builder.emit(
+            VECTOR,
+            source=Source.VECTOR,
+            destination=Destination.NONE,
+            mul1=FirstMultiply.COLUMN0,
+            column0=self._of(m.key_scales),
+            columns=self._key_panels * m.rows,
+            x=m.mask,
+            maximum=Maximum.ABSOLUTE,
+            max_columns=POOL * m.rows,
+            max_to=self.into.scales + self.first,
+        )

@@ -32,9 +32,9 @@ class Issue(wiring.Component):
         ACCEPT -> START -> FETCH <-> ISSUE -> DRAIN -> ACCEPT
 
     FETCH is the prologue of a row tile: one PARAMETER word per cycle (lane words, where the maximum continues, the
-    words of the first ``rows`` columns). Where each section of a row has a maximum that continues, its word is fetched
-    in the cycle behind its first beat, in front of all others. ISSUE sends beats; the words of the next ``rows`` columns arrive meanwhile,
-    but where x comes from PARAMETER too, ISSUE goes back to FETCH for them. Where x and y both come from VECTOR, a
+    words of the first ``rows`` columns). ISSUE sends beats; the words of the next ``rows`` columns arrive meanwhile,
+    but where x comes from PARAMETER too, ISSUE goes back to FETCH for them. Where maxima of sections continue, the word
+    of each is fetched in the cycle behind its first beat, in front of all others. Where x and y both come from VECTOR, a
     beat starts with a cycle that reads y. A beat is one column, or two side by side, of which the row's last beat may
     lack the second one. ISSUE waits
 
