@@ -34,9 +34,9 @@ class Issue(wiring.Component):
     FETCH is the prologue of a row tile: one PARAMETER word per cycle (lane words, where the maximum continues, the
     words of the first ``rows`` columns). ISSUE sends beats; the words of the next ``rows`` columns arrive meanwhile,
     but where x comes from PARAMETER too, ISSUE goes back to FETCH for them. Where maxima of sections continue, the word
-    of each is fetched in the cycle behind its first beat, in front of all others. Where x and y both come from VECTOR, a
-    beat starts with a cycle that reads y. A beat is one column, or two side by side, of which the row's last beat may
-    lack the second one. ISSUE waits
+    of each is fetched in the cycle behind its first beat, in front of all others. Where x and y both come from VECTOR,
+    a beat starts with a cycle that reads y. A beat is one column, or two side by side, of which the row's last beat
+    may lack the second one. ISSUE waits
 
     - while the accumulator tile is not complete (``stalled``),
     - with column min(64, columns - 1) until the adders are through with the sums of the row before,
