@@ -13,6 +13,7 @@ Between them VECTOR makes means, multipliers and levels. Packed words and scales
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from lockstep_driver.builder import ProgramBuilder
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 
 from .allocation import Pieces
 from .passes import RECIPROCAL, float_bits, rounding, scaling
-from .steps import Step
+from .steps import Step, nothing
 
 #: Words of means that are made at a time: VECTOR starts once for them, and MATRIX waits while they are drained.
 UNIT_WORDS = 256
@@ -144,7 +145,7 @@ class SketchMaker:
             _Unit(self, keys, scales, into, first, min(self.unit, self.panels - first), self._number())
             for first in range(0, self.panels, self.unit)
         ]
-        chains = [unit.steps() for unit in units]
+        chains = [unit.steps(then) for unit, then in zip_longest(units, units[1:])]
         # move 0, move 1, sum 0, move 2, sum 1, pack 0, ...
         return [
             chains[turn - stage][stage]
@@ -173,8 +174,10 @@ class _Unit:
     panels: int
     number: int
 
-    def steps(self) -> tuple[Step, Step, Step]:
-        move = Step(self._load_keys, self._multiply_keys, self._drain_keys)
+    def steps(self, then: _Unit | None) -> tuple[Step, Step, Step]:
+        """Its products; the keys of unit ``then``, the next one of the head, are loaded behind the first."""
+        first = self._load_keys if self.first == 0 else nothing
+        move = Step(first, self._multiply_keys, self._drain_keys, then._load_keys if then else nothing)
         add = Step(multiply=self._multiply_sums, drain=self._drain_sums, behind=(move,))
         pack = Step(multiply=self._multiply_bytes, drain=self._drain_bytes, behind=(add,))
         return move, add, pack
