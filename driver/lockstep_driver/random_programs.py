@@ -37,12 +37,13 @@ from lockstep_isa.instructions import (
     selector,
 )
 from lockstep_isa.packed import activation_group, depth_unit, is_packed, weight_words
-from lockstep_isa.program import Program, Region, reads, writes
+from lockstep_isa.program import Program, Region, maxima_region, reads, writes
 from lockstep_isa.tables import FUNCTIONS
 from numpy.typing import NDArray
 
 from .builder import ProgramBuilder
 from .random_attention import random_softmax, random_weighing
+from .random_sections import random_sections
 from .random_selection import INDEX_USED, MOST_COLUMNS, fill_index, random_gather, random_selection, store_index
 from .random_values import random_floats, random_operands
 
@@ -361,7 +362,7 @@ class _Generator:
             lane0 = n(_INTEGERS[0], _INTEGERS[1] - tiles)
             add1 = FirstAdd.NONE if add1 == FirstAdd.LANE0 else add1
             mul2 = SecondMultiply.NONE if mul2 == SecondMultiply.LANE0 else mul2
-        return Instruction(
+        i = Instruction(
             VECTOR,
             source=chosen,
             destination=destination,
@@ -399,6 +400,7 @@ class _Generator:
             first_row=n(-40, 120) % (1 << 20),
             window=n(1, 40) if n(0, 1) else 0,
         )
+        return random_sections(self.rng, self.config, i, _INTEGERS if integers else (0, words))
 
     def _clashes(self, i: Instruction) -> bool:
         """Whether rows of a pass depend on each other, or two of its results fall on one word."""
@@ -412,7 +414,7 @@ class _Generator:
             return True
         read = reads(self.config, i)
         if i.maximum and i.max_continue:
-            read.remove(Region(Memory.PARAMETER, i.max_to, i.tiles))
+            read.remove(maxima_region(i))
         return any(words[region.memory][run].any() for region in read for run in _runs(region))
 
     def finish(self) -> RandomProgram:

@@ -226,13 +226,12 @@ class GoldenCore:
         elif i.mul3 == ThirdMultiply.Y:
             x = numerics.mul(x, y)
 
-        maximum = None
-        if i.maximum == Maximum.ABSOLUTE:
-            maximum = numerics.absmax(x.T).view(np.uint32).view(np.int32)
-        elif i.maximum == Maximum.EXPONENT:
-            maximum = exponent.max(axis=0)
-        if maximum is not None and i.max_continue:
-            maximum = np.maximum(maximum, self.parameter[i.max_to + tile].view(np.int32))
+        if i.maximum:
+            maxima = self._maxima(i, x, exponent)
+            first = i.max_to + tile * len(maxima)
+            stands = self.parameter[first : first + len(maxima)].view(np.int32)
+            if i.max_continue:
+                maxima = np.maximum(maxima, stands)
 
         result = x if i.tap == Tap.AFTER else before
         self._write(i, tile, result)
@@ -240,8 +239,17 @@ class GoldenCore:
             self._select(i, result)
         if i.sum:
             self.parameter[i.sum_to + tile] = numerics.rowsum(before.T)
-        if maximum is not None:
-            self.parameter[i.max_to + tile] = maximum.astype(np.int32).view(np.float32)
+        if i.maximum:
+            stands[:] = maxima
+
+    @staticmethod
+    def _maxima(i: Instruction, x: F32, exponent: NDArray[np.int32]) -> NDArray[np.int32]:
+        """int32[sections, rows]; the whole row is one section where ``max_columns`` is 0."""
+        size = i.max_columns or i.columns
+        sections = [slice(first, first + size) for first in range(0, i.columns, size)]
+        if i.maximum == Maximum.ABSOLUTE:
+            return np.stack([numerics.absmax(x[s].T) for s in sections]).view(np.int32)
+        return np.stack([exponent[s].max(axis=0) for s in sections])
 
     def _hidden(self, i: Instruction, tile: int) -> NDArray[np.bool_]:
         """Which scores of a row tile the mask hides: bool[columns, rows]."""

@@ -44,6 +44,8 @@ TABLE_SLOTS = 4
 TABLE_ENTRY_BYTES = 16
 #: Entries of the index memory; VECTOR selects among as many columns at most.
 INDEX_ENTRIES = 1024
+#: Columns that VECTOR may take a maximum of, beside those of a whole row: a beat never has columns of two sections.
+SECTIONS = (4, 8, 16, 32, 64)
 #: Run-time operands of a program, 32-bit words; operand 0 is always zero.
 OPERANDS = 64
 
@@ -232,7 +234,7 @@ VECTOR = InstructionType(
         Field("mul3", 2, "x6 = x5 * ...", ThirdMultiply),
         Field("tap", 1, "value that is written: x5 or x6", Tap),
         Field("sum", 1, "write the row sum of x5 to PARAMETER[sum_to + t]"),
-        Field("maximum", 2, "write a row maximum to PARAMETER[max_to + t]", Maximum),
+        Field("maximum", 2, "write a row maximum to PARAMETER[max_to + t], or one for each section", Maximum),
         Field("max_continue", 1, "start the maximum from the word that stands there instead of from nothing"),
         _count("tiles", "row tiles t"),
         _count("columns", "columns j of each row tile", operand=True),
@@ -249,7 +251,7 @@ VECTOR = InstructionType(
         _address("column1", "first PARAMETER word of COLUMN1"),
         _address("column2", "first PARAMETER word of COLUMN2"),
         _address("sum_to", "first PARAMETER word of the row sums"),
-        _address("max_to", "first PARAMETER word of the row maxima"),
+        _address("max_to", "first PARAMETER word of the maxima"),
         Field("immediate0", 32, "fp32"),
         Field("immediate1", 32, "fp32"),
         Field("mask", 1, "scores that SCORE hides", Mask),
@@ -273,6 +275,13 @@ VECTOR = InstructionType(
         Field("select_more_lanes", 6, "lanes behind it whose values count too", feature="selection"),
         Field("select_first", 8, "first columns that are selected whatever they hold", feature="selection"),
         Field("select_last", 8, "last columns that are selected whatever they hold", feature="selection"),
+        Field(
+            "max_columns",
+            7,
+            "columns of a section, 4 to 64, a power of two: a maximum of each section s of row tile t goes to "
+            "PARAMETER[max_to + t * sections + s]; 0: one of the whole row",
+            feature="selection",
+        ),
     ),
 )
 

@@ -44,7 +44,7 @@ from .instructions import (
     selector,
 )
 from .packed import activation_group, depth_unit, is_packed, weight_words
-from .selection import selection_fault
+from .selection import section_fault, selection_fault
 from .weights import WeightError
 
 #: First bytes of a program file.
@@ -213,6 +213,16 @@ class Region:
         return self.start + self.words + max(0, self.count - 1) * self.stride
 
 
+def row_maxima(i: Instruction) -> int:
+    """Maxima of each row tile of a resolved VECTOR instruction that has any: its sections."""
+    return -(-i.columns // i.max_columns) if i.max_columns else 1
+
+
+def maxima_region(i: Instruction) -> Region:
+    """The words that a resolved VECTOR instruction with a maximum writes, and where it continues reads, for them."""
+    return Region(Memory.PARAMETER, i.max_to, i.tiles * row_maxima(i))
+
+
 def reads(config: CoreConfig, i: Instruction) -> list[Region]:
     """On-chip regions that a resolved instruction reads."""
     if i.type is STORE:
@@ -249,7 +259,7 @@ def reads(config: CoreConfig, i: Instruction) -> list[Region]:
     if i.mul3 == ThirdMultiply.COLUMN2:
         regions.append(Region(parameter, i.column2, column_words))
     if i.maximum and i.max_continue:
-        regions.append(Region(parameter, i.max_to, i.tiles))
+        regions.append(maxima_region(i))
     if i.function in (Function.EXP2, *range(Function.RECIP, Function.SIGMOID + 1)):
         regions.append(Region(Memory.TABLE, i.table * TABLE_ENTRIES, TABLE_ENTRIES))
     return regions
@@ -279,7 +289,7 @@ def writes(config: CoreConfig, i: Instruction) -> list[Region]:
     if i.sum:
         regions.append(Region(Memory.PARAMETER, i.sum_to, i.tiles))
     if i.maximum:
-        regions.append(Region(Memory.PARAMETER, i.max_to, i.tiles))
+        regions.append(maxima_region(i))
     if i.select:
         regions.append(Region(Internal.INDEX, i.select_to, i.select))
     return regions
@@ -372,7 +382,7 @@ def _check_instruction(config: CoreConfig, n: int, i: Instruction) -> None:
     """Bounds, alignment and combinations of one resolved instruction."""
     if i.type is MATRIX and is_packed(i):
         _check_packed(config, n, i)
-    if fault := selection_fault(config, i):
+    if fault := selection_fault(config, i) or section_fault(config, i):
         raise ProgramError(f"instruction {n} ({i.type.name}): {fault}")
     for region in reads(config, i) + writes(config, i):
         depth = depth_of(config, region.memory)

@@ -57,9 +57,10 @@ def test_a_core_without_selection_has_nothing_of_it():
     def names(selection):
         core = Core(preset("ulx3s").replace(selection=selection))
         text = generate.component_verilog(core, generate.TOP)
-        return set(re.findall(r"gather|row_starts|selection|index_write|select_\w+", text))
+        return set(re.findall(r"gather|row_starts|selection|index_write|select_\w+|sections|next_maximum", text))
 
     assert {"gather", "row_starts", "selection", "index_write", "select_more_lanes"} <= names(True)
+    assert {"sections", "next_maximum"} <= names(True)
     assert not names(False)
 
 

@@ -110,7 +110,6 @@ class PrefillSparseLowering:
         self.queries = [take[Memory.ACTIVATION](self.row_tiles * self.d) for _ in range(QUERIES)]
         self.probabilities = [take[Memory.ACTIVATION](self.row_tiles * self.most_keys) for _ in range(2)]
         operands = self.most_keys * self.d // self.rows
-        self.look = take[Memory.VECTOR](max(work.tokens // POOL, config.accumulator_tiles * self.rows))
         self.scores = take[Memory.VECTOR](self.row_tiles * self.most_keys)
         self.out = [take[Memory.VECTOR](self.row_tiles * self.d) for _ in range(RESULTS)]
         parameter = take[Memory.PARAMETER]
@@ -226,7 +225,8 @@ class PrefillSparseLowering:
             def look(row: int = row, end: int = min(row + count, self.row_tiles)) -> None:
                 if row == 0:
                     begin()
-                self._rank(tile, row, end - row)
+                for each in range(row, end):
+                    self._rank(tile, each)
                 if end == self.row_tiles:
                     self._select(tile)
 
@@ -255,12 +255,11 @@ class PrefillSparseLowering:
             weights=Weights.INT4_32,
         )
 
-    def _rank(self, tile: _Tile, row: int, rows: int) -> None:
-        """Scores, lifted so that none of them has a sign, and the best one of each block that needs one."""
-        blocks, columns, first = self._looked_at(tile), self.block // POOL, self.work.first
+    def _rank(self, tile: _Tile, row: int) -> None:
+        """The best score of each block in a row tile, or in it and those before; lifted, so that none has a sign."""
+        columns = self.block // POOL
         self._pass(
             source=Source.ACCUMULATOR,
-            destination=Destination.VECTOR,
             mul1=FirstMultiply.COLUMN0,
             column0=self.sketches[tile.head % 2].scales,
             mul2=SecondMultiply.LANE0,
@@ -268,22 +267,12 @@ class PrefillSparseLowering:
             add2=SecondAdd.IMMEDIATE1,
             immediate1=float_bits(LIFT),
             function=Function.RELU,
-            tiles=rows,
-            columns=blocks * columns,
-            to=self.look,
-            to_stride=blocks * columns,
+            columns=self._looked_at(tile) * columns,
+            maximum=Maximum.ABSOLUTE,
+            max_columns=columns,
+            max_to=self.best,
+            max_continue=int(row > 0),
         )
-        for each in range(rows):
-            self._pass(
-                source=Source.VECTOR,
-                tiles=blocks - first,
-                columns=columns,
-                x=self.look + (each * blocks + first) * columns,
-                x_stride=columns,
-                maximum=Maximum.ABSOLUTE,
-                max_to=self.best + first,
-                max_continue=int(row + each > 0),
-            )
 
     def _select(self, tile: _Tile) -> None:
         self._pass(

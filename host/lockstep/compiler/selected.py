@@ -147,7 +147,7 @@ class SelectedAttentionLowering:
         queries = quantised_queries(low, self.node, q)
         kept = self._kept_places()
         deep = len(kept)
-        lifted, best = low.vectors.take(self.most_blocks * BLOCK_ROWS), low.parameters.take(self.most_blocks)
+        best = low.parameters.take(self.most_blocks)
         softened = [self._softened_place() for _ in range(2)]
 
         def look(turn: int) -> None:
@@ -157,7 +157,7 @@ class SelectedAttentionLowering:
 
         def select(turn: int) -> None:
             if turn < turns:
-                self._select(turn, queries, lifted, best)
+                self._select(turn, queries, best)
                 self._load_sketch(turn + SKETCHES)
                 self._gather(turn, kept[turn % deep])
 
@@ -184,12 +184,10 @@ class SelectedAttentionLowering:
                 self._bring(("blocks", turns - 1))
                 at_last()
             self._drain(turn, place, into)
-        self._free(queries, kept, softened, lifted, best)
+        self._free(queries, kept, softened, best)
         at_last()
 
-    def _free(
-        self, queries: QuantisedQueries, kept: list[_Kept], softened: list[_Softened], lifted: int, best: int
-    ) -> None:
+    def _free(self, queries: QuantisedQueries, kept: list[_Kept], softened: list[_Softened], best: int) -> None:
         low = self.low
         for sketch in self._sketches:
             low.weights.give(sketch.words)
@@ -204,7 +202,6 @@ class SelectedAttentionLowering:
             low.activations.give(place.probabilities)
             for words in (place.peaks, place.largest, place.pairs, place.inverses):
                 low.parameters.give(words)
-        low.vectors.give(lifted)
         low.parameters.give(best)
         queries.free(low)
 
@@ -327,12 +324,11 @@ class SelectedAttentionLowering:
             weights=Weights.INT4_32,
         )
 
-    def _select(self, turn: int, queries: QuantisedQueries, lifted: int, best: int) -> None:
+    def _select(self, turn: int, queries: QuantisedQueries, best: int) -> None:
         """The best blocks of a turn to the index memory."""
         for number in range(self.group):
             self._emit_pass(
                 source=Source.ACCUMULATOR,
-                destination=Destination.VECTOR,
                 mul1=FirstMultiply.COLUMN0,
                 column0=self._sketches[turn % SKETCHES].scales,
                 mul2=SecondMultiply.LANE0,
@@ -342,15 +338,8 @@ class SelectedAttentionLowering:
                 function=Function.RELU,
                 columns=0,
                 columns_operand=self.operands.rows,
-                to=lifted,
-            )
-            self._emit_pass(
-                source=Source.VECTOR,
-                tiles=self.most_blocks,
-                columns=BLOCK_ROWS,
-                x=lifted,
-                x_stride=BLOCK_ROWS,
                 maximum=Maximum.ABSOLUTE,
+                max_columns=BLOCK_ROWS,
                 max_to=best,
                 max_continue=int(number > 0),
             )

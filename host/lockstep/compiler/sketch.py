@@ -357,29 +357,20 @@ class SketchCompiler:
         keys, whatever they hold.
         """
         low, rows = self.low, heads * BLOCK_ROWS
-        spread, greatest, result = low.vectors.take(heads * BLOCK), low.parameters.take(rows), low.vectors.take(rows)
+        greatest, result = low.parameters.take(rows), low.vectors.take(rows)
         low.emit_pass(
             source=Source.VECTOR,
-            destination=Destination.VECTOR,
             mul1=FirstMultiply.IMMEDIATE0,
             immediate0=float_bits(0.0),
             add2=SecondAdd.COLUMN1,
             column1=scales,
             columns=heads * BLOCK,
             x=finite,
-            to=spread,
-        )
-        low.emit_pass(
-            source=Source.VECTOR,
-            tiles=rows,
-            columns=POOL,
-            x=spread,
-            x_stride=POOL,
             maximum=Maximum.ABSOLUTE,
+            max_columns=POOL,
             max_to=greatest,
         )
         low.emit_pass(source=Source.PARAMETER, destination=Destination.VECTOR, columns=rows, x=greatest, to=result)
-        low.vectors.give(spread)
         low.parameters.give(greatest)
         return result
 

@@ -13,6 +13,7 @@ Between them VECTOR makes means, multipliers and levels. Packed words and scales
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from lockstep_driver.builder import ProgramBuilder
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 
 from .allocation import Pieces
 from .passes import RECIPROCAL, float_bits, rounding, scaling
-from .steps import Step
+from .steps import Step, nothing
 
 #: Words of means that are made at a time: VECTOR starts once for them, and MATRIX waits while they are drained.
 UNIT_WORDS = 256
@@ -115,13 +116,25 @@ class SketchMaker:
         self.key_scales = [take[Memory.PARAMETER](self.key_panels) for _ in range(PLACES + 1)]
         self.identity = take[Memory.WEIGHT](rows)
         self.pool, self.pack = take[Memory.ACTIVATION](POOL * rows), take[Memory.ACTIVATION](2 * rows)
-        self.mask, self.magic = take[Memory.VECTOR](POOL * rows), take[Memory.PARAMETER](1)
+        self.mask, self.magic = take[Memory.VECTOR](self.key_panels * rows), take[Memory.PARAMETER](1)
         self._load(Memory.WEIGHT, rows, constants.identity, self.identity)
         self._load(Memory.ACTIVATION, POOL * rows, constants.pool, self.pool)
         self._load(Memory.ACTIVATION, 2 * rows, constants.pack, self.pack)
         self._load(Memory.VECTOR, POOL * rows, constants.mask, self.mask)
         self._load(Memory.PARAMETER, 1, constants.magic, self.magic)
         self._made = 0
+        # VECTOR has time for copies of the mask while the first keys are loaded; the bus has none.
+        if self.unit > 1:
+            builder.emit(
+                VECTOR,
+                source=Source.VECTOR,
+                destination=Destination.VECTOR,
+                tiles=self.unit - 1,
+                columns=POOL * rows,
+                x=self.mask,
+                to=self.mask + POOL * rows,
+                to_stride=POOL * rows,
+            )
 
     def steps(self, keys: int, scales: int, into: Sketch) -> list[Step]:
         """The steps that make one head's sketch, in an order in which none waits for the one before it.
@@ -132,7 +145,7 @@ class SketchMaker:
             _Unit(self, keys, scales, into, first, min(self.unit, self.panels - first), self._number())
             for first in range(0, self.panels, self.unit)
         ]
-        chains = [unit.steps() for unit in units]
+        chains = [unit.steps(then) for unit, then in zip_longest(units, units[1:])]
         # move 0, move 1, sum 0, move 2, sum 1, pack 0, ...
         return [
             chains[turn - stage][stage]
@@ -161,8 +174,10 @@ class _Unit:
     panels: int
     number: int
 
-    def steps(self) -> tuple[Step, Step, Step]:
-        move = Step(self._load_keys, self._multiply_keys, self._drain_keys)
+    def steps(self, then: _Unit | None) -> tuple[Step, Step, Step]:
+        """Its products; the keys of unit ``then``, the next one of the head, are loaded behind the first."""
+        first = self._load_keys if self.first == 0 else nothing
+        move = Step(first, self._multiply_keys, self._drain_keys, then._load_keys if then else nothing)
         add = Step(multiply=self._multiply_sums, drain=self._drain_sums, behind=(move,))
         pack = Step(multiply=self._multiply_bytes, drain=self._drain_bytes, behind=(add,))
         return move, add, pack
@@ -304,15 +319,15 @@ class _Unit:
     def _greatest_scales(self) -> None:
         """A word of the mask is 1 in the lane of the row to which its key belongs, and takes the key's scale there."""
         m = self.maker
-        for panel in range(self.panels):
-            m.builder.emit(
-                VECTOR,
-                source=Source.VECTOR,
-                destination=Destination.NONE,
-                mul1=FirstMultiply.COLUMN0,
-                column0=self._of(m.key_scales) + panel * POOL,
-                columns=min(POOL, self._key_panels - panel * POOL) * m.rows,
-                x=m.mask,
-                maximum=Maximum.ABSOLUTE,
-                max_to=self.into.scales + self.first + panel,
-            )
+        m.builder.emit(
+            VECTOR,
+            source=Source.VECTOR,
+            destination=Destination.NONE,
+            mul1=FirstMultiply.COLUMN0,
+            column0=self._of(m.key_scales),
+            columns=self._key_panels * m.rows,
+            x=m.mask,
+            maximum=Maximum.ABSOLUTE,
+            max_columns=POOL * m.rows,
+            max_to=self.into.scales + self.first,
+        )

@@ -19,6 +19,7 @@ from lockstep_isa.instructions import (
 
 from ..interfaces import ADDRESS_BITS, AccumulatorPort, ReadPort, instruction_layout, instruction_stream
 from .column_words import ColumnWords
+from .sections import SECTION_BITS
 from .timing import CONTINUE_PROLOGUE, PARTIALS, row_pause
 
 #: Bits of the distance from a row's position to a column: of ``first_row``, less up to 65,535 tiles of 64 rows.
@@ -32,9 +33,10 @@ class Issue(wiring.Component):
 
     FETCH is the prologue of a row tile: one PARAMETER word per cycle (lane words, where the maximum continues, the
     words of the first ``rows`` columns). ISSUE sends beats; the words of the next ``rows`` columns arrive meanwhile,
-    but where x comes from PARAMETER too, ISSUE goes back to FETCH for them. Where x and y both come from VECTOR, a
-    beat starts with a cycle that reads y. A beat is one column, or two side by side, of which the row's last beat may
-    lack the second one. ISSUE waits
+    but where x comes from PARAMETER too, ISSUE goes back to FETCH for them. Where maxima of sections continue, the word
+    of each is fetched in the cycle behind its first beat, in front of all others. Where x and y both come from VECTOR,
+    a beat starts with a cycle that reads y. A beat is one column, or two side by side, of which the row's last beat
+    may lack the second one. ISSUE waits
 
     - while the accumulator tile is not complete (``stalled``),
     - with column min(64, columns - 1) until the adders are through with the sums of the row before,
@@ -51,7 +53,8 @@ class Issue(wiring.Component):
         is the first or last one of a row tile, of which lanes; in the cycle of its requests.
     x, y, lane0, lane1 : Out(32 * lanes), words of the beat before. ``column0`` to ``column2`` :
         Out(32 * columns_per_beat), and ``hidden`` : Out(lanes), which lanes the mask hides, of the beat before that.
-    continue_valid : Out(1), ``parameter_read.data`` is the word from which the next row's maximum continues.
+    continue_valid : Out(1), ``parameter_read.data`` is the word from which the next row's or section's maximum
+        continues.
     """
 
     def __init__(self, config) -> None:
@@ -131,6 +134,8 @@ class Issue(wiring.Component):
                 final_tile.eq(n.tiles - 1),
                 beyond_partials.eq(n.columns > PARTIALS),
             ]
+            if config.selection:
+                m.d.sync += row_needs[5].eq(resume & ~n.max_columns.any())
 
         # Where the pass is.
         tile, beat = Signal(16), Signal(16)
@@ -160,14 +165,21 @@ class Issue(wiring.Component):
         bases = (i.column0, i.column1, i.column2, i.lane0, i.lane1, i.max_to)
         fetch_address = Signal(ADDRESS_BITS)
         able = Signal(6)  # needed, and there is room for it
-        m.d.comb += [choice.eq(able & (~able + 1)[:6]), one_left.eq((needed & ~choice) == 0)]
+        lowest, fetches, section_wanted = able & (~able + 1)[:6], fetching, Signal()
+        if config.selection:
+            lowest, fetches = Mux(section_wanted, 1 << 5, lowest), fetching | section_wanted
+        m.d.comb += [choice.eq(lowest), one_left.eq((needed & ~choice) == 0)]
         for kind, base in enumerate(bases):
             with m.If(choice[kind]):
                 m.d.comb += fetch_address.eq(base + (fetch_group if kind < 3 else tile))
+        if config.selection:
+            next_maximum = self._next_maximum(m, fetches & choice[5])
+            with m.If(choice[5]):
+                m.d.comb += fetch_address.eq(next_maximum)
         requested, requested_parity = Signal(6), Signal()
         fetched, fetched_parity = Signal(6), Signal()
         m.d.sync += [
-            *(requested.eq(Mux(fetching, choice, 0)), requested_parity.eq(fetch_group[0])),
+            *(requested.eq(Mux(fetches, choice, 0)), requested_parity.eq(fetch_group[0])),
             *(fetched.eq(requested), fetched_parity.eq(requested_parity)),
         ]
         with m.If(fetching):
@@ -286,6 +298,9 @@ class Issue(wiring.Component):
                 m.d.comb += self.done.eq(1)
                 m.next = "ACCEPT"
 
+        if config.selection:
+            m.d.sync += section_wanted.eq(self._section_begins(m, issues & ends, last_beat, beat) & issues & (sub == 0))
+
         # What is issued now is in stage 0 in the next cycle. The accumulators need no address: they are read now, and
         # a tile that is through is given back at once.
         issued_beat = Signal(group_bits + 1)
@@ -302,8 +317,8 @@ class Issue(wiring.Component):
             *(issued_beat.eq(beat), reads_y.eq(y_alone)),
             self.vector_read.enable.eq(Mux(y_alone | (issues & (from_vector | uses_y)), there, 0)),
             self.vector_read.address.eq(Mux(from_vector & ~read_y, x_address, y_address)),
-            self.parameter_read.enable.eq(Mux(fetching, 1, Mux(issues & from_parameter, there, 0))),
-            self.parameter_read.address.eq(Mux(fetching, fetch_address, x_address)),
+            self.parameter_read.enable.eq(Mux(fetches, 1, Mux(issues & from_parameter, there, 0))),
+            self.parameter_read.address.eq(Mux(fetches, fetch_address, x_address)),
         ]
 
         # Stages 0 and 1: the mask. The first lane of the beat that is not hidden, and the first one behind it that is.
@@ -360,3 +375,27 @@ class Issue(wiring.Component):
             with m.If(beat1 & column_needs[kind]):
                 m.d.sync += port.eq(fetched_columns[kind].data)
         return m
+
+    def _next_maximum(self, m, fetched):
+        """The word from which the next maximum of a pass continues: one after the other is ``fetched``."""
+        word = Signal(ADDRESS_BITS, name="next_maximum")
+        with m.If(self.begin):
+            m.d.sync += word.eq(self.fields.max_to)
+        with m.Elif(fetched):
+            m.d.sync += word.eq(word + 1)
+        return word
+
+    def _section_begins(self, m, passes, last_beat, beat):
+        """Whether a section begins with ``beat``, the next one, and its maximum continues; a beat ``passes``."""
+        i, side_bits = self.fields, self.config.columns_per_beat - 1
+        continues, begins = Signal(name="sections_continue"), Signal(name="section_begins")
+        rest = Signal(SECTION_BITS - side_bits, name="section_rest")  # beats of a section behind its first one
+        with m.If(self.begin):
+            m.d.sync += [
+                continues.eq((i.maximum != Maximum.NONE) & i.max_continue & i.max_columns.any()),
+                rest.eq((i.max_columns - 1)[side_bits:SECTION_BITS]),
+                begins.eq(1),
+            ]
+        with m.Elif(passes):
+            m.d.sync += begins.eq(last_beat | (((beat + 1)[: len(rest)] & rest) == 0))
+        return begins & continues

@@ -10,7 +10,7 @@ from .transpose import Transposer, lanes_mask
 
 
 class ResultWriter(wiring.Component):
-    """Writes results beat by beat, and row sums and maxima at the end of their rows.
+    """Writes results beat by beat, row sums at the end of their rows, and maxima at the end of rows or sections.
 
     Ports
     -----
@@ -18,7 +18,8 @@ class ResultWriter(wiring.Component):
     result_valid : In(columns_per_beat), bit c: column c of a beat is there, ``result_last`` : In(1), ``result_sub`` :
         In, with ``result`` : In(32 * lanes).
     rounded_valid, rounded_last, rounded_sub, ``rounded`` : In(8 * lanes): the same two cycles later, as bytes;
-        ``maximum`` : In(32 * rows) is complete in the cycle of the row's last beat.
+        ``maximum`` : In(32 * rows) is complete in the cycle of the row's last beat, or on cores with selection
+        of each beat with ``maximum_last`` : In(1).
     sum_done : In(1) with ``sum_sub``, ``sum`` : In(32 * lanes, or 32 * rows where there are more lanes than rows).
     vector_write, parameter_write, activation_write, weight_write : Out(WritePort).
     idle : Out(1), nothing waits to be written.
@@ -53,6 +54,7 @@ class ResultWriter(wiring.Component):
                 "weight_write": Out(WritePort(8 * rows, rows, side)),
                 "idle": Out(1),
             }
+            | ({"maximum_last": In(1)} if config.selection else {})
         )
 
     def elaborate(self, platform):
@@ -93,6 +95,7 @@ class ResultWriter(wiring.Component):
                 m.d.sync += sum_waits.eq(1)
         sum_address, maximum_address = Signal(ADDRESS_BITS), Signal(ADDRESS_BITS)
         write_maximum = Signal()
+        maximum_last = self.maximum_last if config.selection else self.rounded_last
         with m.If(self.begin):
             m.d.sync += [sum_address.eq(i.sum_to), maximum_address.eq(i.max_to)]
         with m.Else():
@@ -102,7 +105,7 @@ class ResultWriter(wiring.Component):
         m.d.comb += [
             write_maximum.eq(
                 (i.maximum != Maximum.NONE)
-                & (self.rounded_valid[0] & self.rounded_last & (self.rounded_sub == subwords - 1))
+                & (self.rounded_valid[0] & maximum_last & (self.rounded_sub == subwords - 1))
             ),
             write_sum.eq(sum_waits & ~write_maximum & ~(to_parameter & self.result_valid[0])),
         ]

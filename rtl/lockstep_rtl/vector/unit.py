@@ -15,11 +15,12 @@ from .issue import Issue
 from .lane import lane_mode, lane_signature
 from .reduce import SumControl
 from .result import ResultWriter
+from .sections import Sections
 from .selection import Selection
 from .timing import CONVERT, DEPTH, FUNCTION, RESULT, ROUNDED, SUM
 
-#: Rows whose maximum continues and that are in the pipeline at once: DEPTH over the least pitch of such rows.
-CONTINUED_ROWS = 16
+#: Maxima that continue and are in the pipeline at once: DEPTH over their least pitch, that of sections of 4 columns.
+CONTINUED = 16
 #: Memories that a pass may write.
 WRITES = ("activation", "weight", "vector", "parameter")
 
@@ -140,12 +141,25 @@ class VectorUnit(wiring.Component):
             sum_control.columns.eq(fields.columns),
         ]
 
-        # Words from which maxima continue wait until their row's first beat has passed RESULT.
-        pointer_bits = (CONTINUED_ROWS - 1).bit_length()
-        m.submodules.continued = continued = Memory(shape=Shape(32 * config.rows), depth=CONTINUED_ROWS, init=[])
+        # Words from which maxima continue wait until the first beat of their row or section has passed RESULT.
+        depth = CONTINUED * side if config.selection else CONTINUED
+        pointer_bits = (depth - 1).bit_length()
+        m.submodules.continued = continued = Memory(shape=Shape(32 * config.rows), depth=depth, init=[])
         write, read = continued.write_port(), continued.read_port()
         pushed, popped = Signal(pointer_bits), Signal(pointer_bits)
-        at_start = valid[RESULT] & first[RESULT] & (sub_at(RESULT) == 0)
+        maximum_first, compared_first, paired = first[RESULT], first[RESULT + 1], fields.columns != 1
+        if config.selection:
+            m.submodules.sections = sections = Sections(config)
+            m.d.comb += [
+                sections.fields.eq(fields),
+                sections.begin.eq(issue.begin),
+                sections.valid.eq(valid_at(RESULT)),
+                sections.row_first.eq(first[RESULT]),
+                sections.row_last.eq(last[RESULT]),
+                sections.sub.eq(sub_at(RESULT)),
+            ]
+            maximum_first, compared_first, paired = sections.first, sections.compared_first, sections.paired
+        at_start = valid[RESULT] & maximum_first & (sub_at(RESULT) == 0)
         pop = at_start & fields.max_continue & fields.maximum.any()
         m.d.comb += [
             write.en.eq(issue.continue_valid),
@@ -175,7 +189,7 @@ class VectorUnit(wiring.Component):
                 lane.column1.eq(column1.word_select(column, 32)),
                 lane.column2.eq(issue.column2.word_select(column, 32)),
                 lane.hidden.eq(hidden[n] & masks),
-                lane.maximum_first.eq(first[RESULT + 1]),
+                lane.maximum_first.eq(compared_first),
                 lane.maximum_start.eq(start.word_select(row, 32)),
                 lane.write_enable.eq(self.table_write.enable),
                 lane.write_address.eq(self.table_write.address),
@@ -187,7 +201,7 @@ class VectorUnit(wiring.Component):
         maxima = [lane.maximum for lane in own]
         for row, other in enumerate(others):
             m.d.comb += own[row].other.eq(other.partial)
-            more = (fields.columns != 1) & (other.maximum.as_signed() > own[row].maximum.as_signed())
+            more = paired & (other.maximum.as_signed() > own[row].maximum.as_signed())
             maxima[row] = Mux(more, other.maximum, own[row].maximum)
         zeros, nonfinites = (Cat(getattr(lane, name) for lane in members) for name in ("zero", "nonfinite"))
         m.d.sync += self.flags.eq(Cat(zeros.any(), nonfinites.any()))
@@ -214,6 +228,7 @@ class VectorUnit(wiring.Component):
             writer.rounded_sub.eq(sub_at(ROUNDED)),
             writer.rounded.eq(Cat(lane.rounded for lane in members)),
             writer.maximum.eq(Cat(maximum.word_select(s, 32) for s in range(subwords) for maximum in maxima)),
+            *([writer.maximum_last.eq(sections.last)] if config.selection else []),
             writer.sum_done.eq(sum_control.done),
             writer.sum_sub.eq(sum_control.done_sub),
             writer.sum.eq(Cat(lane.sum for lane in own)),

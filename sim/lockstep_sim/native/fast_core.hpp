@@ -12,6 +12,7 @@
 #include "packed_weights.hpp"
 #include "products.hpp"
 #include "recording.hpp"
+#include "row_maxima.hpp"
 #include "selection.hpp"
 #include "zero_words.hpp"
 
@@ -199,7 +200,8 @@ class FastCore {
         if (i.add2 == SecondAdd::kColumn1) ok &= inside(i.column1, words, p);
         if (i.mul3 == ThirdMultiply::kColumn2) ok &= inside(i.column2, words, p);
         if (i.sum) ok &= inside(i.sum_to + tile, 1, p);
-        if (i.maximum != Maximum::kNone) ok &= inside(i.max_to + tile, 1, p);
+        const uint32_t maxima = RowMaxima::count(i);
+        if (i.maximum != Maximum::kNone) ok &= inside(i.max_to + tile * maxima, maxima, p);
         const uint32_t to = i.to + tile * i.to_stride;
         switch (i.destination) {
             case Destination::kNone: break;
@@ -259,23 +261,17 @@ class FastCore {
             steps.run(0, columns, i.source == Source::kInteger ? before_.data() : words, x);
         }
 
-        int32_t peak[kRows], limit[kRows];
-        std::memcpy(limit, &parameter_[size_t(uint16_t(i.max_to + tile)) % isa::kParameterWords * kRows], sizeof limit);
-        // A NaN that an addition made may carry any sign here; in the core it is the positive one.
-        for (int r = 0; r < kRows; r++)
-            if (i.maximum == Maximum::kAbsolute && (uint32_t(limit[r]) & ~kSign) > kInfinity) limit[r] = int32_t(kNaN);
-        for (int r = 0; r < kRows; r++)
-            peak[r] = i.max_continue ? limit[r] : i.maximum == Maximum::kExponent ? INT32_MIN : 0;
+        float* const maxima = parameter_.data() + size_t(uint16_t(i.max_to + tile * RowMaxima::count(i))) * kRows;
+        if (i.maximum != Maximum::kNone) maxima_.begin(i, maxima);
 
         switch (i.function) {
             case Function::kNone: break;
             case Function::kRelu: Pass::rectify(columns, x); break;
             case Function::kScore: {
-                int32_t unused[kRows] = {};
                 const int32_t first = (int32_t(i.first_row << 12) >> 12) + int32_t(tile) * kRows;
                 // Hidden scores count with the exponent of the lower limit, and leave as -infinity.
                 if (i.mask == Mask::kCausal) Pass::hide(columns, first, int32_t(i.window), x);
-                Pass::score(columns, x, i.maximum == Maximum::kExponent ? peak : unused);
+                maxima_.score(i, x);
                 if (i.mask == Mask::kCausal) Pass::hide(columns, first, int32_t(i.window), x);
                 break;
             }
@@ -296,14 +292,13 @@ class FastCore {
         if (third && i.tap == Tap::kBefore) std::memcpy(before_.data(), x, columns * kRows * sizeof(float));
         if (i.mul3 == ThirdMultiply::kColumn2) Pass::multiply_columns(columns, column2, x);
         if (i.mul3 == ThirdMultiply::kY) Pass::multiply_elements(columns, y, x);
-        if (i.maximum == Maximum::kAbsolute) Pass::absolute_maximum(columns, x, peak);
+        if (i.maximum == Maximum::kAbsolute) maxima_.absolute(i, x);
 
         const float* result = third && i.tap == Tap::kBefore ? before_.data() : x;
         write(i, tile, result);
         if (i.select) index.select(i, result);
         if (i.sum) std::memcpy(&parameter_[size_t(uint16_t(i.sum_to + tile)) * kRows], sums_, sizeof sums_);
-        if (i.maximum != Maximum::kNone)
-            std::memcpy(&parameter_[size_t(uint16_t(i.max_to + tile)) * kRows], peak, sizeof peak);
+        if (i.maximum != Maximum::kNone) maxima_.end(maxima);
     }
 
     void write(const isa::Vector& i, uint32_t tile, const float* x) {
@@ -347,6 +342,7 @@ class FastCore {
     std::vector<Table> tables_;
     TileQueue tiles_;
     Products products_;
+    RowMaxima maxima_;
     std::vector<float> x_, before_;
     std::vector<uint8_t> rounded_;
     float sums_[kRows];

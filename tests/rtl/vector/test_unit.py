@@ -6,6 +6,7 @@ import pytest
 from cocotb.triggers import RisingEdge
 from lockstep_isa.instructions import (
     INDEX_ENTRIES,
+    SECTIONS,
     VECTOR,
     Destination,
     FirstAdd,
@@ -20,6 +21,7 @@ from lockstep_isa.instructions import (
     Tap,
     ThirdMultiply,
 )
+from lockstep_isa.selection import section_fault
 from lockstep_isa.tables import FUNCTIONS
 from lockstep_rtl.vector.timing import vector_cycles
 from lockstep_rtl.vector.unit import VectorUnit
@@ -83,7 +85,7 @@ def random_pass(random, config, function=None):
     to_stride = columns + upto(3)
     if destination in (Destination.WEIGHT_TRANSPOSED, Destination.BYTES_TRANSPOSED):
         to_stride = -(-columns // rows) * rows + upto(3)
-    return Instruction(
+    i = Instruction(
         VECTOR,
         source=source,
         destination=destination,
@@ -121,6 +123,11 @@ def random_pass(random, config, function=None):
         window=int(random.choice([0, 0, 1, 2, rows, columns, 65535])),
         **selection,
     )
+    if i.maximum and random.random() < 0.5:
+        # Where results do not go to PARAMETER, there is room for maxima.
+        sections = i.replace(max_columns=int(random.choice(SECTIONS, 2).min()), max_to=RESULTS + upto(8))
+        return i if section_fault(config, sections) else sections
+    return i
 
 
 def random_selection(random, rows, columns):
@@ -176,6 +183,45 @@ async def random_passes_wait_for_late_accumulator_tiles(dut):
         await check(machine, instruction, exact_cycles=False)
         stalled += machine.stalled
     assert stalled > 50, "the stalls of this test did not happen"
+
+
+@cocotb.test(skip=not parameters().get("selection"))
+async def maxima_of_sections_take_no_cycle_of_their_own(dut):
+    """Fresh and continued, of rows of any length, with the only words of columns that continued ones leave time for."""
+    machine = await machine_of(dut, 10)
+    random, config = machine.random, machine.config
+    for columns in (1, 2, 3, 4, 5, 8, 9, 16, 63, 64, 65, 130, 200):
+        for size, resume in ((4, 0), (4, 1), (8, 1), (64, 1)):
+            i = Instruction(
+                VECTOR,
+                source=random.choice([Source.ACCUMULATOR, Source.VECTOR]),
+                destination=random.choice([Destination.NONE, Destination.VECTOR, Destination.ACTIVATION]),
+                mul1=random.choice([FirstMultiply.NONE, FirstMultiply.LANE1, FirstMultiply.COLUMN0]),
+                mul2=random.choice([SecondMultiply.LANE0, SecondMultiply.COLUMN0]),
+                mul3=random.choice([ThirdMultiply.NONE, ThirdMultiply.Y]),
+                tap=Tap.BEFORE,
+                tiles=int(random.integers(1, 4)),
+                columns=columns,
+                x=int(random.integers(0, 100)),
+                x_stride=columns,
+                to=0 if columns > 80 else 16,
+                lane0=int(random.integers(0, 100)),
+                lane1=int(random.integers(0, 100)),
+                column0=int(random.integers(0, 100)),
+                sum=int(random.integers(0, 2)),
+                sum_to=SUMS,
+                maximum=Maximum.ABSOLUTE,
+                max_continue=resume,
+                max_columns=size,
+                max_to=RESULTS,
+            )
+            if section_fault(config, i):
+                i = i.replace(max_continue=0)
+            if i.destination == Destination.VECTOR:
+                i = i.replace(to=800, tiles=1, y=0, x=0)
+            with_sections = await check(machine, i)
+            whole = i.replace(max_columns=0, max_to=MAXIMA)
+            assert with_sections == vector_cycles(config, whole), f"{i!r}"
 
 
 @cocotb.test()
