@@ -45,7 +45,7 @@ SELECTORS: dict[str, tuple[Callable[[float], Selector], str]] = {
     "sinks": (lambda keys: Sinks(SINKS, int(keys) - SINKS), f"keys, the first {SINKS} and the last ones"),
     "a3": (lambda rounds: Greedy(int(rounds)), "greatest and least products that are looked at"),
     "elsa": (SignHashes, "exponents of two below the best estimated score"),
-    "sanger": (Predicted, "least predicted probability"),
+    "sanger": (Predicted, "least predicted probability, 0 to 1"),
     "energon": (lambda alpha: Rounds(((2, alpha), (4, alpha))), "border between mean and greatest score, 0 to 1"),
 }
 
@@ -57,15 +57,16 @@ def selector(name: str) -> Selector:
     """
     base, _, number = name.rpartition(":")
     base = base or "blocks"
-    if base not in SELECTORS:
+    if base not in SELECTORS or name in SELECTORS:
         raise InputError(f"'{name}' selects no keys; give how many, or one of {', '.join(SELECTORS)} with its number")
     make, meaning = SELECTORS[base]
     try:
         value = float(number)
     except ValueError:
         raise InputError(f"'{number}' is no number for '{base}'; give {base}:NUMBER, the {meaning}") from None
-    whole = base in ("blocks", "sinks", "a3")
-    if not math.isfinite(value) or value < 0 or (whole and value != int(value)) or (base == "sinks" and value <= SINKS):
+    whole, share = base in ("blocks", "sinks", "a3"), base in ("sanger", "energon")
+    least = {"sinks": SINKS + 1, "a3": 1}.get(base, 0)
+    if not least <= value <= (1 if share else math.inf) or math.isinf(value) or (whole and value != int(value)):
         raise InputError(f"'{number}' makes no sense for '{base}'; give {base}:NUMBER, the {meaning}")
     try:
         return make(value)

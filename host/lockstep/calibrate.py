@@ -14,18 +14,27 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from lockstep.checkpoint import BUNDLED
-from lockstep.errors import ModelError
+from lockstep.errors import InputError, ModelError
 from lockstep.model import PRESCALE_FILE, load
 from lockstep.quantise import fit_prescales
 
 
 def sentences(path: Path | None = None) -> list[str]:
-    """The texts in ``path``, one per line, or those that come with the package."""
+    """The texts in ``path``, one per line, or those that come with the package.
+
+    Raises ``InputError`` for a file that holds none, or that is no text in UTF-8.
+    """
     if path is None:
         text = (resources.files("lockstep") / "data" / "calibration.txt").read_text(encoding="utf-8")
     else:
-        text = path.read_text(encoding="utf-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is no text in UTF-8; give a text file for calibration") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path} holds no text; give a file with some for calibration")
+    return lines
 
 
 def calibrate(name: str, texts: list[str], output: Path | None = None) -> tuple[Path, dict[str, float]]:
@@ -55,8 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         output, chosen = calibrate(given.model, sentences(given.sentences), given.output)
     except (ModelError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        sentence = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
     for name, alpha in chosen.items():
         print(f"alpha {alpha:.2f}  {name}")
     print(f"{len(chosen)} pre-scales written to {output}")

@@ -175,9 +175,14 @@ def schedule_of(entries: list[str]) -> dict[int, float]:
     """A schedule from ``LAYER:SHARE`` each; raises :class:`InputError`."""
     found: dict[int, float] = {}
     for entry in entries:
-        number, _, share = entry.partition(":")
+        text, _, share = entry.partition(":")
         try:
-            found[int(number)] = float(share)
+            layer, kept = int(text), float(share)
         except ValueError:
             raise InputError(f"'{entry}' is no LAYER:SHARE, such as 3:0.7") from None
+        if layer in found:
+            raise InputError(
+                f"layer {layer} is given twice, with {found[layer]:g} and {kept:g}; give one share a layer"
+            )
+        found[layer] = kept
     return found

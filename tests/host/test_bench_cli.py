@@ -184,10 +184,39 @@ def test_minilm_fills_exactly_the_slots_of_its_limit(cli: Command) -> None:
         (("gemm", "--weights", "int3"), ("'int3'", "int8, int4")),
         (("decode", "--sparsity", "3:4"), ("'3:4'", "none, 2:4, 1:4")),
         (("gemm", "--m", 9, "--n", 9, "--k", 40, "--weights", "int4"), ("K = 40", "int4 g32", "a multiple of 32")),
+        (("sparse-attention", "--mask", "absent.npy"), ("absent.npy cannot be read: No such file",)),
+        (("sparse-attention", "--tile", 0), ("a tile of 0 keys",)),
+        (("sparse-attention", "--head-dim", 99_968), ("words of WEIGHT memory", "core 'laptop' has 4,096")),
     ],
 )
 def test_mistakes_are_named(cli: Command, arguments: tuple[object, ...], parts: tuple[str, ...]) -> None:
     cli("bench", *arguments, "--device", "fast:laptop").refused(2, *parts)
+
+
+@pytest.mark.parametrize("case", ["gemm", "minilm", "decode", "resblock-mha", "resblock-ffn", "sparse-attention"])
+def test_a_seed_below_0_is_refused(cli: Command, case: str) -> None:
+    outcome = cli("bench", case, "--seed", -1)
+    assert outcome.status == 2
+    assert "--seed" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "why"),
+    [
+        ("--plot", "file", "is a file; give a folder"),
+        ("--write", ".", "is a folder; give the name of a file"),
+        ("--write", "absent/page.md", "absent, which is no folder"),
+        ("--write", "file/page.md", "file, which is no folder"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_anything_runs(
+    cli: Command, tmp_path: Path, option: str, place: str, why: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    outcome = cli(*PRODUCT, "--device", "fast:laptop", option, tmp_path / place)
+    outcome.refused(2, option, why)
+    assert "gemm" not in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_device_without_a_core_or_without_a_preset_is_refused(cli: Command) -> None:

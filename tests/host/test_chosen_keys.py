@@ -167,7 +167,13 @@ def test_what_makes_no_sense_is_refused() -> None:
         "sanger:": "'' is no number for 'sanger'",
         "sinks:4": "'4' makes no sense for 'sinks'",
         "a3:1.5": "'1.5' makes no sense for 'a3'",
+        "a3": "'a3' selects no keys; give how many, or one of blocks, sinks, a3",
+        "a3:0": "'0' makes no sense for 'a3'",
         "elsa:-1": "'-1' makes no sense for 'elsa'",
+        "elsa:inf": "'inf' makes no sense for 'elsa'",
+        "sanger:1.5": "'1.5' makes no sense for 'sanger'; give sanger:NUMBER, the least predicted probability, 0 to 1",
+        "energon:nan": "'nan' makes no sense for 'energon'",
+        "energon:2": "'2' makes no sense for 'energon'",
     }.items():
         with pytest.raises(InputError, match=message):
             asked_policy(select=name)

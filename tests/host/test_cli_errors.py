@@ -103,6 +103,8 @@ def test_programs_that_cannot_be_used(cli: Command, folder: Path, tmp_path: Path
     path = tmp_path / "small.prog"
     assert cli("compile", folder, "--device", "fast:tiny", "--tokens", 3, "--output", path).status == 0
     cli("disasm", path, "--device", "rtl:laptop").refused(2, "built for configuration", "compile it for this core")
+    cli("disasm", path, "--device", "cpu").refused(2, "'cpu' runs without programs", "fast:laptop")
+    cli("disasm", path, "--device", "slow:tiny").refused(2, "unknown device 'slow:tiny'")
     path.write_bytes(path.read_bytes()[:-64])
     cli("disasm", path, "--json").refused(2, "small.prog", "truncated")
     cli("disasm", folder / "config.json").refused(2, "not a Lockstep program file")

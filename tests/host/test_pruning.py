@@ -145,6 +145,8 @@ def test_models_whose_tokens_cannot_leave_are_refused(blocks: Graph) -> None:
 def test_a_command_prunes(cli: Command, small_folder) -> None:
     assert schedule_of(["3:0.7", "1:1"]) == {3: 0.7, 1: 1.0}
     cli("embed", small_folder, "a text", "--prune", "half").refused(2, "'half' is no LAYER:SHARE")
+    twice = cli("embed", small_folder, "a text", "--prune", "1:0.5", "--prune", "1:0.7")
+    twice.refused(2, "layer 1 is given twice, with 0.5 and 0.7")
     cli("embed", small_folder, "a text", "--prune", "2:0.5").refused(2, "there is no layer 2")
     found = cli("embed", small_folder, "a longer text of words", "--prune", "1:0.5", "--json").json
     whole = cli("embed", small_folder, "a longer text of words", "--json").json

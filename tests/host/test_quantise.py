@@ -162,9 +162,20 @@ def test_calibration_writes_what_load_finds(tmp_path: Path) -> None:
     assert load(tmp_path, prescale=None).report().prescaled == (0, 8)
 
 
-def test_calibration_of_a_missing_model_fails_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+def test_mistakes_in_calibration_are_named_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "odd.txt").write_bytes(b"\xff")
+    for arguments, named in (
+        ([str(tmp_path / "nowhere")], "there is no folder"),
+        (["minilm", "--sentences", str(tmp_path / "absent.txt")], "absent.txt: No such file"),
+        (["minilm", "--sentences", str(tmp_path / "empty.txt")], "empty.txt holds no text"),
+        (["minilm", "--sentences", str(tmp_path / "odd.txt")], "odd.txt is no text in UTF-8"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert named in said
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

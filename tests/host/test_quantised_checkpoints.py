@@ -378,6 +378,14 @@ def says(**changes: Any) -> Edit:
     return lambda tensors, config: config.update(changes)
 
 
+def cast(name: str, dtype: torch.dtype) -> Edit:
+    return lambda tensors, config: tensors.update({name: tensors[name].to(dtype)})
+
+
+def group_says(**changes: Any) -> Edit:
+    return lambda tensors, config: config["config_groups"]["group_0"]["weights"].update(changes)
+
+
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
@@ -392,6 +400,19 @@ def says(**changes: Any) -> Edit:
         (says(transform_config={"config_groups": {"a": {}}}), "transforms"),
         (says(quant_method="gptq", bits=3), "gptq with 3 bits"),
         (says(quant_method="gptq", bits=4), "no tensor is quantised"),
+        (says(quant_method=["gptq"]), r"quant_method \['gptq'\]"),
+        (says(format={}), "format '{}'"),
+        (says(config_groups=["group_0"]), r"config_groups = \['group_0'\], which is no object"),
+        (says(config_groups={"group_0": None, "a": "b"}), "a = 'b', which is no object"),
+        (says(sparsity_config="2:4"), "sparsity_config = '2:4', which is no object"),
+        (group_says(group_size=64), r"groups of 64 for .*, but its scales are for groups of 32"),
+        (group_says(strategy="channel", group_size=None), "groups of 64 for .*, but its scales are for groups of 32"),
+        (group_says(num_bits=8), "says 8 bits for .*, but it is packed in 4"),
+        (cast(f"{UP}.weight_packed", torch.float32), r"weight_packed is float32\[64, 4\]; packed integers are int32"),
+        (cast(f"{UP}.weight_scale", torch.int8), r"weight_scale is int8\[64, 1\]; scales are floating-point"),
+        (resized(f"{UP}.weight_scale", slice(0)), r"weight_scale is float32\[0, 1\]"),
+        (resized(f"{UP}.weight_packed", slice(0)), r"weight_packed is int32\[0, 4\]"),
+        (resized(f"{UP}.weight_shape", slice(1)), r"weight_shape is \[64\], which are no rows and columns"),
     ],
 )
 def test_a_broken_folder_is_refused_before_anything_runs(narrow: Path, tmp_path: Path, edit: Edit, named: str) -> None:
@@ -417,13 +438,60 @@ def test_a_broken_folder_is_refused_before_anything_runs(narrow: Path, tmp_path:
         ),
         (resized("layer.qzeros", slice(1)), r"qzeros is \[1, 2\]"),
         (resized("layer.g_idx", slice(60)), "g_idx does not give"),
+        (cast("layer.qweight", torch.float32), r"qweight is float32\[8, 16\]; packed integers are int32"),
+        (cast("layer.scales", torch.int32), r"scales is int32\[2, 16\]; scales are floating-point"),
+        (says(group_size=16), r"says groups of 16, but layer\.scales has groups of 32"),
     ],
 )
 def test_broken_gptq_tensors_are_named(edit: Edit, named: str) -> None:
     tensors = gptq(np.full((64, 16), 3), np.full((2, 16), 8), np.ones((2, 16), np.float32), np.arange(64) // 32)
+    config: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    edit(tensors, config)
+    with pytest.raises(QuantisedCheckpointError, match=named):
+        read_scheme(config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (resized("layer.weight", slice(0)), r"weight is int8\[0, 128\], which is no matrix"),
+        (lambda tensors, _: tensors.update({"layer.weight": tensors["layer.weight"][0]}), r"weight is int8\[128\]"),
+        (
+            resized("layer.weight_zero_point", slice(30)),
+            r"zero_point is int8\[30, 1\], which does not go with \[40, 1\]",
+        ),
+        (cast("layer.weight_zero_point", torch.bfloat16), r"zero_point is bfloat16\[40, 1\]"),
+        (resized("layer.weight_scale", slice(None), slice(0)), r"weight_scale is float32\[40, 0\]"),
+    ],
+)
+def test_broken_int8_tensors_are_named(edit: Edit, named: str) -> None:
+    weight = nearest(torch.randn(40, 128, generator=torch.Generator().manual_seed(4)), Format())
+    tensors = layout("layer", weight) | {"layer.weight_zero_point": torch.zeros(40, 1, dtype=torch.int8)}
     edit(tensors, {})
     with pytest.raises(QuantisedCheckpointError, match=named):
-        read_scheme({"quant_method": "gptq", "bits": 4}, tensors)
+        read_scheme({**COMPRESSED, "format": "int-quantized"}, tensors)
+
+
+def test_a_group_says_what_its_own_modules_have() -> None:
+    """Of several groups each is for the modules that it names, by name or as a regular expression."""
+    tensors: Tensors = {}
+    for name, group in (("first", 32), ("second", 64)):
+        tensors |= layout(
+            name, nearest(torch.randn(8, 128, generator=torch.Generator().manual_seed(5)), Format(4, group))
+        )
+    said = {name: {"strategy": "group", "group_size": size, "num_bits": 4} for name, size in (("a", 32), ("b", 64))}
+    groups = {
+        "group_0": {"targets": ["first"], "weights": said["a"]},
+        "group_1": {"targets": ["re:sec.*"], "weights": said["b"]},
+    }
+    found = read_scheme({**COMPRESSED, "config_groups": groups}, dict(tensors))
+    assert {name: weight.format for name, weight in found.weights.items()} == {
+        "first.weight": Format(4, 32),
+        "second.weight": Format(4, 64),
+    }
+    groups["group_1"]["targets"], groups["group_0"]["targets"] = ["first"], ["re:sec.*"]
+    with pytest.raises(QuantisedCheckpointError, match=r"groups of 64 for first\.weight, but .* groups of 32"):
+        read_scheme({**COMPRESSED, "config_groups": groups}, dict(tensors))
 
 
 def test_a_truncated_quantised_file_is_named(narrow: Path, tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_mistakes_are_named(cli: Command, small_folder: Path, tmp_path: Path, ca
     refused("--weights", "int5", named="--weights int5 is none of int8, int4")
     refused("--sparsity", "4:8", named="--sparsity 4:8 is none of none, 2:4, 1:4")
     refused("--group", 16, named="a group of 16; it may be 32, 64, 128")
+    refused("--group", 32, "--weights", "int8", named="--group is for int4")
     refused("--group", 64, named="groups of 64 do not divide the 32 inputs of 'encoder.layer.0.attention.self.query")
     refused("--method", "magic", named="no method 'magic'")
     refused("--method", "wanda", named="wanda is not for weights without sparsity")
@@ -141,6 +142,17 @@ def test_nothing_is_overwritten(cli: Command, small_folder: Path, tmp_path: Path
     (tmp_path / "out" / "notes").write_text("mine")
     cli("quantize", small_folder, "--out", tmp_path / "out").refused(2, "is there already", "new or empty folder")
     cli("quantize", small_folder, "--out", small_folder / "out").refused(2, "inside the model's own folder")
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/below/out"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_quantised(
+    cli: Command, small_folder: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    outcome = cli("quantize", small_folder, "--out", tmp_path / place)
+    outcome.refused(2, f"{tmp_path / place} cannot be written, since", "takes no folder")
+    assert "quantising" not in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_quantised_model_is_not_quantised_again(

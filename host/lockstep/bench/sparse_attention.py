@@ -18,7 +18,7 @@ from lockstep_isa.program import Program
 from lockstep_isa.quantisation import quantise_rows
 from numpy.typing import NDArray
 
-from lockstep.compiler.block_mask import BlockSparse, default_tile
+from lockstep.compiler.block_mask import BlockSparse, default_tile, strips
 from lockstep.compiler.block_sparse import Places, block_sparse_program
 from lockstep.compiler.layout import column_words, from_panels, table_words, to_panels
 
@@ -233,5 +233,7 @@ def _work(sizes: SparseAttentionSizes, bench: Bench) -> BlockSparse:
     else:
         blocks = (sizes.seq or ceil_div(TOKENS, sizes.block) * sizes.block) // sizes.block
         mask = pattern_mask(sizes.pattern, sizes.heads or HEADS, blocks, sizes.causal, sizes.seed)
-    tile = sizes.tile or default_tile(sizes.block, mask.shape[1] * sizes.block)
-    return BlockSparse(mask, sizes.block, sizes.head_dim, tile, sizes.causal)
+    tile = default_tile(sizes.block, mask.shape[1] * sizes.block) if sizes.tile is None else sizes.tile
+    work = BlockSparse(mask, sizes.block, sizes.head_dim, tile, sizes.causal)
+    strips(bench.config, work.dense)  # does it fit? golden may take minutes
+    return work

@@ -23,8 +23,12 @@ def read_mask(file: Path, heads: int | None, blocks: int | None) -> BlockMask:
     """
     try:
         mask = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BenchError(f"{file} is no array of NumPy: {error}; write it with numpy.save") from None
+    except OSError as error:
+        raise BenchError(f"{file} cannot be read: {error.strerror or error}; give a file of NumPy") from None
+    except (ValueError, EOFError) as error:
+        # NumPy takes for pickled objects what it does not know, and says how to load them unsafely.
+        why = "" if "pickle" in str(error) else f": {error}"
+        raise BenchError(f"{file} is no array of NumPy{why}; write it with numpy.save, as bool") from None
     if not isinstance(mask, np.ndarray):
         raise BenchError(f"{file} holds several arrays; write one with numpy.save")
     check_mask(mask)

@@ -70,7 +70,8 @@ def _command(sizes: type | None, cases: list[Case]) -> Callable[..., None]:
         hints = typing.get_type_hints(sizes, include_extras=True)
         for field in dataclasses.fields(sizes):
             kind, help = typing.get_args(hints[field.name])
-            options[field.name] = (Annotated[kind, typer.Option(help=help)], field.default)
+            least = 0 if field.name == "seed" else None
+            options[field.name] = (Annotated[kind, typer.Option(help=help, min=least)], field.default)
     options |= _COMMON
 
     def command(**given: Any) -> None:
@@ -108,6 +109,7 @@ def _run(
         from lockstep.bench.plots import check_matplotlib
 
         check_matplotlib()
+    _check_places(plot, write)
     found: list[tuple[Case, list[Measurement]]] = []
     failed: list[dict[str, str]] = []
     with Steps() as steps:
@@ -136,6 +138,15 @@ def _run(
         _write(write, found, plot)
     if failed or not all(one.identical for one in everything):
         raise typer.Exit(DIFFERENT)
+
+
+def _check_places(plot: Path | None, write: Path | None) -> None:
+    """Raise :class:`UsageError` for a folder of pictures or a page that cannot be one, before anything runs."""
+    if plot is not None and plot.exists() and not plot.is_dir():
+        raise UsageError(f"--plot {plot} is a file; give a folder")
+    if write is not None and (write.is_dir() or not write.parent.is_dir()):
+        what = "is a folder" if write.is_dir() else f"is in {write.parent}, which is no folder"
+        raise UsageError(f"--write {write} {what}; give the name of a file in a folder that is there")
 
 
 def _plot(folder: Path, measured: Sequence[Measurement]) -> None:

@@ -89,6 +89,12 @@ def disasm(
     from lockstep_isa.config import PRESETS
     from lockstep_isa.program import Program, ProgramError, validate
 
+    if device is not None:
+        from lockstep.executors import HOSTS, check_uri
+
+        check_uri(device)
+        if device in HOSTS:
+            raise UsageError(f"'{device}' runs without programs; give a device with a core, such as fast:laptop")
     try:
         loaded = Program.load(program)
         if device is not None:

@@ -25,7 +25,9 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
     weights: Annotated[str, typer.Option(help="int4 or int8.")] = "int4",
-    group: Annotated[int, typer.Option(help="Inputs that share a multiplier of int4: 32, 64 or 128.")] = 32,
+    group: Annotated[
+        int | None, typer.Option(help="Inputs that share a multiplier of int4: 32 if not given, 64 or 128.")
+    ] = None,
     sparsity: Annotated[str, typer.Option(help="none, 2:4 or 1:4.")] = "none",
     method: Annotated[
         str | None,
@@ -49,6 +51,8 @@ def quantize(
     for name, given, known in (("--weights", weights, _BITS), ("--sparsity", sparsity, _PATTERNS)):
         if given not in known:
             raise UsageError(f"{name} {given} is none of {', '.join(known)}")
+    if group is not None and weights != "int4":
+        raise UsageError(f"--group is for int4, and {weights} has one scale for a channel; leave it out")
     with Steps() as steps:
         steps("importing PyTorch and transformers")
         from lockstep.quantisation.formats import Format
@@ -58,7 +62,8 @@ def quantize(
         from lockstep.quantise import prescales_of
 
         chosen = method or ("gptq" if sparsity == "none" else "sparsegpt")
-        wanted = Format(_BITS[weights], group if weights == "int4" else None, _PATTERNS[sparsity])
+        size = None if weights != "int4" else 32 if group is None else group
+        wanted = Format(_BITS[weights], size, _PATTERNS[sparsity])
         recipe = Recipe(wanted, chosen, bits)
         loaded = open_model(model, steps)
         if loaded.stored.weights:

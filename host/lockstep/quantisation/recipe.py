@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lockstep.calibrate import sentences
-from lockstep.errors import InputError, WeightFormatError
+from lockstep.errors import WeightFormatError
 from lockstep.graph import Graph
 from lockstep.model import Model
 from lockstep.quantisation.budget import Point, Sensitivity, average_bits, check_budget, choose_formats
@@ -86,14 +86,10 @@ def calibration_inputs(model: Model, path: Path | None) -> list[dict[str, np.nda
     """Inputs from the texts in ``path``, or those that come with the package.
 
     A language model reads the file as one text, in pieces of ``WINDOW`` tokens; any other model reads a text a line.
+    Raises as :func:`lockstep.calibrate.sentences` does.
     """
-    try:
-        lines = sentences(path)
-        text = "\n".join(lines) if path is None else path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8; give a text file for calibration") from None
-    if not lines:
-        raise InputError(f"{path} holds no text; give a file with some for calibration")
+    lines = sentences(path)
+    text = "\n".join(lines) if path is None else path.read_text(encoding="utf-8")
     if not model.graph.causal:
         return [{model.input_name: ids} for ids in model.tokenize(lines)]
     ids = np.asarray(model.tokenizer(text, verbose=False)["input_ids"], np.int64)

@@ -6,6 +6,7 @@ A scheme is a function that takes the tensors of its matrices out of a dictionar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_scheme(config: Any, tensors: Tensors) -> StoredWeights:
     that does not go with the others.
     """
     method = config.get("quant_method") if isinstance(config, dict) else None
-    if method not in SCHEMES:
+    if not isinstance(method, str) or method not in SCHEMES:
         raise QuantisedCheckpointError(
             f"config.json says quant_method {method!r}; {', '.join(SCHEMES)} checkpoints and GGUF files can be read"
         )
@@ -55,9 +56,10 @@ def unpack_words(words: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def _compressed_tensors(config: dict[str, Any], tensors: Tensors) -> dict[str, Stored]:
-    sparsity = config.get("sparsity_config") or {}
-    groups = list((config.get("config_groups") or {}).values())
-    formats = {config.get("format", "dense"), *(group.get("format") or config.get("format") for group in groups)}
+    sparsity = _mapping(config, "sparsity_config")
+    named = _mapping(config, "config_groups")
+    groups = [_mapping(named, name) for name in named]
+    formats = [config.get("format", "dense"), *(group.get("format") or config.get("format") for group in groups)]
     if unknown := sorted(str(each) for each in formats if each not in _COMPRESSED_FORMATS):
         raise QuantisedCheckpointError(
             f"config.json says the compressed-tensors format {unknown[0]!r}; {', '.join(_COMPRESSED_FORMATS[:2])} and "
@@ -65,7 +67,7 @@ def _compressed_tensors(config: dict[str, Any], tensors: Tensors) -> dict[str, S
         )
     if sparsity.get("format", "dense") not in ("dense", "sparse-24-bitmask"):
         raise QuantisedCheckpointError(f"config.json says the sparse format {sparsity['format']!r}, which is not known")
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if _mapping(config, "transform_config").get("config_groups"):
         raise QuantisedCheckpointError("config.json asks for transforms of the weights, which are not supported")
     sparse = sparsity.get("sparsity_structure") == "2:4"
     for name in [name for name in tensors if name.endswith(".compressed")]:
@@ -77,6 +79,8 @@ def _compressed_tensors(config: dict[str, Any], tensors: Tensors) -> dict[str, S
             result[f"{base}.weight"] = _packed(base, tensors, sparse)
         elif name.endswith(".weight") and tensors[name].dtype == torch.int8:
             result[name] = _integers(base, tensors, sparse)
+    for name, stored in result.items():
+        _check_said(name, stored, groups)
     leftover = [name for name in tensors if name.endswith((".weight_scale", ".weight_zero_point", ".weight_shape"))]
     if leftover:
         raise QuantisedCheckpointError(
@@ -88,9 +92,8 @@ def _compressed_tensors(config: dict[str, Any], tensors: Tensors) -> dict[str, S
 
 
 def _packed(base: str, tensors: Tensors, sparse: bool) -> Stored:
-    words = tensors.pop(f"{base}.weight_packed")
-    rows, columns = (int(size) for size in _needed(f"{base}.weight_shape", tensors).flatten())
-    bits = words.shape[1] * 32 // max(columns, 1)
+    words, (rows, columns) = _words(f"{base}.weight_packed", tensors), _shape(f"{base}.weight_shape", tensors)
+    bits = words.shape[1] * 32 // columns
     if bits not in (4, 8) or words.shape != (rows, columns * bits // 32):
         raise QuantisedCheckpointError(
             f"{base}.weight_packed is int32{list(words.shape)}, which is no [{rows}, {columns}] of 4 or 8 bits"
@@ -98,7 +101,8 @@ def _packed(base: str, tensors: Tensors, sparse: bool) -> Stored:
     offset = 2 ** (bits - 1)
     integers = unpack_words(words, bits).astype(np.int16) - offset
     steps = _steps(base, tensors, rows, columns)
-    if (zeros := tensors.pop(f"{base}.weight_zero_point", None)) is not None:
+    if f"{base}.weight_zero_point" in tensors:
+        zeros = _words(f"{base}.weight_zero_point", tensors)
         if zeros.shape != (-(-rows * bits // 32), steps.shape[1]):
             raise QuantisedCheckpointError(
                 f"{base}.weight_zero_point is {list(zeros.shape)}, which does not go with it"
@@ -110,18 +114,24 @@ def _packed(base: str, tensors: Tensors, sparse: bool) -> Stored:
 
 def _integers(base: str, tensors: Tensors, sparse: bool) -> Stored:
     integers = tensors.pop(f"{base}.weight").numpy().astype(np.int16)
+    if integers.ndim != 2 or not integers.size:
+        raise QuantisedCheckpointError(f"{base}.weight is int8{list(integers.shape)}, which is no matrix of weights")
     steps = _steps(base, tensors, *integers.shape)
     if (zeros := tensors.pop(f"{base}.weight_zero_point", None)) is not None:
-        points = np.broadcast_to(zeros.numpy().reshape(len(zeros) if zeros.ndim else 1, -1), steps.shape)
+        if zeros.is_floating_point() or (zeros.numel() != 1 and zeros.numel() != steps.size):
+            raise QuantisedCheckpointError(
+                f"{base}.weight_zero_point is {_described(zeros)}, which does not go with {list(steps.shape)} scales"
+            )
+        points = np.broadcast_to(zeros.numpy().reshape(-1, steps.shape[1] if zeros.numel() > 1 else 1), steps.shape)
         integers = integers - np.repeat(points.astype(np.int16), integers.shape[1] // steps.shape[1], axis=1)
     return Stored(integers, steps, 8, _groups(f"{base}.weight_g_idx", tensors, integers.shape[1], steps), sparse)
 
 
 def _steps(base: str, tensors: Tensors, rows: int, columns: int) -> np.ndarray:
-    scale = _needed(f"{base}.weight_scale", tensors).float()
+    scale = _scales(f"{base}.weight_scale", tensors).float()
     if scale.numel() == 1:
         scale = scale.reshape(1, 1).expand(rows, 1)
-    scale = scale.reshape(len(scale), -1)
+    scale = scale.reshape(len(scale), -1)  # float[rows] is one for each
     if len(scale) != rows or columns % scale.shape[1]:
         raise QuantisedCheckpointError(
             f"{base}.weight_scale is {list(scale.shape)}, which does not divide a weight of [{rows}, {columns}]; its "
@@ -133,11 +143,10 @@ def _steps(base: str, tensors: Tensors, rows: int, columns: int) -> np.ndarray:
 def _decompress(base: str, tensors: Tensors) -> None:
     """Put the dense ``base.weight`` in place of the kept values and the bits that say where they are."""
     kept = tensors.pop(f"{base}.compressed")
-    shape = tuple(int(size) for size in _needed(f"{base}.shape", tensors).flatten())
-    mask = _needed(f"{base}.bitmask", tensors).numpy()
-    bits = np.unpackbits(mask.view(np.uint8), axis=-1, bitorder="little")
-    if len(shape) != 2 or bits.shape[0] != shape[0] or bits.shape[1] < shape[1]:
-        raise QuantisedCheckpointError(f"{base}.bitmask is {list(mask.shape)}, which does not go with {list(shape)}")
+    shape, mask = _shape(f"{base}.shape", tensors), _needed(f"{base}.bitmask", tensors)
+    if mask.dtype != torch.uint8 or mask.shape != (shape[0], -(-shape[1] // 8)):
+        raise QuantisedCheckpointError(f"{base}.bitmask is {_described(mask)}, which does not go with {list(shape)}")
+    bits = np.unpackbits(mask.numpy(), axis=-1, bitorder="little")
     places = torch.from_numpy(bits[:, : shape[1]].astype(bool))
     if int(places.sum()) != kept.numel():
         raise QuantisedCheckpointError(
@@ -148,6 +157,46 @@ def _decompress(base: str, tensors: Tensors) -> None:
     tensors[f"{base}.weight"] = dense
 
 
+def _mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What ``config`` has by ``name``, nothing where it has none."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise QuantisedCheckpointError(f"config.json says {name} = {found!r}, which is no object with names and values")
+    return found
+
+
+def _check_said(name: str, stored: Stored, groups: list[dict[str, Any]]) -> None:
+    """Raise unless bits and groups of a weight are those that its entry of ``config_groups`` says, if it has one."""
+    base = name.removesuffix(".weight")
+    own = groups if len(groups) == 1 else [group for group in groups if _names(group.get("targets"), base)]
+    for said in (_mapping(group, "weights") for group in own[:1]):
+        columns, there = stored.integers.shape[1], stored.steps.shape[1]
+        size = {"group": said.get("group_size"), "channel": columns, "tensor": columns}.get(str(said.get("strategy")))
+        if isinstance(size, int) and size > 0 and size * there != columns:
+            raise QuantisedCheckpointError(
+                f"config.json says groups of {size} for {name}, but its scales are for groups of {columns // there}; "
+                "they do not belong together"
+            )
+        if stored.bits == 4 and said.get("num_bits", 4) != 4:
+            raise QuantisedCheckpointError(
+                f"config.json says {said['num_bits']} bits for {name}, but it is packed in 4; they do not belong "
+                "together"
+            )
+
+
+def _names(targets: Any, base: str) -> bool:
+    """Whether one of ``targets`` is the module ``base``, by its name or as a regular expression."""
+    known = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
+    return base in known or any(_matches(each[3:], base) for each in known if each.startswith("re:"))
+
+
+def _matches(pattern: str, base: str) -> bool:
+    try:
+        return re.match(pattern, base) is not None
+    except re.error:
+        return False
+
+
 # --- GPTQ and AWQ ----------------------------------------------------------------------------------------------------
 
 
@@ -156,11 +205,11 @@ def _gptq(config: dict[str, Any], tensors: Tensors) -> dict[str, Stored]:
     one_less = config.get("checkpoint_format", "gptq") == "gptq"  # zero points are stored less one
     result: dict[str, Stored] = {}
     for base in _bases(tensors):
-        words, scales = tensors.pop(f"{base}.qweight"), _needed(f"{base}.scales", tensors)
+        words, scales = _words(f"{base}.qweight", tensors), _scales(f"{base}.scales", tensors)
         integers = unpack_words(words.T.contiguous(), bits).astype(np.int16)
         rows, columns = integers.shape
-        zeros = _needed(f"{base}.qzeros", tensors)
-        _check_shapes(base, scales, zeros, (rows, columns), bits)
+        zeros = _words(f"{base}.qzeros", tensors)
+        _check_shapes(base, scales, zeros, (rows, columns), bits, config)
         points = unpack_words(zeros, bits).astype(np.int16) + one_less
         steps = np.ascontiguousarray(scales.float().numpy().T)
         group_of = _groups(f"{base}.g_idx", tensors, columns, steps)
@@ -175,11 +224,11 @@ def _awq(config: dict[str, Any], tensors: Tensors) -> dict[str, Stored]:
         raise QuantisedCheckpointError(f"config.json says the AWQ version {config['version']!r}; only GEMM can be read")
     result: dict[str, Stored] = {}
     for base in _bases(tensors):
-        words, scales = tensors.pop(f"{base}.qweight"), _needed(f"{base}.scales", tensors)
+        words, scales = _words(f"{base}.qweight", tensors), _scales(f"{base}.scales", tensors)
         integers = _in_order(unpack_words(words, bits)).astype(np.int16)
         columns, rows = integers.shape
-        zeros = _needed(f"{base}.qzeros", tensors)
-        _check_shapes(base, scales, zeros, (rows, columns), bits)
+        zeros = _words(f"{base}.qzeros", tensors)
+        _check_shapes(base, scales, zeros, (rows, columns), bits, config)
         points = np.repeat(_in_order(unpack_words(zeros, bits)).astype(np.int16), columns // len(scales), axis=0)
         result[f"{base}.weight"] = Stored(
             np.ascontiguousarray((integers - points).T), np.ascontiguousarray(scales.float().numpy().T), bits
@@ -203,7 +252,9 @@ def _bases(tensors: Tensors) -> list[str]:
     return [name.removesuffix(".qweight") for name in sorted(tensors) if name.endswith(".qweight")]
 
 
-def _check_shapes(base: str, scales: torch.Tensor, zeros: torch.Tensor, shape: tuple[int, int], bits: int) -> None:
+def _check_shapes(
+    base: str, scales: torch.Tensor, zeros: torch.Tensor, shape: tuple[int, int], bits: int, config: dict[str, Any]
+) -> None:
     rows, columns = shape
     if scales.ndim != 2 or scales.shape[1] != rows or not len(scales) or columns % len(scales):
         raise QuantisedCheckpointError(
@@ -212,6 +263,11 @@ def _check_shapes(base: str, scales: torch.Tensor, zeros: torch.Tensor, shape: t
         )
     if zeros.shape != (len(scales), rows * bits // 32):
         raise QuantisedCheckpointError(f"{base}.qzeros is {list(zeros.shape)}, which does not go with its scales")
+    said, there = config.get("group_size", config.get("q_group_size")), columns // len(scales)
+    if isinstance(said, int) and 0 < said < columns and said != there:
+        raise QuantisedCheckpointError(
+            f"config.json says groups of {said}, but {base}.scales has groups of {there}; they do not belong together"
+        )
 
 
 def _in_order(values: np.ndarray) -> np.ndarray:
@@ -227,11 +283,37 @@ def _needed(name: str, tensors: Tensors) -> torch.Tensor:
     return tensors.pop(name)
 
 
+def _described(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _words(name: str, tensors: Tensors) -> torch.Tensor:
+    """int32[rows, columns], each of which holds several integers."""
+    words = _needed(name, tensors)
+    if words.dtype != torch.int32 or words.ndim != 2 or not words.numel():
+        raise QuantisedCheckpointError(f"{name} is {_described(words)}; packed integers are int32[rows, columns]")
+    return words
+
+
+def _scales(name: str, tensors: Tensors) -> torch.Tensor:
+    scales = _needed(name, tensors)
+    if not scales.is_floating_point() or not scales.numel():
+        raise QuantisedCheckpointError(f"{name} is {_described(scales)}; scales are floating-point numbers")
+    return scales
+
+
+def _shape(name: str, tensors: Tensors) -> tuple[int, int]:
+    sizes = _needed(name, tensors).flatten().tolist()
+    if len(sizes) != 2 or any(size != int(size) or size < 1 for size in sizes):
+        raise QuantisedCheckpointError(f"{name} is {sizes}, which are no rows and columns of a matrix")
+    return int(sizes[0]), int(sizes[1])
+
+
 def _groups(name: str, tensors: Tensors, columns: int, steps: np.ndarray) -> np.ndarray | None:
     """The group of each input, or none where groups are neighbours."""
     if name not in tensors:
         return None
-    group_of = tensors.pop(name).numpy().astype(np.int64)
+    group_of = tensors.pop(name).to(torch.int64).numpy()
     if group_of.shape != (columns,) or group_of.min() < 0 or group_of.max() >= steps.shape[1]:
         raise QuantisedCheckpointError(f"{name} does not give one of {steps.shape[1]} groups for {columns} inputs")
     neighbours = np.array_equal(group_of, np.arange(columns) // (columns // steps.shape[1]))

@@ -24,11 +24,16 @@ _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".on
 
 
 def check_output(source: Path, out: Path) -> None:
-    """Raise ``CheckpointError`` unless ``out`` is free for a model from ``source``."""
+    """Raise ``CheckpointError`` unless ``out`` is free for a model from ``source``, and can be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give the name of a new or empty folder")
     if source.resolve() in out.resolve().parents:
         raise CheckpointError(f"{out} is inside the model's own folder; give one outside of {source}")
+    place = next(each for each in out.absolute().parents if each.exists() or each.is_symlink())
+    try:
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written, since {place} takes no folder: {error.strerror}") from None
 
 
 def names_in_files(source: Path, weights: Mapping[str, np.ndarray]) -> dict[str, str]:
