@@ -266,9 +266,9 @@ def test_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="has 4 blocks of tokens"):
         read_mask(file, None, 5)
     (tmp_path / "no.npy").write_text("no array")
-    with pytest.raises(BenchError, match="no.npy is no array of NumPy; write it with numpy.save"):
+    with pytest.raises(BenchError, match=r"no\.npy is no array of NumPy; write it with numpy\.save"):
         read_mask(tmp_path / "no.npy", None, None)
-    with pytest.raises(BenchError, match="missing.npy cannot be read: No such file"):
+    with pytest.raises(BenchError, match=r"missing\.npy cannot be read: No such file"):
         read_mask(tmp_path / "missing.npy", None, None)
 
 
