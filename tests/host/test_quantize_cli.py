@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from causal_models import VOCABULARY, byte_tokenizer, save_causal_model
 from command_line import Command
+from lockstep.errors import CheckpointError
 from lockstep.model import load
+from lockstep.quantisation.write import check_output
 from lockstep_isa.instructions import MATRIX, Sparsity, Weights
 from lockstep_isa.program import Program
 from safetensors.torch import load_file
@@ -173,3 +175,10 @@ def test_a_pre_scale_goes_along_unless_it_is_left_out(
     assert load(first).report().prescaled[0] > 0
     assert cli("quantize", small_folder, "--out", second, "--method", "rtn", "--no-prescale", *given).status == 0
     assert load(second).report().prescaled[0] == 0
+
+
+def test_a_gguf_file_is_read_but_not_written(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")
+    for source in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF file.*give a folder of safetensors"):
+            check_output(source, tmp_path.parent / "out")

@@ -17,6 +17,7 @@ from lockstep.checkpoint import INDEX, WEIGHTS, read_tensors, same_tensor, weigh
 from lockstep.errors import CheckpointError, WeightFormatError
 from lockstep.model import PRESCALE_FILE
 from lockstep.quantisation.formats import Format, QuantisedWeight
+from lockstep.quantisation.gguf_file import gguf_in
 from lockstep.quantise import Prescales
 
 #: Endings of files that hold weights in another form and are not copied.
@@ -24,7 +25,11 @@ _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".on
 
 
 def check_output(source: Path, out: Path) -> None:
-    """Raise ``CheckpointError`` unless ``out`` is free for a model from ``source``, and can be written."""
+    """Raise ``CheckpointError`` unless ``out`` is free for a model from ``source``, and can be written, and ``source``
+    is a folder of safetensors.
+    """
+    if (file := gguf_in(source)) is not None:
+        raise CheckpointError(f"{file} is a GGUF file, which can be read but not quantised; give a folder of safetensors")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give the name of a new or empty folder")
     if source.resolve() in out.resolve().parents:
