@@ -29,7 +29,7 @@ def check_output(source: Path, out: Path) -> None:
     is a folder of safetensors.
     """
     if (file := gguf_in(source)) is not None:
-        raise CheckpointError(f"{file} is a GGUF file, which can be read but not quantised; give a folder of safetensors")
+        raise CheckpointError(f"{file} is a GGUF file, which can be read, not written; give a folder of safetensors")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give the name of a new or empty folder")
     if source.resolve() in out.resolve().parents:
