@@ -236,7 +236,7 @@ def test_a_run_with_other_bits_exits_with_1(cli: Command, monkeypatch: pytest.Mo
 
 
 def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lockstep.bench import blocks, decode, sparse_attention
+    from lockstep.bench import blocks, decode, sparse_attention_case
 
     def fails(*_: object) -> Iterator[Measurement]:
         raise OSError("no such weights")
@@ -248,7 +248,7 @@ def test_all_goes_on_behind_a_case_that_fails(cli: Command, monkeypatch: pytest.
     monkeypatch.setattr(gemm, "run", lambda _, bench: original(sizes(m=8, n=8, k=8), bench))
     monkeypatch.setattr(decode, "run", lambda _, bench: original(sizes(m=9, n=9, k=9), bench))
     monkeypatch.setattr(blocks, "run", lambda _, bench: original(sizes(m=7, n=7, k=7), bench))
-    monkeypatch.setattr(sparse_attention, "run", lambda _, bench: original(sizes(m=6, n=6, k=6), bench))
+    monkeypatch.setattr(sparse_attention_case, "run", lambda _, bench: original(sizes(m=6, n=6, k=6), bench))
     page = tmp_path / "page.md"
     done = cli("bench", "all", "--device", "fast:tiny", "--json", "--write", page)
     assert done.status == 1

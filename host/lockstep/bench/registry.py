@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
             "sparse-attention",
             "Causal attention that skips blocks of keys, beside the same with none skipped.",
             sizes.SparseAttentionSizes,
-            "sparse_attention",
+            "sparse_attention_case",
             Bar(
                 "at least 0.9 / density times as fast as dense",
                 0.9,

@@ -151,13 +151,8 @@ def sparse_limit(config: CoreConfig, work: BlockSparse) -> Limit:
     )
 
 
-def run(sizes: SparseAttentionSizes, bench: Bench) -> Iterator[Measurement]:
-    """Dense first, then the mask, or what the core chooses."""
-    if sizes.select is not None:
-        from .selected_attention import run_selection
-
-        yield from run_selection(sizes, sizes.select, bench)
-        return
+def run_mask(sizes: SparseAttentionSizes, bench: Bench) -> Iterator[Measurement]:
+    """Dense first, then what the mask keeps."""
     work = _work(sizes, bench)
     shape = (work.heads, work.tokens, work.head_dim)
     bench.say(f"golden attention of {work.heads} heads, {work.tokens} tokens")
