@@ -148,9 +148,12 @@ def _opened(
     """
     if not 0 < clock < float("inf"):
         raise UsageError(f"a clock of {clock:g} MHz is none; give a positive number")
+    from lockstep.cache_policy import asked_policy
     from lockstep.executors import check_uri, executor
 
     check_uri(device)
+    # Before the model, which takes seconds.
+    asked_policy(asked["evict"], asked["keep"], asked["select"], asked["cache_bits"])
     with Steps() as steps:
         loaded = open_model(model, steps)
         from lockstep.generation import Generator
