@@ -262,6 +262,8 @@ class _Generator:
         counts = {"outer": self.number(1, 3), "inner": self.number(1, 3)}
         counts[down] = min(counts[down], _USED[Memory.ACTIVATION] // own)
         counts[along] = min(counts[along], _USED[Memory.WEIGHT] // words)
+        # A pass has to have room for all tiles of it.
+        counts["outer"] = min(counts["outer"], _USED[Memory.VECTOR] // (counts["inner"] * self.config.columns))
         outer, inner = counts["outer"], counts["inner"]
         fields = {name: value for name, value in format.values.items() if name != "opcode"} | {
             **counts,

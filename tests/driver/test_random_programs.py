@@ -7,6 +7,7 @@ import pytest
 from cores import open_core
 from lockstep_driver import Device
 from lockstep_driver.random_programs import random_program, same_words
+from lockstep_isa.config import PRESETS
 
 #: Programs per core; a nightly run does more of them on all executors.
 FAST_PROGRAMS, RTL_PROGRAMS = 500, 500
@@ -34,6 +35,12 @@ def differences(device: Device, seeds: range) -> tuple[list[str], list[int]]:
     device.free(buffer)
     assert not device.config.zero_skipping or skips > len(seeds) // 4, f"only {skips} of {len(seeds)} programs skip"
     return lines, cycles
+
+
+@pytest.mark.parametrize("core", PRESETS)
+def test_there_is_a_program_for_every_seed(core: str) -> None:
+    for seed in range(100):
+        assert random_program(PRESETS[core], seed, 0).program.instructions
 
 
 @pytest.mark.parametrize("core", ["tiny", "laptop", "ulx3s", "wide"])
