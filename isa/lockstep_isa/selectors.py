@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,15 +60,15 @@ class Selector(Protocol):
     def select(self, heads: Sequence[Looked], /) -> list[Visible]: ...
 
 
-class ForEachHead:
+class ForEachHead(ABC):
     """Query heads that share keys choose each for themselves."""
 
     def select(self, heads: Sequence[Looked], /) -> list[Visible]:
         return [self.choose(looked) for looked in heads]
 
+    @abstractmethod
     def choose(self, looked: Looked) -> Visible:
         """What one head keeps."""
-        raise NotImplementedError
 
 
 def coarse(values: I8, bits: int, group: int) -> I8:

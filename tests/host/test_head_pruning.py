@@ -350,6 +350,24 @@ def test_minilm_takes_fewer_cycles(minilm: Model) -> None:
     assert skipped > 5000
 
 
+def test_which_heads_stay_matters_to_minilm(minilm: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page of models says of heads that are drawn by chance."""
+    texts = [" ".join(SENTENCES[n : n + 6]) for n in (0, 6, 12)]
+    whole, model = minilm.embed(texts, NativeExecutor()), minilm.pruned(heads={2: 0.5})
+    rng, found = np.random.default_rng(0), []
+
+    def drawn(*_: object) -> np.ndarray:
+        return np.isin(np.arange(12), stay)
+
+    monkeypatch.setattr(KeepHeads, "run", drawn)
+    for _ in range(12):
+        stay = rng.permutation(12)[:6]
+        found.append((whole * model.embed(texts, NativeExecutor())).sum(axis=1))
+    print(f"six heads by chance: cosines {np.mean(found, axis=0).round(2)}")
+    assert np.std(found, axis=0).min() > 0.01
+    assert np.mean(found) < 0.9
+
+
 def test_schedules_and_models_that_make_no_sense_are_refused(blocks: Graph) -> None:
     for schedule, message in (
         ({0: 0.5}, "there is no layer 0; the model has layers 1 to 4"),
